@@ -1,0 +1,1 @@
+//! The operations the model is written in.

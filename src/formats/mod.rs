@@ -1,0 +1,39 @@
+//! Files of the Hugging Face world: safetensors, PyTorch state dicts, names of tensors, configurations, peft adapters.
+
+use std::collections::BTreeMap;
+
+/// A tensor on the host, in C order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostTensor {
+    /// Extent of each dimension; empty for a scalar.
+    pub shape: Vec<usize>,
+    /// The numbers. Floating types are widened to f32 on reading.
+    pub data: HostData,
+}
+
+/// The numbers of a [`HostTensor`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum HostData {
+    /// Weights, statistics.
+    F32(Vec<f32>),
+    /// Counters (`num_batches_tracked`).
+    I64(Vec<i64>),
+}
+
+/// Tensors by name, as PyTorch's `state_dict()`. Names are those on disk in full checkpoints
+/// (`segformer.encoder.block.0.0.attention.self.query.weight`), convolution weights are `(out, in/groups, kh, kw)`.
+pub type StateDict = BTreeMap<String, HostTensor>;
+
+/// Which release of transformers the module names in an adapter follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+pub enum HfNames {
+    /// transformers 4: `segformer.encoder.block.0.0.attention.self.query`.
+    #[default]
+    #[value(name = "4")]
+    #[serde(rename = "4")]
+    V4,
+    /// transformers 5: `segformer.stages.0.blocks.0.attention.q_proj`.
+    #[value(name = "5")]
+    #[serde(rename = "5")]
+    V5,
+}

@@ -1,0 +1,107 @@
+//! What the user sees while work goes on: bars on a terminal, plain lines elsewhere, nothing when quiet.
+//! Everything goes to standard error; standard output belongs to results.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// How much is said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verbosity {
+    /// Warnings only.
+    Quiet,
+    /// One line per milestone; bars on a terminal.
+    Normal,
+    /// Also plans and tables.
+    Verbose,
+}
+
+/// The place where progress is shown. Cheap to clone; clones share one terminal.
+#[derive(Clone)]
+pub struct Progress {
+    bars: MultiProgress,
+    verbosity: Verbosity,
+    live: bool,
+}
+
+impl Progress {
+    /// Progress on standard error, with bars if that is a terminal.
+    pub fn new(verbosity: Verbosity) -> Self {
+        let live = verbosity != Verbosity::Quiet && std::io::stderr().is_terminal();
+        let target = if live { ProgressDrawTarget::stderr_with_hz(10) } else { ProgressDrawTarget::hidden() };
+        Self { bars: MultiProgress::with_draw_target(target), verbosity, live }
+    }
+
+    /// Says nothing but warnings.
+    pub fn quiet() -> Self {
+        Self::new(Verbosity::Quiet)
+    }
+
+    /// A milestone.
+    pub fn info(&self, message: impl AsRef<str>) {
+        if self.verbosity != Verbosity::Quiet {
+            self.line(message.as_ref());
+        }
+    }
+
+    /// A detail, shown with `-v`.
+    pub fn detail(&self, message: impl AsRef<str>) {
+        if self.verbosity == Verbosity::Verbose {
+            self.line(message.as_ref());
+        }
+    }
+
+    /// Something the user should know even when quiet.
+    pub fn warn(&self, message: impl AsRef<str>) {
+        self.line(&format!("warning: {}", message.as_ref()));
+    }
+
+    /// A bar over `total` items called `unit`, with rate and time left. Hidden unless on a terminal.
+    pub fn bar(&self, label: &str, total: u64, unit: &'static str) -> Bar {
+        let style = "{prefix} [{bar:28}] {pos}/{len} {unit}  {per_sec}  {eta} left  {msg}".replace("{unit}", unit);
+        let bar = ProgressBar::new(total)
+            .with_style(
+                ProgressStyle::with_template(&style)
+                    .unwrap_or_else(|_| ProgressStyle::default_bar())
+                    .progress_chars("=> "),
+            )
+            .with_prefix(label.to_string());
+        let bar = self.bars.add(bar);
+        if self.live {
+            bar.enable_steady_tick(Duration::from_millis(200));
+        }
+        Bar { bar }
+    }
+
+    fn line(&self, message: &str) {
+        if self.live {
+            self.bars.suspend(|| eprintln!("{message}"));
+        } else {
+            eprintln!("{message}");
+        }
+    }
+}
+
+/// One progress bar; disappears when dropped.
+pub struct Bar {
+    bar: ProgressBar,
+}
+
+impl Bar {
+    /// `n` more items are done.
+    pub fn inc(&self, n: u64) {
+        self.bar.inc(n);
+    }
+
+    /// The text behind the numbers.
+    pub fn message(&self, message: String) {
+        self.bar.set_message(message);
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}

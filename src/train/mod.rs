@@ -1,0 +1,4 @@
+//! Optimizer, schedule, loop, metrics, early stopping, checkpoints.
+
+pub mod options;
+pub mod record;
