@@ -1,1 +1,6 @@
-//! Low-rank adapters: where they sit, merge, project.
+//! Low-rank adaptation (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021): which modules carry
+//! adapters, and how these take part in training.
+
+mod targets;
+
+pub use targets::{Match, matches, preset, select};

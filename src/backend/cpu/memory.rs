@@ -1,0 +1,119 @@
+//! Storage, and the spread of units over threads.
+
+use std::marker::PhantomData;
+use std::sync::Mutex;
+
+use super::Real;
+use crate::backend::Memory;
+use crate::{Error, Result, error::Kind};
+
+/// The CPU as a device, with numbers of type `T`.
+pub struct Cpu<T> {
+    pool: rayon::ThreadPool,
+    numbers: PhantomData<T>,
+}
+
+impl<T: Real> Cpu<T> {
+    /// A device of `threads` threads; `None` takes one per core.
+    ///
+    /// # Errors
+    /// When the operating system refuses the threads.
+    pub fn new(threads: Option<usize>) -> Result<Self> {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.unwrap_or(0))
+            .thread_name(|i| format!("cpu-{i}"))
+            .build()
+            .map_err(|e| Error::new(Kind::Device, format!("cannot start the worker threads: {e}; try --threads 1")))?;
+        Ok(Self { pool, numbers: PhantomData })
+    }
+
+    /// Runs `work` on the device's threads, so that parallel loops inside it stay there.
+    pub(super) fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(work)
+    }
+}
+
+impl<T: Real> Memory for Cpu<T> {
+    type Act = Vec<T>;
+    type Full = Vec<T>;
+
+    fn act(&self, len: usize) -> Vec<T> {
+        vec![T::ZERO; len]
+    }
+
+    fn full(&self, len: usize) -> Vec<T> {
+        vec![T::ZERO; len]
+    }
+
+    fn widths(&self) -> (usize, usize) {
+        (size_of::<T>(), size_of::<T>())
+    }
+
+    fn upload(&self, from: &[f32], to: &mut Vec<T>) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = T::of(f64::from(*from));
+        }
+    }
+
+    fn download(&self, from: &Vec<T>) -> Vec<f32> {
+        self.download_act(from, from.len())
+    }
+
+    fn download_act(&self, from: &Vec<T>, len: usize) -> Vec<f32> {
+        from[..len].iter().map(|x| x.f64() as f32).collect()
+    }
+
+    fn scalars(&self, from: &Vec<T>, len: usize) -> Vec<f64> {
+        from[..len].iter().map(|x| x.f64()).collect()
+    }
+
+    fn zero(&self, x: &mut Vec<T>) {
+        x.fill(T::ZERO);
+    }
+
+    fn cast(&self, from: &Vec<T>, to: &mut Vec<T>) {
+        to.copy_from_slice(from);
+    }
+
+    fn images_per_unit(&self, _images: usize) -> usize {
+        1
+    }
+
+    fn workers(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    fn each_unit<U: Send, S: Send, W: Send>(
+        &self,
+        units: &mut [U],
+        slots: &mut [S],
+        workers: &mut [W],
+        work: impl Fn(usize, &mut U, &mut S, &mut W) + Sync,
+    ) {
+        let count = slots.len();
+        let mut queues: Vec<Vec<(usize, &mut U)>> = (0..count).map(|_| Vec::new()).collect();
+        for (u, unit) in units.iter_mut().enumerate() {
+            queues[u % count].push((u, unit));
+        }
+        let idle = Mutex::new(workers.iter_mut().collect::<Vec<_>>());
+        let work = &work;
+        let idle = &idle;
+        self.install(|| {
+            rayon::scope(|scope| {
+                for (queue, slot) in queues.into_iter().zip(slots) {
+                    scope.spawn(move |_| {
+                        // There are as many workers as threads, so one is free.
+                        let worker = idle.lock().ok().and_then(|mut free| free.pop());
+                        let Some(worker) = worker else { unreachable!("more tasks at work than threads") };
+                        for (index, unit) in queue {
+                            work(index, unit, slot, worker);
+                        }
+                        if let Ok(mut free) = idle.lock() {
+                            free.push(worker);
+                        }
+                    });
+                }
+            });
+        });
+    }
+}

@@ -1,0 +1,56 @@
+//! Additions along the residual stream.
+
+use super::{Cpu, Real, simd::vectorised};
+use crate::backend::{Dropout, Grid, Residual};
+
+impl<T: Real> Residual for Cpu<T> {
+    fn residual(
+        &self,
+        x: &Vec<T>,
+        branch: &Vec<T>,
+        drop: Option<Dropout>,
+        grid: Grid,
+        channels: usize,
+        y: &mut Vec<T>,
+    ) {
+        let n = grid.area() * channels;
+        for image in 0..grid.images {
+            let factor = drop.map_or(T::ONE, |drop| T::of(f64::from(drop.factor(image as u64))));
+            let (x, branch, y) = (&x[image * n..][..n], &branch[image * n..][..n], &mut y[image * n..][..n]);
+            vectorised(|| {
+                for i in 0..n {
+                    y[i] = x[i] + factor * branch[i];
+                }
+            });
+        }
+    }
+
+    fn drop_path(&self, x: &Vec<T>, drop: Dropout, grid: Grid, channels: usize, y: &mut Vec<T>) {
+        let n = grid.area() * channels;
+        for image in 0..grid.images {
+            let factor = T::of(f64::from(drop.factor(image as u64)));
+            let (x, y) = (&x[image * n..][..n], &mut y[image * n..][..n]);
+            vectorised(|| {
+                for i in 0..n {
+                    y[i] = factor * x[i];
+                }
+            });
+        }
+    }
+
+    fn dropout(&self, x: &Vec<T>, drop: Dropout, len: usize, y: &mut Vec<T>) {
+        vectorised(|| {
+            for (i, (x, y)) in x[..len].iter().zip(&mut y[..len]).enumerate() {
+                *y = T::of(f64::from(drop.factor(i as u64))) * *x;
+            }
+        });
+    }
+
+    fn accumulate(&self, x: &Vec<T>, len: usize, y: &mut Vec<T>) {
+        vectorised(|| {
+            for (x, y) in x[..len].iter().zip(&mut y[..len]) {
+                *y += *x;
+            }
+        });
+    }
+}

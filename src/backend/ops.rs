@@ -1,0 +1,391 @@
+//! The operations, grouped as their implementations are.
+
+use super::{AdamW, AttentionShape, Dropout, Grid, Product, Sample, Window};
+
+/// Everything the model needs of a device.
+pub trait Backend:
+    Memory + Linear + Patches + LayerNorm + Attention + Depthwise + Residual + Resize + Head + Loss + Matrix + Optimizer
+{
+}
+
+impl<B> Backend for B where
+    B: Memory
+        + Linear
+        + Patches
+        + LayerNorm
+        + Attention
+        + Depthwise
+        + Residual
+        + Resize
+        + Head
+        + Loss
+        + Matrix
+        + Optimizer
+{
+}
+
+/// Storage, transfers, and how work spreads over the device.
+pub trait Memory: Send + Sync + Sized {
+    /// Storage of activations and of the weights of products.
+    type Act: Send + Sync;
+    /// Storage of parameters, gradients, statistics.
+    type Full: Send + Sync;
+
+    /// Zeroed activation storage for `len` numbers.
+    fn act(&self, len: usize) -> Self::Act;
+    /// Zeroed full-precision storage for `len` numbers.
+    fn full(&self, len: usize) -> Self::Full;
+    /// Bytes of one number in activation and in full-precision storage.
+    fn widths(&self) -> (usize, usize);
+    /// Copies `from` to the start of `to`.
+    fn upload(&self, from: &[f32], to: &mut Self::Full);
+    /// Copies `from` to the host.
+    fn download(&self, from: &Self::Full) -> Vec<f32>;
+    /// Copies the first `len` activations to the host, widened.
+    fn download_act(&self, from: &Self::Act, len: usize) -> Vec<f32>;
+    /// The first `len` numbers at full precision, for scalars the host decides on (loss, norm).
+    fn scalars(&self, from: &Self::Full, len: usize) -> Vec<f64>;
+    /// Sets everything to zero.
+    fn zero(&self, x: &mut Self::Full);
+    /// Rounds parameters to the storage of products.
+    fn cast(&self, from: &Self::Full, to: &mut Self::Act);
+
+    /// Pictures that are processed together as one unit when a batch holds `images`.
+    fn images_per_unit(&self, images: usize) -> usize;
+    /// Workers that process units at the same time; each has its own scratch memory.
+    fn workers(&self) -> usize;
+    /// Calls `work(unit index, unit, slot, worker)` for every unit. Unit u belongs to slot `u % slots.len()`, and the
+    /// units of a slot are processed in ascending order, so what a slot sums does not depend on the number of workers.
+    fn each_unit<U: Send, S: Send, W: Send>(
+        &self,
+        units: &mut [U],
+        slots: &mut [S],
+        workers: &mut [W],
+        work: impl Fn(usize, &mut U, &mut S, &mut W) + Sync,
+    );
+}
+
+/// Products of tokens with weights.
+pub trait Linear: Memory {
+    /// `y = x·Wᵀ + bias`; with `add`, adds to y.
+    fn linear(&self, x: &Self::Act, w: &Self::Act, bias: Option<&Self::Full>, p: Product, y: &mut Self::Act, add: bool);
+    /// `dx = dy·W`; with `add`, adds to dx.
+    fn linear_backward_input(&self, dy: &Self::Act, w: &Self::Act, p: Product, dx: &mut Self::Act, add: bool);
+    /// Adds `dyᵀ·x` to dw.
+    fn linear_backward_weight(&self, dy: &Self::Act, x: &Self::Act, p: Product, dw: &mut Self::Full);
+    /// Adds the column sums of dy `(rows, outputs)` to db.
+    fn linear_backward_bias(&self, dy: &Self::Act, rows: usize, outputs: usize, db: &mut Self::Full);
+}
+
+/// Gathering convolution windows into the rows of a matrix, so that a convolution becomes a product. A row is
+/// `(ky, kx, channel)`.
+pub trait Patches: Memory {
+    /// Augments, normalises (ImageNet) and gathers the pixels of `samples`, each `(size, size, 3)`, into
+    /// `(images·windows, side·side·3)`.
+    fn pixel_patches(&self, samples: &[Sample<'_>], size: usize, window: Window, out: &mut Self::Act);
+    /// Gathers tokens `(grid, channels)` into `(windows, side·side·channels)`.
+    fn patches(&self, x: &Self::Act, grid: Grid, channels: usize, window: Window, out: &mut Self::Act);
+    /// Gradient of [`Patches::patches`]; with `add`, adds to dx.
+    fn patches_backward(
+        &self,
+        dout: &Self::Act,
+        grid: Grid,
+        channels: usize,
+        window: Window,
+        dx: &mut Self::Act,
+        add: bool,
+    );
+}
+
+/// Normalisation over channels (Ba, Kiros, Hinton, "Layer Normalization", 2016), eps 1e-5.
+pub trait LayerNorm: Memory {
+    /// `y = (x - mean)/sqrt(var + eps)·gamma + beta` per row of `channels`; `stats` receives (mean, 1/std) per row.
+    fn layer_norm(
+        &self,
+        x: &Self::Act,
+        gamma: &Self::Full,
+        beta: &Self::Full,
+        rows: usize,
+        channels: usize,
+        y: &mut Self::Act,
+        stats: &mut Self::Full,
+    );
+    /// Gradient towards x; with `add`, adds to dx.
+    #[allow(clippy::too_many_arguments)]
+    fn layer_norm_backward(
+        &self,
+        dy: &Self::Act,
+        x: &Self::Act,
+        stats: &Self::Full,
+        gamma: &Self::Full,
+        rows: usize,
+        channels: usize,
+        dx: &mut Self::Act,
+        add: bool,
+    );
+    /// Adds the gradients of gamma and beta.
+    #[allow(clippy::too_many_arguments)]
+    fn layer_norm_backward_params(
+        &self,
+        dy: &Self::Act,
+        x: &Self::Act,
+        stats: &Self::Full,
+        rows: usize,
+        channels: usize,
+        dgamma: &mut Self::Full,
+        dbeta: &mut Self::Full,
+    );
+}
+
+/// Scaled dot-product attention (Vaswani et al., 2017).
+pub trait Attention: Memory {
+    /// `o = softmax(q·kᵀ/sqrt(head))·v` per head; `lse` receives the logarithm of each softmax denominator,
+    /// `(images, heads, queries)`, of the scaled scores.
+    fn attention(
+        &self,
+        q: &Self::Act,
+        k: &Self::Act,
+        v: &Self::Act,
+        shape: AttentionShape,
+        o: &mut Self::Act,
+        lse: &mut Self::Full,
+    );
+    /// Gradients of q, k and v; probabilities are recomputed from `lse`.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_backward(
+        &self,
+        q: &Self::Act,
+        k: &Self::Act,
+        v: &Self::Act,
+        o: &Self::Act,
+        lse: &Self::Full,
+        d_o: &Self::Act,
+        shape: AttentionShape,
+        dq: &mut Self::Act,
+        dk: &mut Self::Act,
+        dv: &mut Self::Act,
+    );
+}
+
+/// The middle of a Mix-FFN: depth-wise 3x3 convolution with zero padding, bias, GELU in its erf form (Hendrycks and
+/// Gimpel, 2016).
+pub trait Depthwise: Memory {
+    /// `g = gelu(conv(h) + b)`; w is `(9, channels)`.
+    fn depthwise_gelu(
+        &self,
+        h: &Self::Act,
+        w: &Self::Full,
+        b: &Self::Full,
+        grid: Grid,
+        channels: usize,
+        g: &mut Self::Act,
+    );
+    /// Turns `dg` into the gradient before the GELU, in place; `g` receives the forward output again.
+    #[allow(clippy::too_many_arguments)]
+    fn depthwise_gelu_backward(
+        &self,
+        h: &Self::Act,
+        w: &Self::Full,
+        b: &Self::Full,
+        grid: Grid,
+        channels: usize,
+        dg: &mut Self::Act,
+        g: Option<&mut Self::Act>,
+    );
+    /// Gradient of the convolution towards its input; `du` is what [`Depthwise::depthwise_gelu_backward`] left.
+    fn depthwise_backward_input(&self, du: &Self::Act, w: &Self::Full, grid: Grid, channels: usize, dh: &mut Self::Act);
+    /// Adds the gradients of w and b.
+    fn depthwise_backward_params(
+        &self,
+        du: &Self::Act,
+        h: &Self::Act,
+        grid: Grid,
+        channels: usize,
+        dw: &mut Self::Full,
+        db: &mut Self::Full,
+    );
+}
+
+/// Additions along the residual stream, with stochastic depth (Huang et al., 2016).
+pub trait Residual: Memory {
+    /// `y = x + factor(image)·branch`, one factor per image; without `drop`, the factor is 1.
+    fn residual(
+        &self,
+        x: &Self::Act,
+        branch: &Self::Act,
+        drop: Option<Dropout>,
+        grid: Grid,
+        channels: usize,
+        y: &mut Self::Act,
+    );
+    /// `y = factor(image)·x`.
+    fn drop_path(&self, x: &Self::Act, drop: Dropout, grid: Grid, channels: usize, y: &mut Self::Act);
+    /// `y = factor(element)·x`.
+    fn dropout(&self, x: &Self::Act, drop: Dropout, len: usize, y: &mut Self::Act);
+    /// Adds the first `len` numbers of x to y.
+    fn accumulate(&self, x: &Self::Act, len: usize, y: &mut Self::Act);
+}
+
+/// Bilinear interpolation with half-pixel centres (`align_corners = false`).
+pub trait Resize: Memory {
+    /// Adds x `(from, channels)`, resized to `to`, to y; with `add` false, overwrites y.
+    fn upsample(&self, x: &Self::Act, from: Grid, to: Grid, channels: usize, y: &mut Self::Act, add: bool);
+    /// `dx`: the transpose of [`Resize::upsample`] applied to dy.
+    fn upsample_backward(&self, dy: &Self::Act, from: Grid, to: Grid, channels: usize, dx: &mut Self::Act);
+}
+
+/// How the head normalises: statistics of the batch, in training, or running estimates.
+pub struct BatchNormView<'a, F> {
+    /// `(mean, 1/std)` interleaved by kind: channels means, then channels inverse deviations.
+    pub stats: &'a F,
+    /// Scale.
+    pub gamma: &'a F,
+    /// Shift.
+    pub beta: &'a F,
+}
+
+/// The end of the decoder: BatchNorm (Ioffe and Szegedy, 2015; eps 1e-5) → ReLU → dropout → classifier.
+pub trait Head: Memory {
+    /// Measures z `(rows, channels)`: `moments` receives, per channel, the mean and then (from `channels` on) the sum of
+    /// squared deviations from it.
+    fn batch_moments(&self, z: &Self::Act, rows: usize, channels: usize, moments: &mut Self::Full);
+    /// Joins the moments of units with `rows[u]` rows each (Chan, Golub, LeVeque, 1979) to `stats` (mean, 1/std), and
+    /// moves the running mean and (unbiased) variance by `momentum`.
+    fn batch_stats(
+        &self,
+        moments: &[&Self::Full],
+        rows: &[usize],
+        channels: usize,
+        momentum: f64,
+        stats: &mut Self::Full,
+        running_mean: &mut Self::Full,
+        running_var: &mut Self::Full,
+    );
+    /// `stats` (mean, 1/std) from running estimates.
+    fn running_stats(
+        &self,
+        running_mean: &Self::Full,
+        running_var: &Self::Full,
+        channels: usize,
+        stats: &mut Self::Full,
+    );
+    /// `a = dropout(relu(batch_norm(z)))`.
+    fn head_activation(
+        &self,
+        z: &Self::Act,
+        norm: BatchNormView<'_, Self::Full>,
+        drop: Option<Dropout>,
+        rows: usize,
+        channels: usize,
+        a: &mut Self::Act,
+    );
+    /// Turns `da`, the gradient after dropout, into the gradient after BatchNorm, in place, and writes per channel the sums
+    /// of it and of its product with the normalised z to `sums`.
+    fn head_backward(
+        &self,
+        z: &Self::Act,
+        norm: BatchNormView<'_, Self::Full>,
+        drop: Option<Dropout>,
+        rows: usize,
+        channels: usize,
+        da: &mut Self::Act,
+        sums: &mut Self::Full,
+    );
+    /// Adds up the `sums` of units in order; `total` is the gradient of (beta, gamma).
+    fn batch_sums(&self, sums: &[&Self::Full], total: &mut Self::Full);
+    /// Gradient of BatchNorm in training mode towards z, in place in `dy`; `total` as [`Head::batch_sums`] made it over
+    /// `batch_rows` rows.
+    fn batch_norm_backward(
+        &self,
+        z: &Self::Act,
+        norm: BatchNormView<'_, Self::Full>,
+        total: &Self::Full,
+        batch_rows: usize,
+        rows: usize,
+        channels: usize,
+        dy: &mut Self::Act,
+    );
+}
+
+/// What the loss leaves on the device: numbers per image.
+pub trait Loss: Memory {
+    /// Cross-entropy of logits `(from, labels)`, upsampled to the samples' `size`², against their labels; pixels whose label
+    /// is not one of `labels` do not count. Adds to `out`, per image, `scale` times the loss summed over its pixels.
+    /// `gradient` receives the gradient of the same quantity at logit resolution.
+    #[allow(clippy::too_many_arguments)]
+    fn cross_entropy(
+        &self,
+        logits: &Self::Act,
+        from: Grid,
+        labels: usize,
+        samples: &[Sample<'_>],
+        size: usize,
+        scale: f64,
+        out: &mut Self::Full,
+        gradient: Option<&mut Self::Act>,
+    );
+    /// Confusion counts per image, `counts[image][truth·labels + prediction]`, of the upsampled logits' first largest class.
+    fn confusion(
+        &self,
+        logits: &Self::Act,
+        from: Grid,
+        labels: usize,
+        samples: &[Sample<'_>],
+        size: usize,
+        counts: &mut [u64],
+    );
+}
+
+/// Which operand of a small matrix product is read transposed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transpose {
+    /// `a·b`
+    None,
+    /// `aᵀ·b`
+    Left,
+    /// `a·bᵀ`
+    Right,
+}
+
+/// Products among parameters: merging adapters, folding the decoder, and the way back.
+pub trait Matrix: Memory {
+    /// `c = alpha·op(a)·op(b)`; `size` is (m, n, k): c is `(m, n)`, k is summed over. With `add`, adds to c.
+    #[allow(clippy::too_many_arguments)]
+    fn matrix_product(
+        &self,
+        a: &Self::Full,
+        b: &Self::Full,
+        transpose: Transpose,
+        size: (usize, usize, usize),
+        alpha: f64,
+        c: &mut Self::Full,
+        add: bool,
+    );
+    /// Copies columns `start..start + n` of x `(rows, columns)` to y `(rows, n)`.
+    fn columns(&self, x: &Self::Full, columns: usize, start: usize, n: usize, y: &mut Self::Full);
+    /// Adds y `(rows, n)` to columns `start..start + n` of x `(rows, columns)`.
+    fn add_columns(&self, y: &Self::Full, columns: usize, start: usize, n: usize, x: &mut Self::Full);
+    /// `y = alpha·x`
+    fn scale(&self, alpha: f64, x: &Self::Full, y: &mut Self::Full);
+    /// Adds `x[start..]` to y, as far as y goes.
+    fn add_part(&self, x: &Self::Full, start: usize, y: &mut Self::Full);
+    /// `y += x`
+    fn add(&self, x: &Self::Full, y: &mut Self::Full);
+}
+
+/// The update.
+pub trait Optimizer: Memory {
+    /// Euclidean norm of all gradients together, to `norm[0]`.
+    fn gradient_norm(&self, gradients: &[&Self::Full], norm: &mut Self::Full);
+    /// One AdamW update of one tensor with its moments m and v. The gradient counts times
+    /// `min(1, max_norm / (norm[0] + 1e-6))`, as `torch.nn.utils.clip_grad_norm_` has it.
+    fn adamw(
+        &self,
+        update: &AdamW,
+        norm: &Self::Full,
+        gradient: &Self::Full,
+        parameter: &mut Self::Full,
+        m: &mut Self::Full,
+        v: &mut Self::Full,
+    );
+}

@@ -1,0 +1,160 @@
+//! A product with weight, bias and, where LoRA has dropout, the adapter's separate path.
+
+use super::model::{Pass, SideScratch};
+use super::plan::product;
+use super::tensors::{Gradients, Id};
+use crate::backend::{Backend, Dropout, Product};
+use crate::random::Purpose;
+
+/// `y = x·Wᵀ + b`. Without dropout an adapter is merged into W; with it, it runs beside as a [`SidePath`].
+#[derive(Clone, Debug)]
+pub struct Affine {
+    /// W `(outputs, inputs)`.
+    pub weight: Id,
+    /// b `(outputs)`.
+    pub bias: Option<Id>,
+    /// Columns of x.
+    pub inputs: usize,
+    /// Columns of y.
+    pub outputs: usize,
+    /// The adapter's separate path.
+    pub side: Option<SidePath>,
+}
+
+/// `y += dropout(x)·Aᵀ·(scale·B)ᵀ`
+#[derive(Clone, Debug)]
+pub struct SidePath {
+    /// A `(rank, inputs)`.
+    pub a: Id,
+    /// scale·B `(outputs, rank)`.
+    pub b: Id,
+    /// Rank.
+    pub rank: usize,
+    /// Dropout rate.
+    pub rate: f32,
+    /// Number of the adapter, which selects its random numbers.
+    pub site: u32,
+}
+
+impl SidePath {
+    /// The dropout at the adapter's input of `per_image` numbers; none outside training.
+    fn dropout<B: Backend>(&self, pass: &Pass<'_, B>, per_image: usize) -> Option<Dropout> {
+        pass.dropout(Purpose::LoraDropout, self.site, self.rate, per_image)
+    }
+
+    fn down(&self, rows: usize, inputs: usize) -> Product {
+        Product { rows, inputs, outputs: self.rank }
+    }
+
+    fn up(&self, rows: usize, outputs: usize) -> Product {
+        Product { rows, inputs: self.rank, outputs }
+    }
+}
+
+impl Affine {
+    /// `y = x·Wᵀ + b`, with the separate path added.
+    pub fn forward<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        rows: usize,
+        y: &mut B::Act,
+        scratch: &mut SideScratch<B>,
+    ) {
+        let (backend, tensors) = (pass.backend, pass.tensors);
+        let bias = self.bias.map(|id| tensors.value(id));
+        backend.linear(x, tensors.product(self.weight), bias, product(self, rows), y, false);
+        if let Some(side) = &self.side {
+            self.low(side, pass, x, rows, scratch);
+            backend.linear(&scratch.low, tensors.product(side.b), None, side.up(rows, self.outputs), y, true);
+        }
+    }
+
+    /// Writes (or with `add` adds) the gradient towards x.
+    pub fn backward_input<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        dy: &B::Act,
+        rows: usize,
+        dx: &mut B::Act,
+        add: bool,
+        scratch: &mut SideScratch<B>,
+    ) {
+        let (backend, tensors) = (pass.backend, pass.tensors);
+        backend.linear_backward_input(dy, tensors.product(self.weight), product(self, rows), dx, add);
+        if let Some(side) = &self.side {
+            let (up, down) = (side.up(rows, self.outputs), side.down(rows, self.inputs));
+            backend.linear_backward_input(dy, tensors.product(side.b), up, &mut scratch.low_gradient, false);
+            let a = tensors.product(side.a);
+            match side.dropout(pass, rows / pass.images * self.inputs) {
+                None => backend.linear_backward_input(&scratch.low_gradient, a, down, dx, true),
+                Some(drop) => {
+                    let SideScratch { input, dropped, low_gradient, .. } = scratch;
+                    backend.linear_backward_input(low_gradient, a, down, input, false);
+                    backend.dropout(input, drop, rows * self.inputs, dropped);
+                    backend.accumulate(dropped, rows * self.inputs, dx);
+                }
+            }
+        }
+    }
+
+    /// Whether [`Affine::backward_params`] has anything to do, so that its input must be at hand.
+    pub fn trains<B: Backend>(&self, gradients: &Gradients<B>) -> bool {
+        self.side.is_some()
+            || gradients.get(self.weight).is_some()
+            || self.bias.is_some_and(|b| gradients.get(b).is_some())
+    }
+
+    /// Sums the gradients that are wanted.
+    pub fn backward_params<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        dy: &B::Act,
+        rows: usize,
+        gradients: &mut Gradients<B>,
+        scratch: &mut SideScratch<B>,
+    ) {
+        let (backend, tensors) = (pass.backend, pass.tensors);
+        if let Some(dw) = gradients.get_mut(self.weight) {
+            backend.linear_backward_weight(dy, x, product(self, rows), dw);
+        }
+        if let Some(db) = self.bias.and_then(|id| gradients.get_mut(id)) {
+            backend.linear_backward_bias(dy, rows, self.outputs, db);
+        }
+        if let Some(side) = &self.side {
+            let dropped = self.low(side, pass, x, rows, scratch);
+            let (up, down) = (side.up(rows, self.outputs), side.down(rows, self.inputs));
+            if let Some(db) = gradients.get_mut(side.b) {
+                backend.linear_backward_weight(dy, &scratch.low, up, db);
+            }
+            backend.linear_backward_input(dy, tensors.product(side.b), up, &mut scratch.low_gradient, false);
+            if let Some(da) = gradients.get_mut(side.a) {
+                let input = if dropped { &scratch.dropped } else { x };
+                backend.linear_backward_weight(&scratch.low_gradient, input, down, da);
+            }
+        }
+    }
+
+    /// `scratch.low = dropout(x)·Aᵀ`; true if the dropped x stands in `scratch.dropped`.
+    fn low<B: Backend>(
+        &self,
+        side: &SidePath,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        rows: usize,
+        scratch: &mut SideScratch<B>,
+    ) -> bool {
+        let (a, down) = (pass.tensors.product(side.a), side.down(rows, self.inputs));
+        let drop = side.dropout(pass, rows / pass.images * self.inputs);
+        let input = match drop {
+            Some(drop) => {
+                pass.backend.dropout(x, drop, rows * self.inputs, &mut scratch.dropped);
+                &scratch.dropped
+            }
+            None => x,
+        };
+        pass.backend.linear(input, a, None, down, &mut scratch.low, false);
+        drop.is_some()
+    }
+}

@@ -1,0 +1,189 @@
+//! Efficient self-attention: LayerNorm, keys and values from tokens reduced by a strided convolution, output product,
+//! residual.
+
+use super::affine::Affine;
+use super::model::{Pass, Scratch};
+use super::norm::Norm;
+use super::tensors::Gradients;
+use crate::backend::{AttentionShape, Backend, Dropout, Grid, Window};
+
+/// The layer.
+pub struct AttentionLayer {
+    /// LayerNorm before it.
+    pub norm: Norm,
+    /// Q.
+    pub query: Affine,
+    /// K.
+    pub key: Affine,
+    /// V.
+    pub value: Affine,
+    /// Output product.
+    pub output: Affine,
+    /// Sequence reduction: convolution and LayerNorm.
+    pub reduction: Option<(Affine, Norm)>,
+    /// Geometry of the sequence reduction.
+    pub window: Window,
+    /// Heads.
+    pub heads: usize,
+    /// Channels.
+    pub channels: usize,
+    /// Whether gradients must reach its input.
+    pub input_gradient: bool,
+    /// Whether anything in it is trained.
+    pub trains: bool,
+}
+
+/// What the backward pass needs besides the layer's input.
+pub struct AttentionActs<B: Backend> {
+    /// (mean, 1/std) of the LayerNorm.
+    pub stats: B::Full,
+    /// Q.
+    pub q: B::Act,
+    /// Reduced tokens before their LayerNorm, with its (mean, 1/std).
+    pub reduced: Option<(B::Act, B::Full)>,
+    /// K.
+    pub k: B::Act,
+    /// V.
+    pub v: B::Act,
+    /// Attention output before the output product.
+    pub o: B::Act,
+    /// Logarithms of the softmax denominators.
+    pub lse: B::Full,
+}
+
+impl AttentionLayer {
+    /// The grid of keys.
+    pub fn keys(&self, grid: Grid) -> Grid {
+        grid.through(self.window)
+    }
+
+    fn shape(&self, grid: Grid) -> AttentionShape {
+        AttentionShape {
+            images: grid.images,
+            heads: self.heads,
+            head: self.channels / self.heads,
+            queries: grid.area(),
+            keys: self.keys(grid).area(),
+        }
+    }
+
+    /// `y = x + drop·attention(norm(x))`
+    #[allow(clippy::too_many_arguments)]
+    pub fn forward<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        grid: Grid,
+        drop: Option<Dropout>,
+        acts: &mut AttentionActs<B>,
+        y: &mut B::Act,
+        scratch: &mut Scratch<B>,
+    ) {
+        let backend = pass.backend;
+        let (rows, key_rows) = (grid.rows(), self.keys(grid).rows());
+        let Scratch { tokens: [normed, keyed, ..], patches, side, .. } = scratch;
+        self.norm.forward(pass, x, rows, normed, &mut acts.stats);
+        self.query.forward(pass, normed, rows, &mut acts.q, side);
+        let source = match (&self.reduction, &mut acts.reduced) {
+            (Some((convolution, norm)), Some((raw, stats))) => {
+                backend.patches(normed, grid, self.channels, self.window, patches);
+                convolution.forward(pass, patches, key_rows, raw, side);
+                norm.forward(pass, raw, key_rows, keyed, stats);
+                keyed
+            }
+            _ => &mut *normed,
+        };
+        self.key.forward(pass, source, key_rows, &mut acts.k, side);
+        self.value.forward(pass, source, key_rows, &mut acts.v, side);
+        backend.attention(&acts.q, &acts.k, &acts.v, self.shape(grid), &mut acts.o, &mut acts.lse);
+        self.output.forward(pass, &acts.o, rows, normed, side);
+        backend.residual(x, normed, drop, grid, self.channels, y);
+    }
+
+    /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients.
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        grid: Grid,
+        drop: Option<Dropout>,
+        acts: &AttentionActs<B>,
+        d: &mut B::Act,
+        gradients: &mut Gradients<B>,
+        scratch: &mut Scratch<B>,
+    ) {
+        if !self.input_gradient && !self.trains {
+            return;
+        }
+        let backend = pass.backend;
+        let (rows, key_rows) = (grid.rows(), self.keys(grid).rows());
+        let Scratch { tokens: [t0, t1, t2, t3, t4, t5], patches, side, stats, .. } = scratch;
+
+        // Output product. Afterwards t1 is the gradient of the attention output.
+        let branch = match drop {
+            Some(drop) => {
+                backend.drop_path(d, drop, grid, self.channels, t0);
+                &*t0
+            }
+            None => &*d,
+        };
+        if self.output.trains(gradients) {
+            self.output.backward_params(pass, &acts.o, branch, rows, gradients, side);
+        }
+        self.output.backward_input(pass, branch, rows, t1, false, side);
+
+        // Attention. t2, t3, t4: gradients of q, k, v.
+        let shape = self.shape(grid);
+        backend.attention_backward(&acts.q, &acts.k, &acts.v, &acts.o, &acts.lse, t1, shape, t2, t3, t4);
+
+        // What the products read: t0 the normalised x, t1 the normalised reduced tokens.
+        self.norm.forward(pass, x, rows, t0, stats);
+        let below = self.input_gradient || gradients.get(self.norm.gamma).is_some();
+        let source = match (&self.reduction, &acts.reduced) {
+            (Some((_, norm)), Some((raw, _))) => {
+                norm.forward(pass, raw, key_rows, t1, stats);
+                &*t1
+            }
+            _ => &*t0,
+        };
+        if self.query.trains(gradients) {
+            self.query.backward_params(pass, t0, t2, rows, gradients, side);
+        }
+        for (affine, gradient) in [(&self.key, &*t3), (&self.value, &*t4)] {
+            if affine.trains(gradients) {
+                affine.backward_params(pass, source, gradient, key_rows, gradients, side);
+            }
+        }
+
+        // Towards the LayerNorm: t5 collects the gradient of its output.
+        match (&self.reduction, &acts.reduced) {
+            (Some((convolution, norm)), Some((raw, raw_stats))) => {
+                let trains = convolution.trains(gradients);
+                if below || trains || gradients.get(norm.gamma).is_some() {
+                    self.key.backward_input(pass, t3, key_rows, t5, false, side);
+                    self.value.backward_input(pass, t4, key_rows, t5, true, side);
+                    norm.backward(pass, t5, raw, raw_stats, key_rows, gradients, Some((&mut *t1, false)));
+                    if trains {
+                        backend.patches(t0, grid, self.channels, self.window, patches);
+                        convolution.backward_params(pass, patches, t1, key_rows, gradients, side);
+                    }
+                }
+                if below {
+                    convolution.backward_input(pass, t1, key_rows, patches, false, side);
+                    backend.patches_backward(patches, grid, self.channels, self.window, t5, false);
+                }
+            }
+            _ if below => {
+                self.key.backward_input(pass, t3, key_rows, t5, false, side);
+                self.value.backward_input(pass, t4, key_rows, t5, true, side);
+            }
+            _ => {}
+        }
+        if below {
+            self.query.backward_input(pass, t2, rows, t5, true, side);
+            let dx = self.input_gradient.then_some((d, true));
+            self.norm.backward(pass, t5, x, &acts.stats, rows, gradients, dx);
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! The encoder: stages of patch embedding, transformer blocks and LayerNorm.
+
+use super::attention::{AttentionActs, AttentionLayer};
+use super::mix_ffn::{FfnActs, MixFfn};
+use super::model::{Pass, Scratch, Worker};
+use super::norm::Norm;
+use super::patch_embed::{EmbedActs, EmbedInput, PatchEmbed};
+use super::tensors::Gradients;
+use crate::backend::{Backend, Dropout, Grid, Sample};
+use crate::random::Purpose;
+
+/// A transformer block.
+pub struct Block {
+    /// Efficient self-attention.
+    pub attention: AttentionLayer,
+    /// Mix-FFN.
+    pub ffn: MixFfn,
+    /// Stochastic-depth rate of both.
+    pub drop_path: f32,
+    /// Number of the block in the model.
+    pub number: u32,
+}
+
+/// A stage.
+pub struct Stage {
+    /// Patch embedding.
+    pub embed: PatchEmbed,
+    /// Blocks.
+    pub blocks: Vec<Block>,
+    /// LayerNorm at the end.
+    pub norm: Norm,
+    /// Channels.
+    pub channels: usize,
+}
+
+/// What the backward pass of a block needs.
+pub struct BlockActs<B: Backend> {
+    attention: AttentionActs<B>,
+    /// Between attention and Mix-FFN.
+    middle: B::Act,
+    ffn: FfnActs<B>,
+}
+
+/// What the backward pass of a stage needs, and its output.
+pub struct StageActs<B: Backend> {
+    /// Tokens of the stage.
+    pub grid: Grid,
+    from: Grid,
+    embed: EmbedActs<B>,
+    /// The residual stream before each block and after the last.
+    stream: Vec<B::Act>,
+    blocks: Vec<BlockActs<B>>,
+    stats: B::Full,
+    /// Output `(grid, channels)`.
+    pub out: B::Act,
+}
+
+impl<B: Backend> StageActs<B> {
+    /// Says how many pictures the storage holds from now on; no more than it was made for.
+    pub fn set_images(&mut self, images: usize) {
+        self.grid.images = images;
+        self.from.images = images;
+    }
+}
+
+impl Block {
+    /// Stochastic depth of the attention (`half` 0) or Mix-FFN (1) branch.
+    fn drop<B: Backend>(&self, pass: &Pass<'_, B>, half: u32) -> Option<Dropout> {
+        pass.dropout(Purpose::DropPath, self.number * 2 + half, self.drop_path, 1)
+    }
+}
+
+impl Stage {
+    /// Zeroed storage for `from` input pictures.
+    pub fn acts<B: Backend>(&self, backend: &B, from: Grid) -> StageActs<B> {
+        let grid = from.through(self.embed.window);
+        let (rows, channels) = (grid.rows(), self.channels);
+        let tokens = || backend.act(rows * channels);
+        let stats = || backend.full(2 * rows);
+        let blocks = (self.blocks.iter())
+            .map(|block| {
+                let keys = block.attention.keys(grid).rows();
+                BlockActs {
+                    attention: AttentionActs {
+                        stats: stats(),
+                        q: tokens(),
+                        reduced: (block.attention.reduction.is_some())
+                            .then(|| (backend.act(keys * channels), backend.full(2 * keys))),
+                        k: backend.act(keys * channels),
+                        v: backend.act(keys * channels),
+                        o: tokens(),
+                        lse: backend.full(rows * block.attention.heads),
+                    },
+                    middle: tokens(),
+                    ffn: FfnActs { stats: stats(), h: backend.act(rows * block.ffn.hidden) },
+                }
+            })
+            .collect();
+        StageActs {
+            grid,
+            from,
+            embed: EmbedActs { raw: tokens(), stats: stats() },
+            stream: (0..=self.blocks.len()).map(|_| tokens()).collect(),
+            blocks,
+            stats: stats(),
+            out: tokens(),
+        }
+    }
+
+    /// Largest gathered patch matrix for inputs of `from`, in numbers.
+    pub fn patch_len(&self, from: Grid) -> usize {
+        let grid = from.through(self.embed.window);
+        // The sequence reduction's windows do not overlap, so they gather no more than the tokens.
+        (grid.rows() * self.embed.projection.inputs).max(grid.rows() * self.channels)
+    }
+
+    fn forward<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        input: &EmbedInput<'_, '_, B>,
+        acts: &mut StageActs<B>,
+        scratch: &mut Scratch<B>,
+    ) {
+        self.embed.forward(pass, input, acts.from, &mut acts.embed, &mut acts.stream[0], scratch);
+        for (j, (block, saved)) in self.blocks.iter().zip(&mut acts.blocks).enumerate() {
+            let (before, after) = acts.stream.split_at_mut(j + 1);
+            let drop = block.drop(pass, 0);
+            block.attention.forward(
+                pass,
+                &before[j],
+                acts.grid,
+                drop,
+                &mut saved.attention,
+                &mut saved.middle,
+                scratch,
+            );
+            let drop = block.drop(pass, 1);
+            block.ffn.forward(pass, &saved.middle, acts.grid, drop, &mut saved.ffn, &mut after[0], scratch);
+        }
+        let last = &acts.stream[self.blocks.len()];
+        self.norm.forward(pass, last, acts.grid.rows(), &mut acts.out, &mut acts.stats);
+    }
+
+    /// From the gradient `out_gradient` of the stage's output; `below` receives, added, the gradient of its input. `d` is
+    /// room for the gradient of the residual stream.
+    #[allow(clippy::too_many_arguments)]
+    fn backward<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        input: &EmbedInput<'_, '_, B>,
+        acts: &StageActs<B>,
+        out_gradient: &B::Act,
+        d: &mut B::Act,
+        gradients: &mut Gradients<B>,
+        below: Option<&mut B::Act>,
+        scratch: &mut Scratch<B>,
+    ) {
+        let rows = acts.grid.rows();
+        let last = &acts.stream[self.blocks.len()];
+        self.norm.backward(pass, out_gradient, last, &acts.stats, rows, gradients, Some((&mut *d, false)));
+        for (j, (block, saved)) in self.blocks.iter().zip(&acts.blocks).enumerate().rev() {
+            let drop = block.drop(pass, 1);
+            block.ffn.backward(pass, &saved.middle, acts.grid, drop, &saved.ffn, d, gradients, scratch);
+            let drop = block.drop(pass, 0);
+            let x = &acts.stream[j];
+            block.attention.backward(pass, x, acts.grid, drop, &saved.attention, d, gradients, scratch);
+        }
+        if self.embed.input_gradient || self.embed.trains {
+            self.embed.backward(pass, input, acts.from, &acts.embed, d, gradients, below, scratch);
+        }
+    }
+}
+
+/// All stages forward.
+pub fn forward<B: Backend>(
+    pass: &Pass<'_, B>,
+    stages: &[Stage],
+    samples: &[Sample<'_>],
+    acts: &mut [StageActs<B>],
+    scratch: &mut Scratch<B>,
+) {
+    for (i, stage) in stages.iter().enumerate() {
+        let (before, now) = acts.split_at_mut(i);
+        let input = match before.last() {
+            Some(previous) => EmbedInput::Tokens(&previous.out),
+            None => EmbedInput::Pixels(samples),
+        };
+        stage.forward(pass, &input, &mut now[0], scratch);
+    }
+}
+
+/// All stages backward; `worker.out_gradients` holds the decoder's gradient of each stage's output, and is used up.
+/// `reached[i]` says whether gradients are wanted at stage i's output.
+pub fn backward<B: Backend>(
+    pass: &Pass<'_, B>,
+    stages: &[Stage],
+    reached: &[bool],
+    samples: &[Sample<'_>],
+    acts: &[StageActs<B>],
+    gradients: &mut Gradients<B>,
+    worker: &mut Worker<B>,
+) {
+    let Worker { scratch, stream, out_gradients } = worker;
+    for (i, stage) in stages.iter().enumerate().rev().filter(|(i, _)| reached[*i]) {
+        let input = match i {
+            0 => EmbedInput::Pixels(samples),
+            _ => EmbedInput::Tokens(&acts[i - 1].out),
+        };
+        let (lower, own) = out_gradients.split_at_mut(i);
+        let below = if stage.embed.input_gradient { lower.last_mut() } else { None };
+        stage.backward(pass, &input, &acts[i], &own[0], stream, gradients, below, scratch);
+    }
+}

@@ -1,0 +1,121 @@
+//! Mix-FFN: LayerNorm, expansion, depth-wise convolution with GELU, contraction, residual.
+
+use super::affine::Affine;
+use super::model::{Pass, Scratch};
+use super::norm::Norm;
+use super::tensors::{Gradients, Id};
+use crate::backend::{Backend, Dropout, Grid};
+
+/// The layer.
+pub struct MixFfn {
+    /// LayerNorm before it.
+    pub norm: Norm,
+    /// Channels to hidden.
+    pub expand: Affine,
+    /// Depth-wise kernel `(9, hidden)`.
+    pub mix_weight: Id,
+    /// Depth-wise bias.
+    pub mix_bias: Id,
+    /// Hidden to channels.
+    pub contract: Affine,
+    /// Channels.
+    pub channels: usize,
+    /// Hidden channels.
+    pub hidden: usize,
+    /// Whether gradients must reach its input.
+    pub input_gradient: bool,
+    /// Whether anything in it is trained.
+    pub trains: bool,
+}
+
+/// What the backward pass needs besides the layer's input.
+pub struct FfnActs<B: Backend> {
+    /// (mean, 1/std) of the LayerNorm.
+    pub stats: B::Full,
+    /// Output of the expansion; the rest is recomputed.
+    pub h: B::Act,
+}
+
+impl MixFfn {
+    /// `y = x + drop·ffn(norm(x))`
+    #[allow(clippy::too_many_arguments)]
+    pub fn forward<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        grid: Grid,
+        drop: Option<Dropout>,
+        acts: &mut FfnActs<B>,
+        y: &mut B::Act,
+        scratch: &mut Scratch<B>,
+    ) {
+        let rows = grid.rows();
+        let Scratch { tokens: [t0, ..], wide: [g, _], side, .. } = scratch;
+        self.norm.forward(pass, x, rows, t0, &mut acts.stats);
+        self.expand.forward(pass, t0, rows, &mut acts.h, side);
+        let (w, b) = (pass.tensors.value(self.mix_weight), pass.tensors.value(self.mix_bias));
+        pass.backend.depthwise_gelu(&acts.h, w, b, grid, self.hidden, g);
+        self.contract.forward(pass, g, rows, t0, side);
+        pass.backend.residual(x, t0, drop, grid, self.channels, y);
+    }
+
+    /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients.
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        grid: Grid,
+        drop: Option<Dropout>,
+        acts: &FfnActs<B>,
+        d: &mut B::Act,
+        gradients: &mut Gradients<B>,
+        scratch: &mut Scratch<B>,
+    ) {
+        if !self.input_gradient && !self.trains {
+            return;
+        }
+        let backend = pass.backend;
+        let rows = grid.rows();
+        let Scratch { tokens: [t0, t1, ..], wide: [du, other], side, stats, .. } = scratch;
+        let branch = match drop {
+            Some(drop) => {
+                backend.drop_path(d, drop, grid, self.channels, t0);
+                &*t0
+            }
+            None => &*d,
+        };
+
+        // The contraction, and back through the GELU; its input is recomputed on the way.
+        let contract_trains = self.contract.trains(gradients);
+        self.contract.backward_input(pass, branch, rows, du, false, side);
+        let (w, b) = (pass.tensors.value(self.mix_weight), pass.tensors.value(self.mix_bias));
+        let g = contract_trains.then_some(&mut *other);
+        backend.depthwise_gelu_backward(&acts.h, w, b, grid, self.hidden, du, g);
+        if contract_trains {
+            self.contract.backward_params(pass, other, branch, rows, gradients, side);
+        }
+
+        // The depth-wise convolution.
+        if let Some((dw, db)) = gradients.pair_mut(self.mix_weight, self.mix_bias) {
+            backend.depthwise_backward_params(du, &acts.h, grid, self.hidden, dw, db);
+        }
+        let expand_trains = self.expand.trains(gradients);
+        let below = self.input_gradient || gradients.get(self.norm.gamma).is_some();
+        if !below && !expand_trains {
+            return;
+        }
+        backend.depthwise_backward_input(du, w, grid, self.hidden, other);
+
+        // The expansion and the LayerNorm.
+        if expand_trains {
+            self.norm.forward(pass, x, rows, t0, stats);
+            self.expand.backward_params(pass, t0, other, rows, gradients, side);
+        }
+        if below {
+            self.expand.backward_input(pass, other, rows, t1, false, side);
+            let dx = self.input_gradient.then_some((d, true));
+            self.norm.backward(pass, t1, x, &acts.stats, rows, gradients, dx);
+        }
+    }
+}

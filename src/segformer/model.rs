@@ -1,0 +1,564 @@
+//! A SegFormer on a device: its numbers, its memory, and the phases of a training step.
+
+use super::SegformerConfig;
+use super::decoder::DecoderActs;
+use super::encoder::{self, StageActs};
+use super::plan::{Plan, Trainable};
+use super::tensors::{Gradients, Id, Tensors};
+use crate::backend::{AdamW, Backend, Dropout, Grid, Sample, Transpose};
+use crate::random::{Philox, Purpose};
+
+/// Slots that sum gradients: a fixed number, so that results do not depend on the number of threads.
+const SLOTS: usize = 8;
+/// BatchNorm's momentum.
+const MOMENTUM: f64 = 0.1;
+
+/// Sizes that memory is planned for.
+#[derive(Clone, Copy, Debug)]
+pub struct ModelOptions {
+    /// Side of the square input pictures, a multiple of 32.
+    pub size: usize,
+    /// Largest micro-batch.
+    pub batch: usize,
+}
+
+/// Selects the random numbers of one micro-batch.
+#[derive(Clone, Copy, Debug)]
+pub struct StepRandom {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Number of the micro-batch in the run.
+    pub step: u32,
+}
+
+/// What an evaluation measured, per image.
+#[derive(Clone, Debug, Default)]
+pub struct Evaluated {
+    /// Loss summed over the image's pixels.
+    pub loss: Vec<f64>,
+    /// `labels²` confusion counts per image, `truth·labels + prediction`.
+    pub counts: Vec<u64>,
+}
+
+/// What every layer is given on one pass over one unit.
+pub struct Pass<'a, B: Backend> {
+    /// The device.
+    pub backend: &'a B,
+    /// Parameters.
+    pub tensors: &'a Tensors<B>,
+    /// Pictures in the unit.
+    pub images: usize,
+    /// Random numbers; none outside training.
+    random: Option<(StepRandom, usize)>,
+}
+
+impl<'a, B: Backend> Pass<'a, B> {
+    /// A pass in training over the unit whose first picture is number `first` of the micro-batch.
+    fn training(backend: &'a B, tensors: &'a Tensors<B>, random: StepRandom, first: usize, images: usize) -> Self {
+        Self { backend, tensors, images, random: Some((random, first)) }
+    }
+
+    /// The dropout of a site with `per_image` numbers per picture; none outside training or at rate 0.
+    pub fn dropout(&self, purpose: Purpose, site: u32, rate: f32, per_image: usize) -> Option<Dropout> {
+        let (random, first_image) = self.random?;
+        let stream = Philox::new(random.seed, purpose, site, random.step);
+        (rate > 0.0).then_some(Dropout { rate, stream, first: (first_image * per_image) as u64 })
+    }
+}
+
+/// Room that one worker reuses from layer to layer.
+pub struct Scratch<B: Backend> {
+    /// Token matrices of the largest stage.
+    pub tokens: [B::Act; 6],
+    /// Matrices as wide as the decoder or the Mix-FFN, whichever is larger.
+    pub wide: [B::Act; 2],
+    /// Gathered patches.
+    pub patches: B::Act,
+    /// LayerNorm statistics nobody keeps.
+    pub stats: B::Full,
+    /// Room of separate LoRA paths.
+    pub side: SideScratch<B>,
+}
+
+/// Room of separate LoRA paths; empty without them.
+pub struct SideScratch<B: Backend> {
+    /// `(rows, inputs)`
+    pub input: B::Act,
+    /// `(rows, inputs)` after dropout.
+    pub dropped: B::Act,
+    /// `(rows, rank)`
+    pub low: B::Act,
+    /// Gradient of `low`.
+    pub low_gradient: B::Act,
+}
+
+/// What one worker owns.
+pub struct Worker<B: Backend> {
+    /// Room for layers.
+    pub scratch: Scratch<B>,
+    /// Gradient of the residual stream.
+    pub stream: B::Act,
+    /// Gradients of the stages' outputs.
+    pub out_gradients: Vec<B::Act>,
+}
+
+/// The activations of pictures that are processed together.
+struct Unit<B: Backend> {
+    images: usize,
+    stages: Vec<StageActs<B>>,
+    decoder: DecoderActs<B>,
+    /// Loss per image, summed over micro-batches until it is read.
+    loss: B::Full,
+    counts: Vec<u64>,
+}
+
+impl<B: Backend> Unit<B> {
+    /// Logits `(labels, height, width)` of the first `images` pictures.
+    fn logits(&self, backend: &B, labels: usize, images: usize) -> Vec<Vec<f32>> {
+        let area = self.stages[0].grid.area();
+        let tokens = backend.download_act(&self.decoder.logits, images * area * labels);
+        let planar = |image: &[f32]| (0..labels * area).map(|i| image[i % area * labels + i / area]).collect();
+        tokens.chunks_exact(area * labels).map(planar).collect()
+    }
+}
+
+/// A SegFormer on a device.
+pub struct Model<B: Backend> {
+    backend: B,
+    plan: Plan,
+    config: SegformerConfig,
+    options: ModelOptions,
+    tensors: Tensors<B>,
+    slots: Vec<Gradients<B>>,
+    units: Vec<Unit<B>>,
+    workers: Vec<Worker<B>>,
+    /// F_i, the fuse's columns for each stage.
+    fuse_blocks: Vec<B::Full>,
+    /// `(width, width)`
+    square: B::Full,
+    stats: B::Full,
+    total: B::Full,
+    norm: B::Full,
+    batches_tracked: u64,
+}
+
+/// First and second moments of the trained tensors.
+pub struct Moments<B: Backend> {
+    /// Running mean of the gradients, by trained tensor.
+    pub first: Vec<B::Full>,
+    /// Running mean of their squares.
+    pub second: Vec<B::Full>,
+}
+
+impl<B: Backend> Model<B> {
+    /// Plans and allocates everything a run needs. All weights are zero until set.
+    pub fn new(backend: B, config: &SegformerConfig, options: ModelOptions, trainable: &Trainable) -> Self {
+        let plan = Plan::new(config, trainable);
+        let lengths = plan.lengths();
+        let per_unit = backend.images_per_unit(options.batch).max(1);
+        let count = options.batch.div_ceil(per_unit);
+        let pixels = Grid { images: per_unit, height: options.size, width: options.size };
+        let width = plan.decoder.width;
+
+        let units: Vec<Unit<B>> = (0..count)
+            .map(|_| {
+                let mut grid = pixels;
+                let stages: Vec<_> = (plan.stages.iter())
+                    .map(|stage| {
+                        let acts = stage.acts(&backend, grid);
+                        grid = acts.grid;
+                        acts
+                    })
+                    .collect();
+                Unit {
+                    images: per_unit,
+                    decoder: plan.decoder.acts(&backend, stages[0].grid),
+                    stages,
+                    loss: backend.full(per_unit),
+                    counts: vec![0; per_unit * plan.decoder.labels * plan.decoder.labels],
+                }
+            })
+            .collect();
+
+        let grids: Vec<Grid> = units.first().map_or(Vec::new(), |u| u.stages.iter().map(|s| s.grid).collect());
+        let largest = |size: &dyn Fn(usize) -> usize| (0..grids.len()).map(size).max().unwrap_or(0);
+        let tokens = largest(&|s| grids[s].rows() * plan.stages[s].channels);
+        let hidden = largest(&|s| {
+            let hidden = plan.stages[s].blocks.iter().map(|b| b.ffn.hidden).max().unwrap_or(0);
+            grids[s].rows() * hidden
+        });
+        let rows = largest(&|s| grids[s].rows());
+        let wide = hidden.max(rows * width);
+        let patches = largest(&|s| plan.stages[s].patch_len(if s == 0 { pixels } else { grids[s - 1] }));
+        let with_side = plan.side_inputs() > 0;
+        let side_len = if with_side { tokens.max(hidden).max(patches) } else { 0 };
+        let low = if with_side { rows * plan.rank } else { 0 };
+        let workers = (0..backend.workers().min(count).max(1))
+            .map(|_| Worker {
+                scratch: Scratch {
+                    tokens: std::array::from_fn(|_| backend.act(tokens)),
+                    wide: std::array::from_fn(|_| backend.act(wide)),
+                    patches: backend.act(patches),
+                    stats: backend.full(2 * rows),
+                    side: SideScratch {
+                        input: backend.act(side_len),
+                        dropped: backend.act(side_len),
+                        low: backend.act(low),
+                        low_gradient: backend.act(low),
+                    },
+                },
+                stream: backend.act(tokens),
+                out_gradients: (0..grids.len())
+                    .map(|s| backend.act(grids[s].rows() * plan.stages[s].channels))
+                    .collect(),
+            })
+            .collect();
+
+        let trains = !plan.trained.is_empty();
+        let slot_count = count.min(SLOTS);
+        let slots = (0..slot_count)
+            .map(|slot| {
+                // The first slot also receives what is derived at the end: gradients of factors and of the decoder's parts.
+                Gradients::new(&backend, &lengths, |id| {
+                    trains && plan.wanted[id.0] && (slot == 0 || !plan.only_derived(id))
+                })
+            })
+            .collect();
+        Self {
+            tensors: Tensors::new(
+                &backend,
+                &lengths,
+                |id| plan.products[id.0],
+                |id| plan.adapters.iter().any(|a| a.weight == id && a.scaled_b.is_none()),
+            ),
+            fuse_blocks: plan.stages.iter().map(|_| backend.full(width * width)).collect(),
+            square: backend.full(width * width),
+            stats: backend.full(2 * width),
+            total: backend.full(2 * width),
+            norm: backend.full(1),
+            batches_tracked: 0,
+            config: config.clone(),
+            options,
+            slots,
+            units,
+            workers,
+            plan,
+            backend,
+        }
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &SegformerConfig {
+        &self.config
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The device.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// Side of the pictures.
+    pub fn size(&self) -> usize {
+        self.options.size
+    }
+
+    /// Batches BatchNorm has seen in training.
+    pub fn batches_tracked(&self) -> u64 {
+        self.batches_tracked
+    }
+
+    /// Sets the count of batches BatchNorm has seen.
+    pub fn set_batches_tracked(&mut self, count: u64) {
+        self.batches_tracked = count;
+    }
+
+    /// Sets a tensor from its layout on disk. Call [`Model::refresh`] when all are set.
+    pub fn set(&mut self, id: Id, data: &[f32]) {
+        let data = self.plan.specs[id.0].to_memory(data);
+        self.tensors.write(id, |_, value| self.backend.upload(&data, value));
+    }
+
+    /// The trained tensors, by name.
+    pub fn trained(&self) -> impl Iterator<Item = (&str, Id)> {
+        self.plan.trained.iter().map(|&id| (self.plan.specs[id.0].name.as_str(), id))
+    }
+
+    /// A tensor in its layout on disk.
+    pub fn get(&self, id: Id) -> Vec<f32> {
+        self.plan.specs[id.0].to_disk(&self.backend.download(self.tensors.value(id)))
+    }
+
+    /// The gradient of a tensor in its layout on disk, after [`Model::finish_gradients`]; `None` if it is not trained.
+    pub fn gradient(&self, id: Id) -> Option<Vec<f32>> {
+        let gradient = self.slots.first()?.get(id)?;
+        Some(self.plan.specs[id.0].to_disk(&self.backend.download(gradient)))
+    }
+
+    /// Makes everything that is derived from the parameters: products' weights, merged adapters, the folded decoder.
+    pub fn refresh(&mut self) {
+        for i in 0..self.plan.specs.len() {
+            self.tensors.refresh(&self.backend, Id(i));
+        }
+        self.refresh_derived(true);
+    }
+
+    /// Remakes what depends on trained tensors; with `all`, everything derived.
+    fn refresh_derived(&mut self, all: bool) {
+        let Self { backend, plan, tensors, fuse_blocks, .. } = self;
+        let decoder = &plan.decoder;
+        for adapter in plan.adapters.iter().filter(|a| a.scaled_b.is_none()) {
+            let size = (adapter.outputs, adapter.inputs, plan.rank);
+            tensors.merge(backend, adapter.weight, (adapter.a, adapter.b), size, plan.scale);
+            tensors.refresh(backend, adapter.weight);
+        }
+        if all || decoder.folded.iter().any(|f| plan.wanted[f.weight.0]) {
+            for (stage, block) in fuse_blocks.iter_mut().enumerate() {
+                decoder.fuse_block(backend, tensors.effective(decoder.fuse), stage, block);
+                let (linear, id) = (decoder.linear[stage].0, decoder.folded[stage].weight);
+                tensors.write(id, |tensors, folded| {
+                    decoder.fold_weight(backend, stage, block, tensors.effective(linear), folded);
+                });
+                tensors.refresh(backend, id);
+            }
+            tensors.write(decoder.folded_bias, |tensors, folded| {
+                for (stage, block) in fuse_blocks.iter().enumerate() {
+                    decoder.fold_bias(backend, stage, block, tensors.value(decoder.linear[stage].1), folded);
+                }
+            });
+        }
+        for adapter in &plan.adapters {
+            let Some(scaled) = adapter.scaled_b else { continue };
+            tensors.write(scaled, |tensors, scaled| {
+                let b = tensors.value(adapter.b);
+                match decoder.stage_of(adapter.weight) {
+                    None => backend.scale(plan.scale, b, scaled),
+                    Some(stage) => {
+                        let size = (decoder.width, plan.rank, decoder.width);
+                        let block = &fuse_blocks[stage];
+                        backend.matrix_product(block, b, Transpose::None, size, plan.scale, scaled, false);
+                    }
+                }
+            });
+            tensors.refresh(backend, scaled);
+        }
+    }
+
+    /// Forward and backward over one micro-batch; gradients and losses add up until [`Model::finish_gradients`] and
+    /// [`Model::take_loss`]. `scale` is the factor of each pixel's loss.
+    pub fn train_micro_batch(&mut self, samples: &[Sample<'_>], scale: f64, random: StepRandom) {
+        let Self { backend, plan, tensors, slots, units, workers, options, stats, total, .. } = self;
+        let (backend, size, decoder) = (&*backend, options.size, &plan.decoder);
+        let units = split(units, samples.len(), backend.images_per_unit(options.batch));
+        let per_unit = backend.images_per_unit(options.batch);
+        let part = |u: usize| &samples[u * per_unit..samples.len().min((u + 1) * per_unit)];
+        let rows: Vec<usize> = units.iter().map(|u| u.stages[0].grid.rows()).collect();
+
+        backend.each_unit(units, slots, workers, |u, unit, _, worker| {
+            let (pass, scratch) =
+                (Pass::training(backend, tensors, random, u * per_unit, part(u).len()), &mut worker.scratch);
+            encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, scratch);
+            decoder.forward_linear(&pass, &unit.stages, &mut unit.decoder, scratch);
+            backend.batch_moments(&unit.decoder.z, rows[u], decoder.width, &mut unit.decoder.moments);
+        });
+
+        let moments: Vec<&B::Full> = units.iter().map(|u| &u.decoder.moments).collect();
+        tensors.write_two(decoder.running_mean, decoder.running_var, |mean, var| {
+            backend.batch_stats(&moments, &rows, decoder.width, MOMENTUM, stats, mean, var);
+        });
+        self.batches_tracked += 1;
+
+        backend.each_unit(units, slots, workers, |u, unit, gradients, worker| {
+            let pass = Pass::training(backend, tensors, random, u * per_unit, part(u).len());
+            let (scratch, grid) = (&mut worker.scratch, unit.stages[0].grid);
+            decoder.forward_head(&pass, stats, grid, &mut unit.decoder, scratch);
+            let Unit { decoder: acts, loss, .. } = unit;
+            decoder.loss_and_sums(&pass, stats, grid, part(u), (size, scale), acts, loss, gradients, scratch);
+        });
+
+        let sums: Vec<&B::Full> = units.iter().map(|u| &u.decoder.sums).collect();
+        backend.batch_sums(&sums, total);
+        if let Some((dgamma, dbeta)) = slots[0].pair_mut(decoder.norm.gamma, decoder.norm.beta) {
+            backend.add_part(total, 0, dbeta);
+            backend.add_part(total, decoder.width, dgamma);
+        }
+
+        let batch_rows = rows.iter().sum();
+        backend.each_unit(units, slots, workers, |u, unit, gradients, worker| {
+            let pass = Pass::training(backend, tensors, random, u * per_unit, part(u).len());
+            let sums = (&*total, batch_rows);
+            decoder.backward(&pass, stats, sums, &unit.stages, &mut unit.decoder, gradients, worker);
+            encoder::backward(&pass, &plan.stages, &decoder.reached, part(u), &unit.stages, gradients, worker);
+        });
+    }
+
+    /// Sets gradients to zero, for the next group of micro-batches.
+    pub fn clear_gradients(&mut self) {
+        for slot in &mut self.slots {
+            slot.clear(&self.backend);
+        }
+    }
+
+    /// Joins the slots' gradients and splits them into those of the trained tensors: adapters' factors are projected
+    /// (`dB = s·dW·Aᵀ`, `dA = s·Bᵀ·dW`), the folded decoder's parts unfolded.
+    pub fn finish_gradients(&mut self) {
+        let Self { backend, plan, tensors, slots, fuse_blocks, square, .. } = self;
+        let Some((gradients, others)) = slots.split_first_mut() else { return };
+        for other in others {
+            gradients.add(backend, other);
+        }
+        let decoder = &plan.decoder;
+        for (stage, block) in fuse_blocks.iter().enumerate() {
+            let (linear, bias) = decoder.linear[stage];
+            decoder.unfold(backend, stage, (block, tensors.effective(linear), tensors.value(bias)), square, gradients);
+        }
+        let rank = plan.rank;
+        for adapter in &plan.adapters {
+            let (outputs, inputs) = (adapter.outputs, adapter.inputs);
+            let (a, b) = (tensors.value(adapter.a), tensors.value(adapter.b));
+            if let Some(scaled) = adapter.scaled_b {
+                let Some((d_scaled, db)) = gradients.pair_mut(scaled, adapter.b) else { continue };
+                match decoder.stage_of(adapter.weight) {
+                    None => backend.scale(plan.scale, d_scaled, db),
+                    Some(stage) => {
+                        let (size, block) = ((decoder.width, rank, decoder.width), &fuse_blocks[stage]);
+                        backend.matrix_product(block, d_scaled, Transpose::Left, size, plan.scale, db, false);
+                    }
+                }
+                continue;
+            }
+            if let Some((dw, db)) = gradients.pair_mut(adapter.weight, adapter.b) {
+                let size = (outputs, rank, inputs);
+                backend.matrix_product(dw, a, Transpose::Right, size, plan.scale, db, false);
+            }
+            if let Some((dw, da)) = gradients.pair_mut(adapter.weight, adapter.a) {
+                let size = (rank, inputs, outputs);
+                backend.matrix_product(b, dw, Transpose::Left, size, plan.scale, da, false);
+            }
+        }
+        let trained: Vec<&B::Full> = plan.trained.iter().filter_map(|&id| gradients.get(id)).collect();
+        backend.gradient_norm(&trained, &mut self.norm);
+    }
+
+    /// Euclidean norm of all gradients together, after [`Model::finish_gradients`].
+    pub fn gradient_norm(&self) -> f64 {
+        self.backend.scalars(&self.norm, 1)[0]
+    }
+
+    /// Zeroed moments for the trained tensors.
+    pub fn moments(&self) -> Moments<B> {
+        let zeros = || self.plan.trained.iter().map(|id| self.backend.full(self.plan.specs[id.0].len())).collect();
+        Moments { first: zeros(), second: zeros() }
+    }
+
+    /// One update of the trained tensors; `decays[i]` says whether weight decay applies to trained tensor i.
+    pub fn update(&mut self, adamw: &AdamW, decays: &[bool], moments: &mut Moments<B>) {
+        let Self { backend, plan, tensors, slots, norm, .. } = self;
+        for (i, &id) in plan.trained.iter().enumerate() {
+            let Some(gradient) = slots[0].get(id) else { continue };
+            let weight_decay = if decays[i] { adamw.weight_decay } else { 0.0 };
+            let update = AdamW { weight_decay, ..*adamw };
+            let (m, v) = (&mut moments.first[i], &mut moments.second[i]);
+            tensors.write(id, |_, value| backend.adamw(&update, norm, gradient, value, m, v));
+            tensors.refresh(backend, id);
+        }
+        self.refresh_derived(false);
+    }
+
+    /// The summed, scaled losses of all micro-batches since the last call.
+    pub fn take_loss(&mut self) -> f64 {
+        let mut total = 0.0;
+        for unit in &mut self.units {
+            total += self.backend.scalars(&unit.loss, unit.images).iter().sum::<f64>();
+            self.backend.zero(&mut unit.loss);
+        }
+        total
+    }
+
+    /// Loss and confusion counts of `samples` in evaluation mode. Losses that wait for [`Model::take_loss`] are lost.
+    pub fn evaluate(&mut self, samples: &[Sample<'_>]) -> Evaluated {
+        let labels = self.plan.decoder.labels;
+        let mut result = Evaluated::default();
+        self.each_in_evaluation(
+            samples,
+            |backend, decoder, size, part, unit| {
+                let Unit { decoder: acts, loss, counts, stages, .. } = unit;
+                let grid = stages[0].grid;
+                backend.zero(loss);
+                backend.cross_entropy(&acts.logits, grid, labels, part, size, 1.0, loss, None);
+                counts.fill(0);
+                backend.confusion(&acts.logits, grid, decoder.labels, part, size, counts);
+            },
+            |backend, images, unit| {
+                result.loss.extend(backend.scalars(&unit.loss, images));
+                result.counts.extend(&unit.counts[..images * labels * labels]);
+                backend.zero(&mut unit.loss);
+            },
+        );
+        result
+    }
+
+    /// Logits `(labels, size/4, size/4)` of each sample in evaluation mode.
+    pub fn logits(&mut self, samples: &[Sample<'_>]) -> Vec<Vec<f32>> {
+        let labels = self.plan.decoder.labels;
+        let mut result = Vec::with_capacity(samples.len());
+        self.each_in_evaluation(
+            samples,
+            |_, _, _, _, _| {},
+            |backend, images, unit| result.extend(unit.logits(backend, labels, images)),
+        );
+        result
+    }
+
+    /// Logits `(labels, size/4, size/4)` that the last micro-batch, of `images` pictures, was trained on.
+    pub fn training_logits(&self, images: usize) -> Vec<Vec<f32>> {
+        let labels = self.plan.decoder.labels;
+        self.units.iter().flat_map(|unit| unit.logits(&self.backend, labels, unit.images)).take(images).collect()
+    }
+
+    /// Runs samples through the model in evaluation mode: `inside` with each unit's logits on a worker, then `collect`
+    /// in order.
+    fn each_in_evaluation(
+        &mut self,
+        samples: &[Sample<'_>],
+        inside: impl Fn(&B, &super::decoder::Decoder, usize, &[Sample<'_>], &mut Unit<B>) + Sync,
+        mut collect: impl FnMut(&B, usize, &mut Unit<B>),
+    ) {
+        let Self { backend, plan, tensors, slots, units, workers, options, stats, .. } = self;
+        let (backend, size, decoder) = (&*backend, options.size, &plan.decoder);
+        let per_unit = backend.images_per_unit(options.batch);
+        let (mean, var) = (tensors.value(decoder.running_mean), tensors.value(decoder.running_var));
+        backend.running_stats(mean, var, decoder.width, stats);
+        for batch in samples.chunks(options.batch) {
+            let part = |u: usize| &batch[u * per_unit..batch.len().min((u + 1) * per_unit)];
+            let units = split(units, batch.len(), per_unit);
+            backend.each_unit(units, slots, workers, |u, unit, _, worker| {
+                let pass = Pass { backend, tensors, images: part(u).len(), random: None };
+                let (scratch, grid) = (&mut worker.scratch, unit.stages[0].grid);
+                encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, scratch);
+                decoder.forward_linear(&pass, &unit.stages, &mut unit.decoder, scratch);
+                decoder.forward_head(&pass, stats, grid, &mut unit.decoder, scratch);
+                inside(backend, decoder, size, part(u), unit);
+            });
+            for (u, unit) in units.iter_mut().enumerate() {
+                collect(backend, part(u).len(), unit);
+            }
+        }
+    }
+}
+
+/// The units that `images` pictures fill, each told how many it holds.
+fn split<B: Backend>(units: &mut [Unit<B>], images: usize, per_unit: usize) -> &mut [Unit<B>] {
+    let units = &mut units[..images.div_ceil(per_unit)];
+    for (u, unit) in units.iter_mut().enumerate() {
+        unit.images = per_unit.min(images - u * per_unit);
+        for stage in &mut unit.stages {
+            stage.set_images(unit.images);
+        }
+    }
+    units
+}

@@ -1,0 +1,99 @@
+//! Overlap patch embedding: a strided convolution, then LayerNorm.
+
+use super::affine::Affine;
+use super::model::{Pass, Scratch};
+use super::norm::Norm;
+use super::tensors::Gradients;
+use crate::backend::{Backend, Grid, Sample, Window};
+
+/// The layer.
+pub struct PatchEmbed {
+    /// The convolution as a product over gathered patches.
+    pub projection: Affine,
+    /// The LayerNorm behind it.
+    pub norm: Norm,
+    /// Geometry of the convolution.
+    pub window: Window,
+    /// Channels it reads.
+    pub channels_in: usize,
+    /// Whether gradients must reach its input.
+    pub input_gradient: bool,
+    /// Whether anything in it is trained.
+    pub trains: bool,
+}
+
+/// What the layer reads.
+pub enum EmbedInput<'a, 's, B: Backend> {
+    /// Pictures.
+    Pixels(&'a [Sample<'s>]),
+    /// The previous stage's tokens.
+    Tokens(&'a B::Act),
+}
+
+/// What the backward pass needs.
+pub struct EmbedActs<B: Backend> {
+    /// Before the LayerNorm, `(rows, channels)`.
+    pub raw: B::Act,
+    /// (mean, 1/std) per row.
+    pub stats: B::Full,
+}
+
+impl PatchEmbed {
+    fn gather<B: Backend>(&self, pass: &Pass<'_, B>, input: &EmbedInput<'_, '_, B>, from: Grid, patches: &mut B::Act) {
+        match input {
+            EmbedInput::Pixels(samples) => pass.backend.pixel_patches(samples, from.height, self.window, patches),
+            EmbedInput::Tokens(x) => pass.backend.patches(x, from, self.channels_in, self.window, patches),
+        }
+    }
+
+    /// Tokens `(from.through(window), channels)` to `y`.
+    pub fn forward<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        input: &EmbedInput<'_, '_, B>,
+        from: Grid,
+        acts: &mut EmbedActs<B>,
+        y: &mut B::Act,
+        scratch: &mut Scratch<B>,
+    ) {
+        let rows = from.through(self.window).rows();
+        self.gather(pass, input, from, &mut scratch.patches);
+        self.projection.forward(pass, &scratch.patches, rows, &mut acts.raw, &mut scratch.side);
+        self.norm.forward(pass, &acts.raw, rows, y, &mut acts.stats);
+    }
+
+    /// From the gradient `d` of the layer's output to its parameters' and, added, its input's.
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        input: &EmbedInput<'_, '_, B>,
+        from: Grid,
+        acts: &EmbedActs<B>,
+        d: &B::Act,
+        gradients: &mut Gradients<B>,
+        dx: Option<&mut B::Act>,
+        scratch: &mut Scratch<B>,
+    ) {
+        let rows = from.through(self.window).rows();
+        let trains = self.projection.trains(gradients);
+        let inner = (trains || dx.is_some()).then_some((&mut scratch.tokens[0], false));
+        self.norm.backward(pass, d, &acts.raw, &acts.stats, rows, gradients, inner);
+        if trains {
+            self.gather(pass, input, from, &mut scratch.patches);
+            self.projection.backward_params(
+                pass,
+                &scratch.patches,
+                &scratch.tokens[0],
+                rows,
+                gradients,
+                &mut scratch.side,
+            );
+        }
+        if let Some(dx) = dx {
+            let (draw, patches) = (&scratch.tokens[0], &mut scratch.patches);
+            self.projection.backward_input(pass, draw, rows, patches, false, &mut scratch.side);
+            pass.backend.patches_backward(patches, from, self.channels_in, self.window, dx, true);
+        }
+    }
+}
