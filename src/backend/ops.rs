@@ -35,8 +35,8 @@ pub trait Memory: Send + Sync + Sized {
     fn act(&self, len: usize) -> Self::Act;
     /// Zeroed full-precision storage for `len` numbers.
     fn full(&self, len: usize) -> Self::Full;
-    /// Bytes of one number in activation and in full-precision storage.
-    fn widths(&self) -> (usize, usize);
+    /// Bytes handed out so far.
+    fn allocated(&self) -> usize;
     /// Copies `from` to the start of `to`.
     fn upload(&self, from: &[f32], to: &mut Self::Full);
     /// Copies `from` to the host.

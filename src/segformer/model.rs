@@ -140,6 +140,7 @@ pub struct Model<B: Backend> {
     total: B::Full,
     norm: B::Full,
     batches_tracked: u64,
+    planned_bytes: usize,
 }
 
 /// First and second moments of the trained tensors.
@@ -154,6 +155,7 @@ impl<B: Backend> Model<B> {
     /// Plans and allocates everything a run needs. All weights are zero until set.
     pub fn new(backend: B, config: &SegformerConfig, options: ModelOptions, trainable: &Trainable) -> Self {
         let plan = Plan::new(config, trainable);
+        let before = backend.allocated();
         let lengths = plan.lengths();
         let per_unit = backend.images_per_unit(options.batch).max(1);
         let count = options.batch.div_ceil(per_unit);
@@ -224,7 +226,8 @@ impl<B: Backend> Model<B> {
                 })
             })
             .collect();
-        Self {
+        let mut model = Self {
+            planned_bytes: 0,
             tensors: Tensors::new(
                 &backend,
                 &lengths,
@@ -244,7 +247,9 @@ impl<B: Backend> Model<B> {
             workers,
             plan,
             backend,
-        }
+        };
+        model.planned_bytes = model.backend.allocated() - before;
+        model
     }
 
     /// The configuration.
@@ -265,6 +270,16 @@ impl<B: Backend> Model<B> {
     /// Side of the pictures.
     pub fn size(&self) -> usize {
         self.options.size
+    }
+
+    /// Largest micro-batch.
+    pub fn batch(&self) -> usize {
+        self.options.batch
+    }
+
+    /// Bytes allocated for everything a run needs, the dataset aside.
+    pub fn planned_bytes(&self) -> usize {
+        self.planned_bytes
     }
 
     /// Batches BatchNorm has seen in training.

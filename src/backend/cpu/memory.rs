@@ -2,6 +2,7 @@
 
 use std::marker::PhantomData;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Real;
 use crate::backend::Memory;
@@ -10,21 +11,22 @@ use crate::{Error, Result, error::Kind};
 /// The CPU as a device, with numbers of type `T`.
 pub struct Cpu<T> {
     pool: rayon::ThreadPool,
+    allocated: AtomicUsize,
     numbers: PhantomData<T>,
 }
 
 impl<T: Real> Cpu<T> {
-    /// A device of `threads` threads; `None` takes one per core.
+    /// A device of `threads` threads; `None` takes as many as rayon's global pool has.
     ///
     /// # Errors
     /// When the operating system refuses the threads.
     pub fn new(threads: Option<usize>) -> Result<Self> {
         let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads.unwrap_or(0))
+            .num_threads(threads.unwrap_or_else(rayon::current_num_threads))
             .thread_name(|i| format!("cpu-{i}"))
             .build()
             .map_err(|e| Error::new(Kind::Device, format!("cannot start the worker threads: {e}; try --threads 1")))?;
-        Ok(Self { pool, numbers: PhantomData })
+        Ok(Self { pool, allocated: AtomicUsize::new(0), numbers: PhantomData })
     }
 
     /// Runs `work` on the device's threads, so that parallel loops inside it stay there.
@@ -38,15 +40,16 @@ impl<T: Real> Memory for Cpu<T> {
     type Full = Vec<T>;
 
     fn act(&self, len: usize) -> Vec<T> {
-        vec![T::ZERO; len]
+        self.full(len)
     }
 
     fn full(&self, len: usize) -> Vec<T> {
+        self.allocated.fetch_add(len * size_of::<T>(), Ordering::Relaxed);
         vec![T::ZERO; len]
     }
 
-    fn widths(&self) -> (usize, usize) {
-        (size_of::<T>(), size_of::<T>())
+    fn allocated(&self) -> usize {
+        self.allocated.load(Ordering::Relaxed)
     }
 
     fn upload(&self, from: &[f32], to: &mut Vec<T>) {
