@@ -113,12 +113,12 @@ fn hostile_safetensors_are_refused() {
         (safetensors(&json!({ "w": f32s(json!([3]), 0, 8) }), &[0; 8]), "shape does not fit"),
         (safetensors(&json!({ "w": f32s(json!([big, big]), 0, 8) }), &[0; 8]), "overflows"),
         (safetensors(&json!({ "w": f32s(json!([-1]), 0, 4) }), &[0; 4]), "header is not valid"),
-        (safetensors(&json!({ "w": f32s(json!([1; 9]), 0, 4) }), &[0; 4]), "9 dimensions"),
+        (safetensors(&json!({ "w": f32s(json!(vec![1; 9]), 0, 4) }), &[0; 4]), "9 dimensions"),
         (safetensors(&json!({ "w": { "dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1] } }), &[0]), "F8_E4M3"),
         (safetensors(&json!({ "a\nb": f32s(json!([1]), 0, 4) }), &[0; 4]), "\"a\\nb\""),
         (safetensors(&json!({ "w": f32s(json!([2]), 0, 8) }), &nan), "tensor \"w\" holds NaN at element 1"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0".to_vec(), "git lfs pull"),
-        (b"\x10\0\0\0\0\0\0\0{\"w\":\xff\xff        ".to_vec(), "not UTF-8"),
+        (b"\x0f\0\0\0\0\0\0\0{\"w\":\xff\xff        ".to_vec(), "not UTF-8"),
     ] {
         fs::write(&path, bytes).unwrap();
         refused(read_safetensors(&path), &path, part);

@@ -92,7 +92,8 @@ pub fn read(dir: &Path) -> Result<Adapter> {
 /// `dir` cannot be written.
 pub fn write(dir: &Path, adapter: &Adapter, names: HfNames) -> Result<()> {
     file::create_dir(dir)?;
-    let (name, pattern): (fn(&str) -> String, fn(&str) -> String) = match names {
+    type Rename = fn(&str) -> String;
+    let (name, pattern): (Rename, Rename) = match names {
         HfNames::V4 => (names::to_v4, names::pattern_to_v4),
         HfNames::V5 => (names::to_v5, names::pattern_to_v5),
     };
@@ -107,7 +108,7 @@ pub fn write(dir: &Path, adapter: &Adapter, names: HfNames) -> Result<()> {
     let tensors: StateDict = adapter.tensors.iter().map(|(n, t)| (format!("{PREFIX}{}", name(n)), t.clone())).collect();
     write_safetensors(&dir.join(MODEL), &tensors, PT_METADATA)?;
 
-    let modules = adapted_modules(&adapter.tensors).map(|module| name(module)).collect();
+    let modules = adapted_modules(&adapter.tensors).map(name).collect();
     let config = &adapter.config;
     let targets = covering(config.target_modules.iter().map(|p| pattern(p)).collect(), &modules);
     let saved: Vec<String> = config.modules_to_save.iter().map(|p| pattern(p)).collect();

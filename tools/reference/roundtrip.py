@@ -32,15 +32,16 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 VERSION = transformers.__version__.split(".")[0]
 TARGETS = {
-    "4": ["query", "key", "value", "attention.output.dense", "mlp.dense.1", "mlp.dense2"],
-    "5": ["q_proj", "k_proj", "v_proj", "attention.o_proj", "mlp.dense.1", "mlp.fc2"],
+    "4": ["query", "key", "value", "attention.output.dense", "mlp.dense.1", "mlp.dense2", "sr"],
+    "5": ["q_proj", "k_proj", "v_proj", "attention.o_proj", "mlp.dense.1", "mlp.fc2",
+          "sequence_reduction.sequence_reduction"],
 }
 PREFIX = "base_model.model."
 # Version-5 names of an adapter's tensors under version 4.
 RENAMED = [
     ("stages.", "encoder.block."), (".blocks.", "."), ("q_proj", "self.query"), ("k_proj", "self.key"),
     ("v_proj", "self.value"), ("o_proj", "output.dense"), ("mlp.fc2", "mlp.dense2"),
-    ("linear_projections", "linear_c"),
+    ("linear_projections", "linear_c"), ("sequence_reduction.sequence_reduction", "self.sr"),
 ]
 
 
@@ -69,6 +70,21 @@ def crc(tensor):
 
 def described(tensors):
     return {name: [list(t.shape), crc(t)] for name, t in sorted(tensors.items())}
+
+
+def renamed(adapter):
+    """An adapter's tensors under version 4's names, without peft's prefix."""
+    tensors = {}
+    for name, tensor in adapter.items():
+        name = name.removeprefix(PREFIX)
+        for new, old in RENAMED:
+            name = name.replace(new, old)
+        tensors[name] = tensor
+    return tensors
+
+
+def expected_of(root, version, kind):
+    return json.loads((root / f"python{version}" / "expected.json").read_text())[kind]
 
 
 def make(out):
@@ -107,13 +123,7 @@ def make(out):
         config = LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS[VERSION], modules_to_save=saved)
         model = randomised(get_peft_model(SegformerForSemanticSegmentation(small()), config), 2)
         model.save_pretrained(out / kind)
-        tensors = {}
-        for name, tensor in load_file(out / kind / "adapter_model.safetensors").items():
-            name = name.removeprefix(PREFIX)
-            for new, old in RENAMED:
-                name = name.replace(new, old)
-            tensors[name] = tensor
-        expected[kind] = described(tensors)
+        expected[kind] = described(renamed(load_file(out / kind / "adapter_model.safetensors")))
     (out / "expected.json").write_text(json.dumps(expected, indent=1))
     print(f"wrote {out}: {', '.join(f'{k} ({len(v)} tensors)' for k, v in expected.items())}")
 
@@ -125,12 +135,7 @@ def same_bits(kind, name, got, want):
 
 def file_names(model):
     """The model's state dict under the names that full checkpoints carry."""
-    renamed = {}
-    for name, tensor in model.state_dict().items():
-        if VERSION == "5":
-            name = to_checkpoint(name)
-        renamed[name] = tensor
-    return renamed
+    return {to_checkpoint(name) if VERSION == "5" else name: t for name, t in model.state_dict().items()}
 
 
 def to_checkpoint(name):
@@ -162,6 +167,7 @@ def check(root):
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
             assert not info.get(what), (kind, what, info[what])
         written = load_file(root / "rust" / kind / "model.safetensors")
+        assert described(written) == expected_of(root, "5", "model"), kind
         loaded = file_names(model)
         assert loaded.keys() == written.keys(), loaded.keys() ^ written.keys()
         for name, tensor in loaded.items():
@@ -192,6 +198,8 @@ def check(root):
         lost = [k for k in again.missing_keys if "lora_" in k or "modules_to_save" in k]
         assert not lost and not again.unexpected_keys, (kind, lost, again.unexpected_keys)
         written = load_file(folder / "adapter_model.safetensors")
+        source = ({"4": "5", "5": "4"}[VERSION], "adapter-head") if kind == "adapter-of-other" else (VERSION, kind)
+        assert described(renamed(written)) == expected_of(root, *source), kind
         used = set()
         for name, tensor in model.state_dict().items():
             plain = name.replace(".default", "").replace(".modules_to_save", "")
@@ -203,7 +211,7 @@ def check(root):
             else:
                 same_bits(kind, name, tensor, before[plain.removeprefix(PREFIX).replace("base_layer.", "")])
         assert used == written.keys(), (kind, used ^ written.keys())
-        scales = {m.scaling["default"] for m in model.modules() if hasattr(m, "scaling")}
+        scales = {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")}
         assert scales == {5 / 3}, scales
         print(f"{folder.name}: {len(written)} tensors bit-equal, scale {scales}, no key missing or unexpected")
 
