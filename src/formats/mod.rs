@@ -1,6 +1,25 @@
 //! Files of the Hugging Face world: safetensors, PyTorch state dicts, names of tensors, configurations, peft adapters.
+//!
+//! Whatever comes from outside is taken to be hostile: sizes are checked against the file's own length before anything
+//! is allocated, nothing in a pickle is executed, numbers that are not finite are refused by tensor name. Whatever is
+//! written replaces its predecessor in one step.
 
 use std::collections::BTreeMap;
+
+pub mod adapter;
+pub mod checkpoint;
+mod config;
+mod element;
+mod file;
+pub mod names;
+mod pickle;
+mod tensor_file;
+mod torch_file;
+
+pub use adapter::{Adapter, AdapterConfig};
+pub use checkpoint::Checkpoint;
+pub use tensor_file::{PT_METADATA, read_safetensors, write_safetensors};
+pub use torch_file::read_torch;
 
 /// A tensor on the host, in C order.
 #[derive(Clone, Debug, PartialEq)]
