@@ -1,7 +1,7 @@
 """How far two outputs of fixtures.py are apart, in the measures the Rust tests use.
 
-    python agree.py REFERENCE OTHER            # prints a table
-    python agree.py REFERENCE --also f32=DIR two_threads=DIR --out agreement.json
+python agree.py REFERENCE OTHER            # prints a table
+python agree.py REFERENCE --also f32=DIR two_threads=DIR --out agreement.json
 """
 
 import argparse
@@ -17,8 +17,12 @@ ZERO_GRADIENT = re.compile(r"(attention\.self\.key|linear_c\.\d+\.proj|encoder\.
 
 
 def tensors(a: Path, b: Path) -> dict[str, list[tuple[float, str]]]:
-    """Distances by group. `grad`: relative L2. `grad_zero`: largest absolute element. `updated`, `weights`: L2 as a share of
-    the distance travelled. Logits: largest difference as a share of the largest logit. Buffers: relative L2."""
+    """Distances by group.
+
+    Gradients, buffers: relative L2. `updated`, `weights`: L2 as a share of the distance travelled. Logits: largest
+    difference as a share of the largest logit. `*_zero`, the tensors whose true gradient is zero: largest absolute
+    difference.
+    """
     groups = {}
     for file in sorted(x.name for x in a.glob("*.safetensors") if (b / x.name).exists()):
         left, right = load_file(a / file), load_file(b / file)
@@ -30,11 +34,10 @@ def tensors(a: Path, b: Path) -> dict[str, list[tuple[float, str]]]:
             gap = np.linalg.norm(x - y)
             if kind.startswith("logits"):
                 value = np.abs(x - y).max() / np.abs(x).max()
+            elif kind in ("grad", "updated", "weights") and ZERO_GRADIENT.search(name):
+                kind, value = f"{kind}_zero", np.abs(x - y).max()
             elif kind in ("updated", "weights"):
                 value = gap / max(numbers[case]["distance_strided"][rest[0]], 1e-30)
-                kind += "_zero_gradient" if ZERO_GRADIENT.search(name) else ""
-            elif kind == "grad" and ZERO_GRADIENT.search(name):
-                kind, value = "grad_zero", np.abs(x - y).max()
             else:
                 value = gap / max(np.linalg.norm(x), 1e-30)
             groups.setdefault(f"{file.split('.')[0]}/{case}/{kind}", []).append((float(value), "/".join(rest)))
@@ -48,7 +51,9 @@ def histories(a: Path, b: Path) -> dict[str, list[tuple[float, str]]]:
     def note(key, value, where):
         groups.setdefault(key, []).append((abs(value), where))
 
-    for file in sorted(x.name for x in a.glob("*.json") if (b / x.name).exists() and x.stem in ("tiny", "b0", "training")):
+    for file in sorted(x.name for x in a.glob("*.json") if x.with_suffix(".safetensors").exists()):
+        if not (b / file).exists():
+            continue
         left, right = (json.loads((d / file).read_text())["numbers"] for d in (a, b))
         for case in left:
             prefix = f"{file.split('.')[0]}/{case}"
@@ -57,7 +62,7 @@ def histories(a: Path, b: Path) -> dict[str, list[tuple[float, str]]]:
                     note(f"{prefix}/{key}", left[case][key] - right[case][key], "")
             if "grad_norm" in left[case]:
                 note(f"{prefix}/grad_norm", right[case]["grad_norm"] / left[case]["grad_norm"] - 1, "")
-            for x, y in zip(left[case].get("history", []), right[case].get("history", [])):
+            for x, y in zip(left[case].get("history", []), right[case].get("history", []), strict=True):
                 for key in x:
                     where = f"epoch {x['epoch']:g}"
                     if key in ("epoch", "step", "eval_confusion") or isinstance(x[key], list):
@@ -96,7 +101,8 @@ def main():
             label: {g: [float(f"{r['median']:.2e}"), float(f"{r['max']:.2e}")] for g, r in groups.items()}
             for label, groups in results.items()
         }
-        options.out.write_text(json.dumps(short, indent=1).replace("[\n   ", "[").replace(",\n   ", ", ").replace("\n  ]", "]") + "\n")
+        text = re.sub(r"\[\s+(\S+)\s+(\S+)\s+\]", r"[\1 \2]", json.dumps(short, indent=1))
+        options.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Writes the fixtures that the Rust tests compare with: see README.md for what each holds.
 
-    python fixtures.py --out ../../tests/fixtures/reference
+python fixtures.py --out ../../tests/fixtures/reference
 """
 
 import argparse
@@ -45,7 +45,8 @@ def build(size: str, case: dict | None, lora_b: bool = True):
     """The model of a case, with weights from the formula (`lora_b` false: B = 0, as training starts)."""
     model = transformers.SegformerForSemanticSegmentation(stack.config(size))
     if case is not None:
-        model = stack.lora(model, case["rank"], case["alpha"], stack.TARGETS[case["targets"]], case.get("train_head", False))
+        targets = stack.TARGETS[case["targets"]]
+        model = stack.lora(model, case["rank"], case["alpha"], targets, case.get("train_head", False))
     stack.fill(model, lambda name: lora_b or not name.endswith("lora_B.weight"))
     return model
 
@@ -82,7 +83,7 @@ def snapshot(model) -> dict[str, np.ndarray]:
 
 
 def travelled(model, start: dict) -> tuple[dict, dict, dict]:
-    """Strided trainable parameters, and the L2 distance of each from `start`: over all elements, and the strided ones."""
+    """Strided trainable parameters, and the L2 distance of each from `start`: of all elements, of the strided ones."""
     values, full, part = {}, {}, {}
     for name, end in snapshot(model).items():
         values[name] = formula.strided(end)

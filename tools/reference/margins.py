@@ -1,7 +1,7 @@
-"""How close the decoder's ReLU comes to its kink, in f64, for sets of pictures: fixtures.py takes a set that stays clear of it.
+"""How close the decoder's ReLU comes to its kink, in f64, for sets of pictures; fixtures.py takes sets that stay clear.
 
-Where rounding moves an input of the ReLU across zero, one element of the gradient appears or vanishes, and every gradient
-below changes by about 1e-4, in any f32 implementation. Such a fixture could not tell right from wrong.
+Where rounding moves an input of the ReLU across zero, one element of the gradient appears or vanishes, and every
+gradient below changes by up to 1e-4, in any f32 implementation. Such a fixture could not tell right from wrong.
 
     python margins.py --case b0 --count 2 --upto 200
 """

@@ -1,4 +1,4 @@
-"""Segmentation metrics from a confusion matrix, and the notebook's own variants. Undefined classes are left out of means."""
+"""Segmentation metrics from a confusion matrix, and the notebook's own. Undefined classes are left out of means."""
 
 import numpy as np
 
@@ -20,13 +20,13 @@ def scores(matrix: np.ndarray) -> dict[str, np.ndarray]:
 def summary(truth: np.ndarray, predicted: np.ndarray, classes: int = 2) -> dict:
     """All metrics of a split; `truth` and `predicted` are (N, H, W).
 
-    `notebook_*` repeat the `evaluate` library's mean_iou with ignore_index=True, which equals 1: every pixel labelled 1 is
-    dropped from truth and prediction before counting.
+    `notebook_*` repeat the `evaluate` library's mean_iou with ignore_index=True, which equals 1: every pixel labelled 1
+    is dropped from truth and prediction before counting.
     """
     matrix = confusion(truth, predicted, classes)
     by_class = scores(matrix)
     dropped = scores(confusion(truth, predicted, classes, ignore=1))
-    per_image = [scores(confusion(t, p, classes)) for t, p in zip(truth, predicted)]
+    per_image = [scores(confusion(t, p, classes)) for t, p in zip(truth, predicted, strict=True)]
     return {
         "mean_iou": float(np.nanmean(by_class["iou"])),
         "mean_dice": float(np.nanmean(by_class["dice"])),

@@ -51,15 +51,39 @@ class OrderedTrainer(transformers.Trainer):
             self.on_log(self.state.log_history[-1])
 
 
+class StopAfter(transformers.TrainerCallback):
+    """Ends training after some epochs, without touching the schedule."""
+
+    def __init__(self, epochs: int):
+        self.epochs = epochs
+
+    def on_epoch_end(self, args, state, control, **_):
+        control.should_training_stop = control.should_training_stop or round(state.epoch) >= self.epochs
+
+
 def upsampled_prediction(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Class per pixel at the labels' size, u8."""
     full = torch.nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
     return full.argmax(1).to(torch.uint8)
 
 
-def train(model, train_set, eval_set, *, epochs, lr, batch_size, grad_accum, eval_batch_size, warmup_ratio,
-          max_grad_norm, weight_decay=0.0, on_log=None) -> list[dict]:
-    """Trains `model` in place; returns the history without its timings."""
+def train(
+    model,
+    train_set,
+    eval_set,
+    *,
+    epochs,
+    lr,
+    batch_size,
+    grad_accum,
+    eval_batch_size,
+    warmup_ratio,
+    max_grad_norm,
+    weight_decay=0.0,
+    stop_after=None,
+    on_log=None,
+) -> list[dict]:
+    """Trains `model` in place, for `stop_after` of the `epochs` if given; returns the history without its timings."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,
@@ -92,6 +116,8 @@ def train(model, train_set, eval_set, *, epochs, lr, batch_size, grad_accum, eva
             compute_metrics=lambda p: metrics.summary(p.label_ids, p.predictions),
         )
         trainer.remove_callback(transformers.PrinterCallback)
+        if stop_after is not None:
+            trainer.add_callback(StopAfter(stop_after))
         trainer.on_log = on_log
         trainer.train()
     timed = ("runtime", "per_second", "total_flos")
