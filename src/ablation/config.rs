@@ -1,6 +1,6 @@
 //! The resolved configuration of a run, `run_config.json` in its folder, and how two of them are compared.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -137,13 +137,13 @@ impl RunConfig {
         // Through text, so that both sides hold numbers as they are written.
         let here = serde_json::to_string(self).and_then(|text| serde_json::from_str(&text)).map_err(unknown)?;
         let here = flatten(&here);
-        let names: std::collections::BTreeSet<&String> = there.keys().chain(here.keys()).collect();
+        let names: BTreeSet<&String> = there.keys().chain(here.keys()).collect();
         let counts = |name: &&String| {
             !(["name", "version"].contains(&name.as_str())
                 || name.ends_with(".path")
                 || ignored.iter().any(|prefix| name.starts_with(prefix)))
         };
-        let show = |side: &BTreeMap<String, Value>, name| side.get(name).map_or("unset".into(), Value::to_string);
+        let show = |side: &BTreeMap<String, Value>, name: &str| side.get(name).map_or("unset".into(), Value::to_string);
         let differs = |name: &&String| there.get(*name) != here.get(*name);
         let describe = |name: &String| {
             let label = name.strip_prefix("options.").unwrap_or(name);
@@ -224,7 +224,10 @@ mod tests {
         let error = other.check(folder.path()).unwrap_err();
         assert_eq!(error.kind, Kind::Usage);
         let text = error.to_string();
-        assert!(text.contains("lr 0.0005 there, 0.001 here") && text.contains("drop_path 0.1 there, unset here"), "{text}");
+        assert!(
+            text.contains("lr 0.0005 there, 0.001 here") && text.contains("drop_path 0.1 there, unset here"),
+            "{text}"
+        );
         assert_eq!(other.check_neighbour(folder.path()).unwrap().len(), 2);
     }
 
@@ -239,7 +242,8 @@ mod tests {
 
     #[test]
     fn order_matters_in_a_split() {
-        let split = |train: &[usize], val: &[usize]| SplitIdentity::new(&Split { train: train.into(), val: val.into() });
+        let split =
+            |train: &[usize], val: &[usize]| SplitIdentity::new(&Split { train: train.into(), val: val.into() });
         assert_ne!(split(&[0, 1], &[2]), split(&[1, 0], &[2]));
         assert_ne!(split(&[0, 1], &[2]), split(&[0], &[1, 2]));
     }

@@ -152,7 +152,8 @@ pub fn run_one(
     let failure = folder.join(FAILURE);
     match &outcome {
         Err(error) if error.kind == Kind::Diverged => {
-            let report = serde_json::json!({ "name": name, "error": error.to_string(), "exit_code": error.exit_code() });
+            let report =
+                serde_json::json!({ "name": name, "error": error.to_string(), "exit_code": error.exit_code() });
             write_whole(&failure, format!("{report:#}\n").as_bytes())?;
         }
         Ok(_) if failure.exists() => {

@@ -5,9 +5,8 @@ use crate::train::record::RunRecord;
 /// The finished runs as an aligned table, one line a run. Dice, IoU and image Dice are those of the restored best model on
 /// the validation split.
 pub fn results_table(records: &[RunRecord]) -> String {
-    let mut rows = vec![
-        ["run", "trainable", "Dice", "IoU", "image Dice", "best epoch", "time"].map(String::from).to_vec(),
-    ];
+    let mut rows =
+        vec![["run", "trainable", "Dice", "IoU", "image Dice", "best epoch", "time"].map(String::from).to_vec()];
     for record in records {
         let row = &record.final_evaluation;
         let image_dice = row.extra.as_ref().map(|extra| extra.eval_image_mean_dice);
@@ -72,7 +71,8 @@ mod tests {
 
     #[test]
     fn durations_read_well() {
-        let spans = [(0.421, "0.42 s"), (9.999, "10.0 s"), (59.4, "59.4 s"), (59.7, "1 min 00 s"), (245.2, "4 min 05 s")];
+        let spans =
+            [(0.421, "0.42 s"), (9.999, "10.0 s"), (59.4, "59.4 s"), (59.7, "1 min 00 s"), (245.2, "4 min 05 s")];
         for (seconds, text) in spans {
             assert_eq!(duration(seconds), text);
         }
@@ -81,7 +81,10 @@ mod tests {
 
     #[test]
     fn numbers_are_grouped() {
-        assert_eq!(["0", "999", "1,000", "3,714,658"], [0, 999, 1000, 3_714_658].map(thousands).each_ref().map(|s| &**s));
+        assert_eq!(
+            ["0", "999", "1,000", "3,714,658"],
+            [0, 999, 1000, 3_714_658].map(thousands).each_ref().map(|s| &**s)
+        );
     }
 
     #[test]

@@ -10,7 +10,6 @@ use crate::ablation::source::ModelSource;
 use crate::error::{Error, Kind, Result};
 use crate::formats::HfNames;
 use crate::lora;
-use crate::segformer::SegformerConfig;
 use crate::train::options::{LoraOptions, Method, Protocol, TrainOptions};
 
 type Parsed<T> = std::result::Result<T, String>;

@@ -114,7 +114,10 @@ impl Machine {
         if nvidia_gpus > 0 {
             notes.push("an NVIDIA GPU is here, but this build has no CUDA backend: training runs on the CPU".into());
         } else {
-            notes.push("no GPU in use: this build has no CUDA backend; try `ablate --demo`, or --size 128 and fewer epochs".into());
+            notes.push(
+                "no GPU in use: this build has no CUDA backend; try `ablate --demo`, or --size 128 and fewer epochs"
+                    .into(),
+            );
         }
         if !optimised_build {
             notes.push("this is a debug build, many times slower: build with `cargo build --release`".into());

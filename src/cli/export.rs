@@ -46,10 +46,7 @@ pub struct Export {
 impl Export {
     pub fn run(&self, context: &Context) -> Result<()> {
         if std::fs::read_dir(&self.out).is_ok_and(|mut entries| entries.next().is_some()) {
-            return Err(Error::usage(format!(
-                "--out {}: the folder is not empty; name a new one",
-                self.out.display()
-            )));
+            return Err(Error::usage(format!("--out {}: the folder is not empty; name a new one", self.out.display())));
         }
         let what = match (&self.model, &self.adapter) {
             (Some(model), adapter) if self.merge || adapter.is_none() => {
@@ -66,8 +63,7 @@ impl Export {
             // clap lets nothing else through.
             (_, None) => return Err(Error::usage("--model or --adapter is needed")),
         };
-        context.result(&json!({ "written": what, "out": path(&self.out) }), || {
-            format!("{what}: {}\n", self.out.display())
-        })
+        context
+            .result(&json!({ "written": what, "out": path(&self.out) }), || format!("{what}: {}\n", self.out.display()))
     }
 }

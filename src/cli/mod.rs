@@ -194,11 +194,7 @@ mod tests {
 
     #[test]
     fn defaults_in_the_help_are_the_defaults() {
-        let help = Cli::command()
-            .find_subcommand_mut("train")
-            .expect("train exists")
-            .render_long_help()
-            .to_string();
+        let help = Cli::command().find_subcommand_mut("train").expect("train exists").render_long_help().to_string();
         let options = crate::train::options::TrainOptions::default();
         for (flag, value) in [
             ("--epochs", options.epochs.to_string()),
