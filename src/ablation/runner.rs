@@ -2,6 +2,7 @@
 //! process holds is left to it.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use super::config::{DataIdentity, RunConfig, SplitIdentity};
 use super::lock::Lock;
@@ -223,6 +224,7 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
         let _lock = Lock::wait(out, ".summary.lock", "write the split", progress)?;
         plan.split.split(&plan.options, 0, &setup.data)?.write(out, &setup.data)?;
     }
+    let started = Instant::now();
     let (mut busy, mut failed) = (Vec::new(), Vec::new());
     let mut stopped = None;
     for (position, &index) in plan.selected.iter().enumerate() {
@@ -260,6 +262,13 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
     }
     // Once more, for what other processes have finished meanwhile.
     let records = write_summary(out, progress)?;
+    let mut counts = format!("{} runs done", plan.selected.len() - busy.len() - failed.len());
+    for (list, what) in [(busy.len(), "busy elsewhere"), (failed.len(), "failed")] {
+        if list > 0 {
+            counts += &format!(", {list} {what}");
+        }
+    }
+    progress.info(format!("{counts}, in {}", duration(started.elapsed().as_secs_f64())));
     Ok(GridOutcome { records, busy, failed })
 }
 

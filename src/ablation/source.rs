@@ -61,7 +61,7 @@ impl Source {
         let adapter = formats::adapter::read(path)?;
         let mut tensors = adapter.sidecar.clone();
         tensors.extend(adapter.tensors.clone());
-        let fingerprint = identify(&(adapter.config.r, adapter.config.lora_alpha), &tensors);
+        let fingerprint = identify(&adapter.config.scale(), &tensors);
         let identity = Identity { path: path.display().to_string(), fingerprint };
         Ok(Self { start: Start { weights, adapter: Some(adapter) }, model, adapter: Some(identity) })
     }

@@ -23,11 +23,14 @@ use crate::train::options::{Method, TrainOptions};
 Examples:
   segpeft-native ablate --demo
   segpeft-native ablate --data kvasir-seg.zip --model segformer-b0-ade/ --out outputs
-  segpeft-native ablate --data kvasir-seg.zip --model segformer-b0-ade/ --out outputs --ranks 8,16 --ratios 2 --no-fft
-  segpeft-native ablate --data kvasir-seg.zip --model segformer-b0-ade/ --out outputs --only lora_r16_alpha32
+  segpeft-native ablate --data kvasir-seg.zip --model segformer-b0-ade/ --out outputs \\
+    --ranks 8,16 --ratios 2 --no-fft
+  segpeft-native ablate --data kvasir-seg.zip --model segformer-b0-ade/ --out outputs \\
+    --only lora_r16_alpha32
 
 As a Slurm array of four tasks (--array=1-4), then `segpeft-native report outputs`:
-  segpeft-native ablate --data kvasir-512.pack --model segformer-b0-ade/ --out outputs --slice $SLURM_ARRAY_TASK_ID/4")]
+  segpeft-native ablate --data kvasir-512.pack --model segformer-b0-ade/ --out outputs \\
+    --slice $SLURM_ARRAY_TASK_ID/4")]
 pub struct Ablate {
     /// Packed file, archive (.zip), or folder that holds images/ and masks/
     #[arg(long, value_name = "PATH", required_unless_present = "demo")]

@@ -20,8 +20,8 @@ use crate::train;
 #[command(after_help = "\
 Examples:
   segpeft-native eval --data kvasir-seg.zip --model outputs/segformer_fft_baseline/final
-  segpeft-native eval --data kvasir-512.pack --model segformer-b0-ade/ --adapter outputs/lora_r16_alpha32/final \\
-    --split outputs --part val --json")]
+  segpeft-native eval --data kvasir-512.pack --model segformer-b0-ade/ \\
+    --adapter outputs/lora_r16_alpha32/final --split outputs --part val --json")]
 pub struct Eval {
     /// Packed file, archive (.zip), or folder that holds images/ and masks/
     #[arg(long, value_name = "PATH")]

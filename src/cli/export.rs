@@ -19,8 +19,9 @@ use crate::train;
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
-  segpeft-native export --model segformer-b0-ade/ --adapter outputs/lora_r16_alpha32/final --merge --out merged/
-  segpeft-native export --adapter outputs/lora_r16_alpha32/final --hf-names 5 --out adapter-for-transformers-5/
+  segpeft-native export --model segformer-b0-ade/ --merge --out merged/ \\
+    --adapter outputs/lora_r16_alpha32/final
+  segpeft-native export --adapter outputs/lora_r16_alpha32/final --hf-names 5 --out adapter-5/
   segpeft-native export --model old/pytorch_model.bin --out as-safetensors/")]
 pub struct Export {
     /// Hugging Face directory or weights file of a SegFormer

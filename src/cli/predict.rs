@@ -29,9 +29,10 @@ const MARK_WEIGHT: f32 = 0.4;
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
-  segpeft-native predict polyp.jpg --model outputs/segformer_fft_baseline/final --out predictions
-  segpeft-native predict pictures/ --model segformer-b0-ade/ --adapter outputs/lora_r16_alpha32/final --out predictions \\
-    --save-logits logits.safetensors")]
+  segpeft-native predict polyp.jpg --out predictions \\
+    --model outputs/segformer_fft_baseline/final
+  segpeft-native predict pictures/ --model segformer-b0-ade/ --out predictions \\
+    --adapter outputs/lora_r16_alpha32/final --save-logits logits.safetensors")]
 pub struct Predict {
     /// Pictures (JPEG, PNG), or folders of them
     #[arg(value_name = "IMAGE", required = true)]
@@ -96,7 +97,7 @@ impl Predict {
         }
         drop(bar);
         if let Some(file) = &self.save_logits {
-            formats::write_safetensors(file, &kept, &BTreeMap::new())?;
+            formats::write_safetensors(file, &kept, &[])?;
         }
         context.result(&rows, || {
             output::fields(&[

@@ -20,13 +20,14 @@ use crate::train::options::{LoraOptions, Method, TrainOptions};
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
-  segpeft-native train --data kvasir-seg.zip --model segformer-b0-ade/ --rank 16 --out runs/r16
-  segpeft-native train --data kvasir-512.pack --model segformer-b0-ade/ --method fft --out runs/fft
-  segpeft-native train --data kvasir-seg.zip --model segformer-b0-ade/ --adapter runs/r16/final --out runs/r16-more
+  segpeft-native train --data kvasir-seg.zip --model segformer-b0-ade/ --out runs/r16 --rank 16
+  segpeft-native train --data kvasir-512.pack --model segformer-b0-ade/ --out runs/fft --method fft
+  segpeft-native train --data kvasir-512.pack --model segformer-b0-ade/ --out runs/r16-more \\
+    --adapter runs/r16/final
 
 Comparable with the reference, number by number:
-  segpeft-native train --data kvasir-seg.zip --model segformer-b0-ade/ --rank 16 --size 128 --no-augment \\
-    --no-shuffle --drop-path 0 --classifier-dropout 0 --device cpu --out runs/parity")]
+  segpeft-native train --data kvasir-seg.zip --model segformer-b0-ade/ --out runs/parity \\
+    --size 128 --no-augment --no-shuffle --drop-path 0 --classifier-dropout 0 --device cpu")]
 pub struct Train {
     /// Packed file, archive (.zip), or folder that holds images/ and masks/
     #[arg(long, value_name = "PATH")]
@@ -105,9 +106,11 @@ impl Train {
             return Ok(args::lora_method(&self.lora, self.rank.unwrap_or(16), self.lora_alpha, self.training.protocol));
         };
         let there = formats::adapter::read(adapter)?.config;
+        // The alpha that gives the adapter's scale as alpha / r, which is how it is trained and written here.
+        let alpha = if there.use_rslora { there.scale() * there.r as f64 } else { there.lora_alpha };
         let differs = [
             ("--rank", self.rank.is_some_and(|rank| rank != there.r), there.r.to_string()),
-            ("--lora-alpha", self.lora_alpha.is_some_and(|a| a != there.lora_alpha), there.lora_alpha.to_string()),
+            ("--lora-alpha", self.lora_alpha.is_some_and(|a| a != alpha), alpha.to_string()),
             (
                 "--targets",
                 self.lora.targets.as_ref().is_some_and(|targets| targets.0 != there.target_modules),
@@ -122,7 +125,7 @@ impl Train {
         }
         Ok(Method::Lora(LoraOptions {
             rank: there.r,
-            alpha: there.lora_alpha,
+            alpha,
             dropout: self.lora.lora_dropout.unwrap_or(there.lora_dropout),
             targets: there.target_modules,
             train_head: self.lora.train_head || !there.modules_to_save.is_empty(),
