@@ -1,6 +1,7 @@
 //! Drives the real program in scratch folders.
 
 use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -350,6 +351,23 @@ fn an_interrupted_run_continues() {
     assert!(!run.join("all_metrics.json").exists());
     succeeds(folder.path(), &arguments);
     assert!(run.join("all_metrics.json").exists());
+}
+
+#[test]
+fn a_second_interrupt_ends_the_program_at_once() {
+    let folder = scratch();
+    // Packing the data waits for this lock, which never asks whether it was interrupted.
+    std::fs::create_dir(folder.path().join("cache")).unwrap();
+    let lock = File::create(folder.path().join("cache/.lock")).unwrap();
+    lock.lock().unwrap();
+    let arguments = with("train", &["--out", "run", "--cache", "cache", "-v"]);
+    let mut child = program(folder.path(), &arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+    assert!(lines.any(|line| line.contains("waiting for")));
+    interrupt(&child);
+    assert!(lines.any(|line| line.contains("once more")));
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(INTERRUPTED));
 }
 
 #[test]
