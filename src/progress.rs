@@ -1,10 +1,25 @@
 //! What the user sees while work goes on: bars on a terminal, plain lines elsewhere, nothing when quiet.
 //! Everything goes to standard error; standard output belongs to results.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+static INTERRUPT: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
+
+/// Whether the user has asked the program to stop (Ctrl-C, SIGTERM). Long work asks at each safe point and ends with
+/// [`Kind::Interrupted`](crate::error::Kind::Interrupted).
+pub fn interrupted() -> bool {
+    INTERRUPT.load(Ordering::Relaxed)
+}
+
+/// The flag behind [`interrupted`], for whoever installs the signal handlers.
+pub fn interrupt_flag() -> Arc<AtomicBool> {
+    Arc::clone(&INTERRUPT)
+}
 
 /// How much is said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,11 +90,9 @@ impl Progress {
     }
 
     fn line(&self, message: &str) {
-        if self.live {
-            self.bars.suspend(|| eprintln!("{message}"));
-        } else {
-            eprintln!("{message}");
-        }
+        // A reader that went away must not end the work: a failed write is let go.
+        let write = || drop(writeln!(std::io::stderr(), "{message}"));
+        if self.live { self.bars.suspend(write) } else { write() }
     }
 }
 

@@ -1,0 +1,303 @@
+//! Runs one configuration, or the grid, in folders: what is finished is kept, what is interrupted continues, what another
+//! process holds is left to it.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use super::config::{DataIdentity, RunConfig, SplitIdentity};
+use super::lock::Lock;
+use super::source::{ModelSource, Source};
+use super::{duration, write_whole};
+use crate::dataset::{self, PackedDataset, Split};
+use crate::error::{Error, Kind, Result};
+use crate::progress::{Progress, interrupted};
+use crate::report;
+use crate::train::options::{Method, Protocol, TrainOptions};
+use crate::train::record::RunRecord;
+use crate::train::{self, Inputs};
+
+/// Share of the images that trains, where no split is given.
+const TRAIN_FRACTION: f64 = 0.8;
+const RESULT: &str = "all_metrics.json";
+const FAILURE: &str = "run_error.json";
+
+/// What all runs share, read once: the images and the starting point.
+pub struct Setup {
+    data: PackedDataset,
+    data_identity: DataIdentity,
+    source: Source,
+}
+
+impl Setup {
+    /// Opens the dataset `data` (an archive or folder is packed into `cache` first, at `size` pixels) and reads the model.
+    ///
+    /// # Errors
+    /// Those of reading either, and [`Kind::Interrupted`].
+    pub fn open(
+        data: &Path,
+        cache: &Path,
+        size: Option<usize>,
+        model: &ModelSource,
+        adapter: Option<&Path>,
+        progress: &Progress,
+    ) -> Result<Self> {
+        // The model first: it is small, and what is wrong with it should not wait for the images.
+        let source = Source::open(model, adapter)?;
+        let packed = open_data(data, cache, size, progress)?;
+        stop_if_interrupted()?;
+        let data_identity = DataIdentity::new(data, &packed);
+        progress.info(format!(
+            "data: {} ({} images at {s} x {s}); model: {}",
+            data.display(),
+            packed.len(),
+            source.model.path,
+            s = packed.size()
+        ));
+        Ok(Self { data: packed, data_identity, source })
+    }
+
+    fn config(&self, name: &str, options: &TrainOptions, split: &Split) -> RunConfig {
+        RunConfig {
+            name: name.into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            options: options.clone(),
+            data: self.data_identity.clone(),
+            split: SplitIdentity::new(split),
+            model: self.source.model.clone(),
+            adapter: self.source.adapter.clone(),
+        }
+    }
+}
+
+/// Opens a packed file, or packs an archive or folder into `cache`; one process at a time packs.
+///
+/// # Errors
+/// Those of [`dataset::open_or_prepare`]; [`Kind::Io`] if the cache cannot be made.
+pub fn open_data(data: &Path, cache: &Path, size: Option<usize>, progress: &Progress) -> Result<PackedDataset> {
+    // A packed file needs no cache; only what will be packed makes the folder.
+    let packs = data.is_dir() || data.extension().is_some_and(|e| e.eq_ignore_ascii_case("zip"));
+    let _lock = packs.then(|| Lock::wait(cache, ".lock", "prepare the data", progress)).transpose()?;
+    dataset::open_or_prepare(data, cache, size, progress)
+}
+
+/// How the images are divided.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SplitPlan {
+    /// By `train.txt` and `val.txt` in this folder.
+    Given(PathBuf),
+    /// Drawn from the seed.
+    Seeded,
+}
+
+impl SplitPlan {
+    /// The split for the run with number `index` of the grid (0 for a single run). Under the notebook's protocol each run
+    /// draws its own.
+    fn split(&self, options: &TrainOptions, index: usize, data: &PackedDataset) -> Result<Split> {
+        let split = match self {
+            Self::Given(folder) => Split::read(folder, data)?,
+            Self::Seeded => {
+                let seed = match options.protocol {
+                    Protocol::Strict => options.seed,
+                    Protocol::Notebook => options.seed.wrapping_add(index as u64),
+                };
+                Split::seeded(data.len(), TRAIN_FRACTION, seed)
+            }
+        };
+        if split.train.is_empty() || split.val.is_empty() {
+            return Err(Error::input(
+                data.path(),
+                format!(
+                    "{} images make {} for training and {} for validation; both need at least one",
+                    data.len(),
+                    split.train.len(),
+                    split.val.len()
+                ),
+            ));
+        }
+        Ok(split)
+    }
+}
+
+/// Trains one configuration in `folder`, or continues it there, or reads its result if it is finished.
+/// `index` is the run's number in the grid (0 for a single run).
+///
+/// # Errors
+/// [`Kind::Busy`] if another process holds the folder; [`Kind::Usage`] if the folder holds a run with other settings; those
+/// of training.
+pub fn run_one(
+    setup: &Setup,
+    name: &str,
+    options: &TrainOptions,
+    split: &SplitPlan,
+    index: usize,
+    folder: &Path,
+    progress: &Progress,
+) -> Result<RunRecord> {
+    let _lock = Lock::folder(folder)?;
+    let split = split.split(options, index, &setup.data)?;
+    let config = setup.config(name, options, &split);
+    config.check(folder)?;
+    let result = folder.join(RESULT);
+    if result.exists() {
+        let record = read_record(&result)?;
+        if !folder.join(format!("{name}_results.zip")).exists() {
+            report::run::finish(folder, &record)?;
+        }
+        progress.info(format!("{name}: finished before, kept ({})", folder.display()));
+        return Ok(record);
+    }
+    config.write(folder)?;
+    split.write(folder, &setup.data)?;
+    let inputs = Inputs { data: &setup.data, split: &split, model: &setup.source.start };
+    let outcome = train::run(name, options, &inputs, folder, progress);
+    let failure = folder.join(FAILURE);
+    match &outcome {
+        Err(error) if error.kind == Kind::Diverged => {
+            let report =
+                serde_json::json!({ "name": name, "error": error.to_string(), "exit_code": error.exit_code() });
+            write_whole(&failure, format!("{report:#}\n").as_bytes())?;
+        }
+        Ok(_) if failure.exists() => {
+            std::fs::remove_file(&failure).map_err(|e| Error::io(&failure, "remove the file", e))?;
+        }
+        _ => {}
+    }
+    outcome.map_err(|error| match error.kind {
+        Kind::Interrupted => Error::new(Kind::Interrupted, format!("{name}: interrupted; the same command continues")),
+        _ => error,
+    })
+}
+
+fn read_record(path: &Path) -> Result<RunRecord> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, "read the file", e))?;
+    serde_json::from_str(&text)
+        .map_err(|e| Error::input(path, format!("not a run's result ({e}); delete its folder to train the run anew")))
+}
+
+fn stop_if_interrupted() -> Result<()> {
+    if interrupted() {
+        return Err(Error::new(Kind::Interrupted, "interrupted; the same command continues"));
+    }
+    Ok(())
+}
+
+/// A grid, and the part of it that is to be run.
+pub struct GridPlan {
+    /// Every run of the grid with its method, in order.
+    pub runs: Vec<(String, Method)>,
+    /// Which of them this process takes, by position.
+    pub selected: Vec<usize>,
+    /// Everything but the method.
+    pub options: TrainOptions,
+    /// How the images are divided.
+    pub split: SplitPlan,
+    /// The folder that holds the runs' folders.
+    pub out: PathBuf,
+}
+
+/// What became of a grid.
+pub struct GridOutcome {
+    /// Every finished run in the output folder, those of other processes included, in the order of the grid.
+    pub records: Vec<RunRecord>,
+    /// Names of runs that another process holds.
+    pub busy: Vec<String>,
+    /// Names of runs that failed, with the reason.
+    pub failed: Vec<(String, Error)>,
+}
+
+/// Runs the selected part of the grid, refreshing the summary after every run. A run that diverges is recorded and the
+/// others go on.
+///
+/// # Errors
+/// Every other failure ends the grid, interruption included; finished runs are kept and the same command continues.
+pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<GridOutcome> {
+    let out = &plan.out;
+    let options = |index: usize| TrainOptions { method: plan.runs[index].1.clone(), ..plan.options.clone() };
+    // All refusals before the first hour of training.
+    for &index in &plan.selected {
+        let (name, _) = &plan.runs[index];
+        let split = plan.split.split(&options(index), index, &setup.data)?;
+        setup.config(name, &options(index), &split).check(&out.join(name))?;
+    }
+    warn_of_strangers(setup, plan, progress)?;
+    if plan.options.protocol == Protocol::Strict || plan.split != SplitPlan::Seeded {
+        let _lock = Lock::wait(out, ".summary.lock", "write the split", progress)?;
+        plan.split.split(&plan.options, 0, &setup.data)?.write(out, &setup.data)?;
+    }
+    let started = Instant::now();
+    let (mut busy, mut failed) = (Vec::new(), Vec::new());
+    let mut stopped = None;
+    for (position, &index) in plan.selected.iter().enumerate() {
+        let (name, _) = &plan.runs[index];
+        let label = format!("[{}/{}] {name}", position + 1, plan.selected.len());
+        progress.info(format!("{label}: {}", out.join(name).display()));
+        match run_one(setup, name, &options(index), &plan.split, index, &out.join(name), progress) {
+            Ok(record) => {
+                let dice = record.final_evaluation.eval_mean_dice.map_or("-".into(), |dice| format!("{dice:.4}"));
+                progress.info(format!("{label}: Dice {dice} in {}", duration(record.training_time)));
+            }
+            Err(error) if error.kind == Kind::Busy => {
+                progress.info(format!("{label}: skipped: {error}"));
+                busy.push(name.clone());
+                continue;
+            }
+            Err(error) if error.kind == Kind::Diverged => {
+                progress.warn(format!("{label}: {error}; the other runs go on"));
+                failed.push((name.clone(), error));
+                continue;
+            }
+            Err(error) => {
+                stopped = Some(error);
+                break;
+            }
+        }
+        write_summary(out, progress)?;
+        if let Err(error) = stop_if_interrupted() {
+            stopped = Some(error);
+            break;
+        }
+    }
+    if let Some(error) = stopped {
+        return Err(error);
+    }
+    // Once more, for what other processes have finished meanwhile.
+    let records = write_summary(out, progress)?;
+    let mut counts = format!("{} runs done", plan.selected.len() - busy.len() - failed.len());
+    for (list, what) in [(busy.len(), "busy elsewhere"), (failed.len(), "failed")] {
+        if list > 0 {
+            counts += &format!(", {list} {what}");
+        }
+    }
+    progress.info(format!("{counts}, in {}", duration(started.elapsed().as_secs_f64())));
+    Ok(GridOutcome { records, busy, failed })
+}
+
+/// Writes summary, figures and page from every finished run under `out`, one process at a time, and returns the runs.
+/// With no finished run nothing is written.
+///
+/// # Errors
+/// Those of reading the results and writing the report.
+pub fn write_summary(out: &Path, progress: &Progress) -> Result<Vec<RunRecord>> {
+    let _lock = Lock::wait(out, ".summary.lock", "write the summary", progress)?;
+    let records = report::read_records(out)?;
+    if !records.is_empty() {
+        report::grid::write(out, &records)?;
+    }
+    Ok(records)
+}
+
+/// Says which other runs of the grid in the output folder were trained under other settings: the summary compares them too.
+fn warn_of_strangers(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<()> {
+    for (index, (name, _)) in plan.runs.iter().enumerate().filter(|(index, _)| !plan.selected.contains(index)) {
+        let split = plan.split.split(&plan.options, index, &setup.data)?;
+        let differences = setup.config(name, &plan.options, &split).check_neighbour(&plan.out.join(name))?;
+        if !differences.is_empty() {
+            progress.warn(format!(
+                "{}: trained with other settings ({}), and in the summary beside this one",
+                plan.out.join(name).display(),
+                differences.join(", ")
+            ));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,106 @@
+//! Where a run starts: a checkpoint or fresh weights, with or without an adapter, and what identifies them.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::formats::{self, HostData, StateDict};
+use crate::segformer::SegformerConfig;
+use crate::train::{Start, Weights};
+
+/// The model a command starts from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ModelSource {
+    /// Fresh weights of this architecture, drawn from the seed.
+    Random(Box<SegformerConfig>),
+    /// A Hugging Face directory, or a weights file with `config.json` beside it.
+    Path(PathBuf),
+}
+
+/// What identifies a model or an adapter, independent of where and in which format it is kept.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Where it was read from; `random` for fresh weights.
+    pub path: String,
+    /// CRC-32 over configuration, names, shapes and numbers, in hexadecimal.
+    pub fingerprint: String,
+}
+
+/// A starting point in memory.
+pub struct Source {
+    /// What training starts from.
+    pub start: Start,
+    /// Identity of the base model.
+    pub model: Identity,
+    /// Identity of the adapter.
+    pub adapter: Option<Identity>,
+}
+
+impl Source {
+    /// Reads the model, and the adapter if there is one.
+    ///
+    /// # Errors
+    /// Those of [`formats::checkpoint::read`] and [`formats::adapter::read`].
+    pub fn open(model: &ModelSource, adapter: Option<&Path>) -> Result<Self> {
+        let (weights, path, fingerprint) = match model {
+            ModelSource::Random(config) => {
+                let fingerprint = identify(&**config, &StateDict::new());
+                (Weights::Random((**config).clone()), "random".into(), fingerprint)
+            }
+            ModelSource::Path(path) => {
+                let checkpoint = formats::checkpoint::read(path)?;
+                let fingerprint = identify(&checkpoint.config, &checkpoint.tensors);
+                (Weights::Checkpoint(checkpoint), path.display().to_string(), fingerprint)
+            }
+        };
+        let model = Identity { path, fingerprint };
+        let Some(path) = adapter else {
+            return Ok(Self { start: Start { weights, adapter: None }, model, adapter: None });
+        };
+        let adapter = formats::adapter::read(path)?;
+        let mut tensors = adapter.sidecar.clone();
+        tensors.extend(adapter.tensors.clone());
+        let fingerprint = identify(&adapter.config.scale(), &tensors);
+        let identity = Identity { path: path.display().to_string(), fingerprint };
+        Ok(Self { start: Start { weights, adapter: Some(adapter) }, model, adapter: Some(identity) })
+    }
+}
+
+fn identify(config: &impl Serialize, tensors: &StateDict) -> String {
+    let mut crc = crc32fast::Hasher::new();
+    // Serialising plain numbers and strings to memory cannot fail.
+    crc.update(&serde_json::to_vec(config).unwrap_or_default());
+    for (name, tensor) in tensors {
+        crc.update(name.as_bytes());
+        for &extent in &tensor.shape {
+            crc.update(&(extent as u64).to_le_bytes());
+        }
+        match &tensor.data {
+            HostData::F32(numbers) => crc.update(bytemuck::cast_slice(numbers)),
+            HostData::I64(numbers) => crc.update(bytemuck::cast_slice(numbers)),
+        }
+    }
+    format!("{:08x}", crc.finalize())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::formats::HostTensor;
+
+    #[test]
+    fn every_part_of_a_model_counts() {
+        let tensors = |name: &str, shape: &[usize], x: f32| {
+            StateDict::from([(name.into(), HostTensor { shape: shape.to_vec(), data: HostData::F32(vec![x, 1.0]) })])
+        };
+        let config = SegformerConfig::default();
+        let base = identify(&config, &tensors("a", &[2], 0.5));
+        assert_eq!(base, identify(&config, &tensors("a", &[2], 0.5)));
+        assert_ne!(base, identify(&config, &tensors("b", &[2], 0.5)));
+        assert_ne!(base, identify(&config, &tensors("a", &[1, 2], 0.5)));
+        assert_ne!(base, identify(&config, &tensors("a", &[2], 0.25)));
+        let wider = SegformerConfig { decoder_hidden_size: 512, ..config };
+        assert_ne!(base, identify(&wider, &tensors("a", &[2], 0.5)));
+    }
+}

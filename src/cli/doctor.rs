@@ -1,0 +1,186 @@
+//! `doctor`: what this machine and this build can do.
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+use super::{Context, args, output};
+use crate::error::Result;
+use crate::train::{self, StepKind};
+
+/// Say what this machine and this build can do, or time training steps
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  segpeft-native doctor
+  segpeft-native doctor --step lora --size 512 --batch-size 4 --steps 5 --json")]
+pub struct Doctor {
+    /// Time steps on made-up images: fft or lora (forward, backward, update; B0) or eval (forward, metrics)
+    #[arg(long, value_enum, value_name = "KIND", hide_possible_values = true)]
+    step: Option<Step>,
+    /// Side of the images, a multiple of 32
+    #[arg(long, value_name = "PIXELS", default_value = "512", value_parser = args::size, requires = "step")]
+    size: usize,
+    /// Images per step
+    #[arg(long, value_name = "IMAGES", default_value = "4", value_parser = args::count, requires = "step")]
+    batch_size: usize,
+    /// Steps to time, after one that is not counted
+    #[arg(long, value_name = "N", default_value = "5", value_parser = args::count, requires = "step")]
+    steps: usize,
+}
+
+#[derive(Clone, Copy, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Step {
+    Fft,
+    Lora,
+    Eval,
+}
+
+#[derive(Serialize)]
+struct Machine {
+    version: &'static str,
+    target: String,
+    optimised_build: bool,
+    cores: usize,
+    threads: usize,
+    simd: Vec<&'static str>,
+    memory_bytes: Option<u64>,
+    memory_available_bytes: Option<u64>,
+    cuda_backend: bool,
+    nvidia_gpus: usize,
+    notes: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Timing {
+    step: Step,
+    size: usize,
+    batch_size: usize,
+    threads: usize,
+    seconds: Vec<f64>,
+    median_seconds: f64,
+    images_per_second: f64,
+    peak_memory_bytes: Option<u64>,
+}
+
+impl Doctor {
+    pub fn run(&self, context: &Context) -> Result<()> {
+        match self.step {
+            Some(step) => self.time(step, context),
+            None => {
+                let machine = Machine::look();
+                context.result(&machine, || machine.text())
+            }
+        }
+    }
+
+    fn time(&self, step: Step, context: &Context) -> Result<()> {
+        let kind = match step {
+            Step::Fft => StepKind::Fft,
+            Step::Lora => StepKind::Lora,
+            Step::Eval => StepKind::Eval,
+        };
+        let seconds = train::measure_step(kind, self.size, self.batch_size, self.steps)?;
+        let mut sorted = seconds.clone();
+        sorted.sort_by(f64::total_cmp);
+        let median_seconds = sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);
+        let timing = Timing {
+            step,
+            size: self.size,
+            batch_size: self.batch_size,
+            threads: rayon::current_num_threads(),
+            images_per_second: self.batch_size as f64 / median_seconds,
+            median_seconds,
+            seconds,
+            peak_memory_bytes: proc_bytes("/proc/self/status", "VmHWM:"),
+        };
+        context.result(&timing, || {
+            output::fields(&[
+                ("median step", format!("{:.3} s", timing.median_seconds)),
+                ("images/s", format!("{:.2}", timing.images_per_second)),
+                ("peak memory", gigabytes(timing.peak_memory_bytes)),
+                ("threads", timing.threads.to_string()),
+            ])
+        })
+    }
+}
+
+impl Machine {
+    fn look() -> Self {
+        let nvidia_gpus = std::fs::read_dir("/proc/driver/nvidia/gpus").map_or(0, |entries| entries.count());
+        let optimised_build = !cfg!(debug_assertions);
+        let simd = simd();
+        let mut notes = Vec::new();
+        if nvidia_gpus > 0 {
+            notes.push("an NVIDIA GPU is here, but this build has no CUDA backend: training runs on the CPU".into());
+        } else {
+            notes.push(
+                "no GPU in use: this build has no CUDA backend; try `ablate --demo`, or --size 128 and fewer epochs"
+                    .into(),
+            );
+        }
+        if !optimised_build {
+            notes.push("this is a debug build, many times slower: build with `cargo build --release`".into());
+        }
+        if cfg!(target_arch = "x86_64") && !simd.contains(&"avx2") {
+            notes.push("this processor has no AVX2: training will be slow".into());
+        }
+        Self {
+            version: env!("CARGO_PKG_VERSION"),
+            target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
+            optimised_build,
+            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            threads: rayon::current_num_threads(),
+            simd,
+            memory_bytes: proc_bytes("/proc/meminfo", "MemTotal:"),
+            memory_available_bytes: proc_bytes("/proc/meminfo", "MemAvailable:"),
+            cuda_backend: false,
+            nvidia_gpus,
+            notes,
+        }
+    }
+
+    fn text(&self) -> String {
+        let build = if self.optimised_build { "optimised" } else { "debug" };
+        let available = gigabytes(self.memory_available_bytes);
+        let mut text = output::fields(&[
+            ("version", format!("{} ({}, {build})", self.version, self.target)),
+            ("cores", self.cores.to_string()),
+            ("threads", format!("{} (--threads N to change)", self.threads)),
+            ("vector code", if self.simd.is_empty() { "portable".into() } else { self.simd.join(" ") }),
+            ("memory", format!("{}, {available} available", gigabytes(self.memory_bytes))),
+            ("CUDA backend", "none in this build".into()),
+            ("NVIDIA GPUs", self.nvidia_gpus.to_string()),
+        ]);
+        for note in &self.notes {
+            text += &format!("note: {note}\n");
+        }
+        text
+    }
+}
+
+/// Vector extensions of this processor that matter here.
+fn simd() -> Vec<&'static str> {
+    #[cfg(target_arch = "x86_64")]
+    let found = [
+        ("avx2", is_x86_feature_detected!("avx2")),
+        ("fma", is_x86_feature_detected!("fma")),
+        ("avx512f", is_x86_feature_detected!("avx512f")),
+        ("avx512vl", is_x86_feature_detected!("avx512vl")),
+        ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
+    ];
+    #[cfg(not(target_arch = "x86_64"))]
+    let found = [("neon", cfg!(target_feature = "neon"))];
+    found.into_iter().filter_map(|(name, here)| here.then_some(name)).collect()
+}
+
+/// A field of a file such as `/proc/meminfo`, which counts in kB. None on systems without such files.
+fn proc_bytes(file: &str, field: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
+    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+fn gigabytes(bytes: Option<u64>) -> String {
+    bytes.map_or("unknown".into(), |bytes| format!("{:.1} GB", bytes as f64 / 1e9))
+}

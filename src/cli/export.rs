@@ -1,0 +1,70 @@
+//! `export`: a model or adapter in another form.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+
+use super::output::path;
+use super::{Context, args};
+use crate::ablation::source::{ModelSource, Source};
+use crate::error::{Error, Result};
+use crate::formats::{self, HfNames};
+use crate::train;
+
+/// Write a model or adapter in another form
+///
+/// With --merge: the adapter folded into the model, as a full Hugging Face directory. Without: the adapter under the
+/// names of transformers 4 or 5, or, if there is no --adapter, the model as config.json and model.safetensors.
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  segpeft-native export --model segformer-b0-ade/ --merge --out merged/ \\
+    --adapter outputs/lora_r16_alpha32/final
+  segpeft-native export --adapter outputs/lora_r16_alpha32/final --hf-names 5 --out adapter-5/
+  segpeft-native export --model old/pytorch_model.bin --out as-safetensors/")]
+pub struct Export {
+    /// Hugging Face directory or weights file of a SegFormer
+    #[arg(long, value_name = "PATH", required_unless_present = "adapter")]
+    model: Option<PathBuf>,
+    /// The adapter
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    /// Fold the adapter into the model
+    #[arg(long, requires = "model", requires = "adapter")]
+    merge: bool,
+    /// Folder to write; new or empty
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Module names of the adapter: those of transformers 4 or 5
+    #[arg(long, value_enum, value_name = "4|5", default_value = "4", hide_possible_values = true)]
+    hf_names: HfNames,
+    /// Side of the images the model is for, noted in preprocessor_config.json
+    #[arg(long, value_name = "PIXELS", default_value = "512", value_parser = args::size)]
+    size: usize,
+}
+
+impl Export {
+    pub fn run(&self, context: &Context) -> Result<()> {
+        if std::fs::read_dir(&self.out).is_ok_and(|mut entries| entries.next().is_some()) {
+            return Err(Error::usage(format!("--out {}: the folder is not empty; name a new one", self.out.display())));
+        }
+        let what = match (&self.model, &self.adapter) {
+            (Some(model), adapter) if self.merge || adapter.is_none() => {
+                let source = Source::open(&ModelSource::Path(model.clone()), adapter.as_deref())?;
+                let merged = train::merged(&source.start)?;
+                formats::checkpoint::write(&self.out, &merged.config, &merged.tensors, self.size)?;
+                if self.merge { "merged model" } else { "model" }
+            }
+            (_, Some(adapter)) => {
+                let adapter = formats::adapter::read(adapter)?;
+                formats::adapter::write(&self.out, &adapter, self.hf_names)?;
+                "adapter"
+            }
+            // clap lets nothing else through.
+            (_, None) => return Err(Error::usage("--model or --adapter is needed")),
+        };
+        context
+            .result(&json!({ "written": what, "out": path(&self.out) }), || format!("{what}: {}\n", self.out.display()))
+    }
+}

@@ -1,0 +1,556 @@
+//! Drives the real program in scratch folders.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+const USAGE: i32 = 2;
+const INPUT: i32 = 3;
+const IO: i32 = 4;
+const DIVERGED: i32 = 5;
+const DEVICE: i32 = 6;
+const BUSY: i32 = 7;
+const INTERRUPTED: i32 = 130;
+
+fn program(folder: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_segpeft-native"));
+    command.current_dir(folder).args(arguments);
+    command
+}
+
+fn run(folder: &Path, arguments: &[&str]) -> Output {
+    program(folder, arguments).output().expect("the program starts")
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).expect("UTF-8 on standard output")
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).expect("UTF-8 on standard error")
+}
+
+fn succeeds(folder: &Path, arguments: &[&str]) -> Output {
+    let output = run(folder, arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
+    output
+}
+
+/// The command fails with `code` and exactly one line, which starts with `error: ` and holds each of `words`.
+fn fails(folder: &Path, arguments: &[&str], code: i32, words: &[&str]) {
+    let output = run(folder, arguments);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {text}");
+    let errors: Vec<&str> = text.lines().filter(|line| line.starts_with("error: ")).collect();
+    assert_eq!(errors.len(), 1, "{arguments:?}: {text}");
+    assert_eq!(text.lines().last(), Some(errors[0]), "{arguments:?}: nothing follows the error: {text}");
+    for word in words {
+        assert!(errors[0].contains(word), "{arguments:?}: {word:?} is not in {}", errors[0]);
+    }
+    assert!(output.stdout.is_empty(), "{arguments:?}: a failure prints no result");
+}
+
+/// Twelve pictures of 48 x 40 with a bright disc, and its mask: a folder to train on.
+fn dataset(folder: &Path) {
+    for part in ["images", "masks"] {
+        std::fs::create_dir_all(folder.join("data").join(part)).expect("scratch folder");
+    }
+    for i in 0..12u32 {
+        let inside = |x: u32, y: u32| (x as i32 - 20).pow(2) + (y as i32 - 8 - i as i32 * 2).pow(2) < 80;
+        let image = image::RgbImage::from_fn(48, 40, |x, y| {
+            let noise = ((x * 7 + y * 13 + i * 29) % 31) as u8;
+            image::Rgb(if inside(x, y) { [220, 160 + noise, 150] } else { [120 + noise, 50, 40] })
+        });
+        let mask = image::GrayImage::from_fn(48, 40, |x, y| image::Luma([if inside(x, y) { 255 } else { 0 }]));
+        image.save(folder.join(format!("data/images/p{i:02}.png"))).expect("image");
+        mask.save(folder.join(format!("data/masks/p{i:02}.png"))).expect("mask");
+    }
+}
+
+/// A short run at 32 x 32 from fresh weights.
+const SHORT: [&str; 14] = [
+    "--data",
+    "data",
+    "--model",
+    "random",
+    "--size",
+    "32",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "4",
+    "--grad-accum",
+    "2",
+    "--eval-batch-size",
+    "4",
+];
+
+fn with<'a>(command: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    [&[command], &SHORT[..], more].concat()
+}
+
+fn scratch() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("scratch folder");
+    dataset(folder.path());
+    folder
+}
+
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(120), "waited too long until {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn interrupt(child: &Child) {
+    let status = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill starts");
+    assert!(status.success());
+}
+
+// --- Help -----------------------------------------------------------------------------------------------------------
+
+#[test]
+fn help_lists_every_command_and_exit_code() {
+    let folder = tempfile::tempdir().unwrap();
+    let help = stdout(&succeeds(folder.path(), &["--help"]));
+    for word in ["prepare", "train", "ablate", "eval", "predict", "export", "report", "doctor", "Exit codes:", "130"] {
+        assert!(help.contains(word), "{word} is not in the help");
+    }
+    for command in ["prepare", "train", "ablate", "eval", "predict", "export", "report", "doctor"] {
+        let help = stdout(&succeeds(folder.path(), &[command, "--help"]));
+        assert!(help.contains("Examples:") && help.contains(&format!("segpeft-native {command}")), "{command}");
+    }
+    assert!(stdout(&succeeds(folder.path(), &["--version"])).contains(env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn no_command_shows_the_help() {
+    let output = run(tempfile::tempdir().unwrap().path(), &[]);
+    assert_eq!(output.status.code(), Some(USAGE));
+    assert!(stderr(&output).contains("ablate"));
+}
+
+#[test]
+fn a_reader_that_goes_away_causes_no_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    for arguments in [&["train", "--help"][..], &["doctor"], &["doctor", "--json"]] {
+        let (reader, writer) = std::io::pipe().expect("pipe");
+        drop(reader);
+        let output = program(folder.path(), arguments).stdout(writer).stderr(Stdio::piped()).output().unwrap();
+        assert!(output.status.success(), "{arguments:?}: {:?}", output.status);
+        assert_eq!(stderr(&output), "", "{arguments:?}");
+    }
+}
+
+// --- Arguments ------------------------------------------------------------------------------------------------------
+
+#[test]
+fn values_out_of_range_are_refused_before_anything_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    // The data do not exist, so only a check up front can give the code for usage.
+    for (flag, value) in [
+        ("--rank", "0"),
+        ("--rank", "1025"),
+        ("--rank", "-4"),
+        ("--lora-alpha", "0"),
+        ("--lora-alpha", "inf"),
+        ("--lora-alpha", "-1"),
+        ("--lr", "0"),
+        ("--lr", "nan"),
+        ("--epochs", "0"),
+        ("--batch-size", "0"),
+        ("--grad-accum", "0"),
+        ("--eval-batch-size", "0"),
+        ("--size", "100"),
+        ("--size", "8192"),
+        ("--size", "0"),
+        ("--lora-dropout", "1"),
+        ("--drop-path", "-0.1"),
+        ("--classifier-dropout", "1.5"),
+        ("--warmup-ratio", "2"),
+        ("--weight-decay", "-1"),
+        ("--patience", "0"),
+        ("--seed", "-1"),
+        ("--targets", "query,,key"),
+        ("--threads", "0"),
+        ("--device", "gpu"),
+        ("--hf-names", "6"),
+        ("--method", "qlora"),
+    ] {
+        let arguments = ["train", "--data", "none", "--model", "random", "--out", "run", flag, value];
+        fails(folder.path(), &arguments, USAGE, &[flag, value]);
+    }
+    for (flag, value) in
+        [("--ranks", "4,0"), ("--ratios", "0"), ("--ratios", "1,nan"), ("--slice", "0/4"), ("--slice", "5/4")]
+    {
+        let arguments = ["ablate", "--data", "none", "--model", "random", "--out", "grid", flag, value];
+        fails(folder.path(), &arguments, USAGE, &[flag]);
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "nothing was written");
+}
+
+#[test]
+fn flags_that_do_not_go_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let train = |more: &[&'static str]| {
+        [&["train", "--data", "none", "--model", "random", "--out", "run", "--method", "fft"], more].concat()
+    };
+    fails(folder.path(), &train(&["--rank", "4"]), USAGE, &["--rank", "--method lora"]);
+    fails(folder.path(), &train(&["--train-head"]), USAGE, &["--train-head", "--method lora"]);
+    fails(folder.path(), &train(&["--adapter", "x"]), USAGE, &["--adapter", "export --merge"]);
+    fails(folder.path(), &["train"], USAGE, &["--data", "--model", "--out"]);
+    fails(folder.path(), &["ablate", "--out", "x"], USAGE, &["--data", "--model"]);
+    fails(folder.path(), &["ablate", "--demo", "--data", "x"], USAGE, &["--demo", "--data"]);
+    fails(folder.path(), &["eval", "--data", "d", "--model", "m", "--part", "val"], USAGE, &["--part", "--split"]);
+    fails(folder.path(), &["export", "--model", "m", "--merge", "--out", "o"], USAGE, &["--adapter"]);
+    fails(folder.path(), &["train", "-q", "-v"], USAGE, &["--quiet", "--verbose"]);
+    fails(folder.path(), &["trian"], USAGE, &["trian", "train"]);
+}
+
+#[test]
+fn an_unknown_run_lists_the_known() {
+    let folder = tempfile::tempdir().unwrap();
+    let grid = ["ablate", "--data", "none", "--model", "random", "--out", "grid", "--only", "lora_r5_alpha5"];
+    fails(folder.path(), &grid, USAGE, &["lora_r5_alpha5", "segformer_fft_baseline", "lora_r64_alpha256"]);
+}
+
+#[test]
+fn cuda_is_refused_clearly() {
+    let folder = scratch();
+    for device in ["cuda", "cuda:1"] {
+        let arguments = with("train", &["--out", "run", "--device", device]);
+        fails(folder.path(), &arguments, DEVICE, &["this build has no CUDA backend"]);
+    }
+}
+
+#[test]
+fn missing_files_are_named() {
+    let folder = scratch();
+    let train = ["train", "--data", "nowhere.zip", "--model", "random", "--out", "run"];
+    fails(folder.path(), &train, INPUT, &["nowhere.zip"]);
+    let train = ["train", "--data", "data", "--model", "no-model", "--out", "run"];
+    fails(folder.path(), &train, INPUT, &["no-model"]);
+    fails(folder.path(), &["report", "nowhere"], INPUT, &["nowhere"]);
+    fails(folder.path(), &["report", "data"], INPUT, &["data", "no finished run"]);
+    fails(folder.path(), &["predict", "none.png", "--model", "m", "--out", "o"], INPUT, &["none.png"]);
+    fails(folder.path(), &["export", "--adapter", "no-adapter", "--out", "o"], INPUT, &["no-adapter"]);
+}
+
+#[test]
+fn an_unwritable_output_is_an_io_error() {
+    let folder = scratch();
+    std::fs::write(folder.path().join("file"), "").unwrap();
+    fails(folder.path(), &with("train", &["--out", "file/run"]), IO, &["file/run"]);
+    fails(folder.path(), &with("ablate", &["--out", "file/grid", "--cache", "cache"]), IO, &["file/grid"]);
+}
+
+#[test]
+fn export_spares_a_folder_with_something_in_it() {
+    let folder = scratch();
+    fails(folder.path(), &["export", "--model", "m", "--out", "data"], USAGE, &["--out data", "not empty"]);
+}
+
+// --- Doctor ---------------------------------------------------------------------------------------------------------
+
+#[test]
+fn doctor_describes_the_machine() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = stdout(&succeeds(folder.path(), &["doctor"]));
+    for word in ["version", "cores", "memory", "CUDA backend"] {
+        assert!(text.contains(word), "{text}");
+    }
+    let json: Value = serde_json::from_slice(&succeeds(folder.path(), &["doctor", "--json", "--threads", "1"]).stdout)
+        .expect("one JSON document");
+    assert_eq!((&json["threads"], &json["cuda_backend"]), (&Value::from(1), &Value::from(false)));
+    assert!(json["cores"].as_u64() >= Some(1));
+}
+
+#[test]
+fn doctor_times_steps() {
+    let folder = tempfile::tempdir().unwrap();
+    for step in ["fft", "lora", "eval"] {
+        let arguments = ["doctor", "--json", "--step", step, "--size", "32", "--batch-size", "1", "--steps", "3"];
+        let json: Value = serde_json::from_slice(&succeeds(folder.path(), &arguments).stdout).expect("JSON");
+        assert_eq!(json["seconds"].as_array().map(Vec::len), Some(3));
+        assert!(json["images_per_second"].as_f64() > Some(0.0));
+    }
+}
+
+// --- Training -------------------------------------------------------------------------------------------------------
+
+#[test]
+fn one_run_leaves_what_it_should_and_is_kept() {
+    let folder = scratch();
+    let arguments = with("train", &["--rank", "4", "--out", "runs/r4"]);
+    let first = succeeds(folder.path(), &arguments);
+    assert!(stdout(&first).contains("Dice") && stdout(&first).contains("results: runs/r4"), "{}", stdout(&first));
+    let text = stderr(&first);
+    assert!(!text.contains('\r') && !text.contains('\u{1b}'), "plain where there is no terminal: {text:?}");
+    let run = folder.path().join("runs/r4");
+    for file in [
+        "run_config.json",
+        "train.txt",
+        "val.txt",
+        "all_metrics.json",
+        "training_history.csv",
+        "r4_results.zip",
+        "final",
+    ] {
+        assert!(run.join(file).exists(), "{file} is missing");
+    }
+    let config: Value = serde_json::from_slice(&std::fs::read(run.join("run_config.json")).unwrap()).unwrap();
+    assert_eq!(config["options"]["method"]["alpha"], Value::from(8.0), "twice the rank");
+    assert_eq!(config["options"]["epochs"], Value::from(2));
+
+    let metrics = std::fs::read(run.join("all_metrics.json")).unwrap();
+    let again = succeeds(folder.path(), &arguments);
+    assert!(stderr(&again).contains("kept"), "{}", stderr(&again));
+    assert_eq!(std::fs::read(run.join("all_metrics.json")).unwrap(), metrics);
+
+    let other = with("train", &["--rank", "4", "--out", "runs/r4", "--lr", "0.01"]);
+    fails(folder.path(), &[&other[..], &["-q"]].concat(), USAGE, &["runs/r4", "lr 0.0005 there, 0.01 here", "--out"]);
+    let quiet = succeeds(folder.path(), &[&arguments[..], &["--quiet", "--json"]].concat());
+    assert_eq!(stderr(&quiet), "");
+    let json: Value = serde_json::from_slice(&quiet.stdout).expect("one JSON document");
+    assert_eq!(json["name"], "r4");
+    assert!(json["training_history"].is_array());
+}
+
+#[test]
+fn two_processes_never_write_one_run() {
+    let folder = scratch();
+    let run = folder.path().join("runs/one");
+    std::fs::create_dir_all(&run).unwrap();
+    let lock = File::create(run.join(".lock")).unwrap();
+    lock.lock().unwrap();
+    std::fs::write(run.join(".lock"), "4242").unwrap();
+    fails(folder.path(), &with("train", &["--out", "runs/one", "-q"]), BUSY, &["runs/one", "process 4242", "--out"]);
+    drop(lock);
+    succeeds(folder.path(), &with("train", &["--out", "runs/one"]));
+}
+
+#[test]
+fn an_interrupted_run_continues() {
+    let folder = scratch();
+    let mut arguments = with("train", &["--out", "runs/long", "--patience", "40"]);
+    let epochs = arguments.iter().position(|argument| *argument == "--epochs").expect("--epochs") + 1;
+    arguments[epochs] = "40";
+    let child = program(folder.path(), &arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let run = folder.path().join("runs/long");
+    wait_until("the first epoch is done", || run.join("training_history.csv").exists());
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(INTERRUPTED), "{}", stderr(&output));
+    let text = stderr(&output);
+    assert!(text.lines().last().unwrap().contains("the same command continues"), "{text}");
+    assert!(!run.join("all_metrics.json").exists());
+    succeeds(folder.path(), &arguments);
+    assert!(run.join("all_metrics.json").exists());
+}
+
+#[test]
+fn a_second_interrupt_ends_the_program_at_once() {
+    let folder = scratch();
+    // Packing the data waits for this lock, which never asks whether it was interrupted.
+    std::fs::create_dir(folder.path().join("cache")).unwrap();
+    let lock = File::create(folder.path().join("cache/.lock")).unwrap();
+    lock.lock().unwrap();
+    let arguments = with("train", &["--out", "run", "--cache", "cache", "-v"]);
+    let mut child = program(folder.path(), &arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+    assert!(lines.any(|line| line.contains("waiting for")));
+    interrupt(&child);
+    assert!(lines.any(|line| line.contains("once more")));
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(INTERRUPTED));
+}
+
+#[test]
+fn a_diverged_run_has_its_own_exit_code() {
+    let folder = scratch();
+    fails(folder.path(), &with("train", &["--out", "runs/wild", "--lr", "1e30", "-q"]), DIVERGED, &["wild"]);
+    assert!(folder.path().join("runs/wild/run_error.json").exists());
+    assert!(!folder.path().join("runs/wild/all_metrics.json").exists());
+}
+
+// --- The grid -------------------------------------------------------------------------------------------------------
+
+const SMALL_GRID: [&str; 6] = ["--out", "grid", "--ranks", "2,4", "--ratios", "1"];
+
+fn grid<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    with("ablate", &[&SMALL_GRID[..], more].concat())
+}
+
+#[test]
+fn a_grid_runs_in_parts_and_ends_in_one_summary() {
+    let folder = scratch();
+    let out = folder.path().join("grid");
+    succeeds(folder.path(), &grid(&["--slice", "1/2"]));
+    assert!(out.join("segformer_fft_baseline/all_metrics.json").exists());
+    assert!(!out.join("lora_r2_alpha2").exists(), "belongs to part 2");
+    succeeds(folder.path(), &grid(&["--slice", "2/2"]));
+    let whole = succeeds(folder.path(), &grid(&["--json"]));
+    assert_eq!(stderr(&whole).matches("kept").count(), 3, "{}", stderr(&whole));
+    let json: Value = serde_json::from_slice(&whole.stdout).expect("one JSON document");
+    assert_eq!(json["runs"].as_array().map(Vec::len), Some(3));
+    assert_eq!(json["page"], "grid/index.html");
+    for file in ["summary.csv", "summary.json", "summary.md", "index.html", "train.txt", "val.txt"] {
+        assert!(out.join(file).exists(), "{file} is missing");
+    }
+    let lists =
+        ["segformer_fft_baseline", "lora_r2_alpha2"].map(|run| std::fs::read(out.join(run).join("val.txt")).unwrap());
+    assert_eq!(lists[0], lists[1], "one split for all runs");
+
+    std::fs::remove_file(out.join("index.html")).unwrap();
+    let report = stdout(&succeeds(folder.path(), &["report", "grid"]));
+    assert!(report.contains("lora_r4_alpha4") && report.contains("page: grid/index.html"), "{report}");
+    assert!(out.join("index.html").exists());
+    fails(folder.path(), &["report", "grid/lora_r4_alpha4"], INPUT, &["one run"]);
+    fails(folder.path(), &grid(&["--seed", "7", "-q"]), USAGE, &["seed 42 there, 7 here", "--out"]);
+}
+
+#[test]
+fn the_notebooks_protocol_draws_a_split_for_each_run() {
+    let folder = scratch();
+    succeeds(folder.path(), &grid(&["--protocol", "notebook"]));
+    let out = folder.path().join("grid");
+    let lists =
+        ["segformer_fft_baseline", "lora_r2_alpha2"].map(|run| std::fs::read(out.join(run).join("train.txt")).unwrap());
+    assert_ne!(lists[0], lists[1]);
+    assert!(!out.join("train.txt").exists());
+}
+
+#[test]
+fn a_busy_run_is_left_to_its_holder() {
+    let folder = scratch();
+    let run = folder.path().join("grid/lora_r2_alpha2");
+    std::fs::create_dir_all(&run).unwrap();
+    let lock = File::create(run.join(".lock")).unwrap();
+    lock.lock().unwrap();
+    let output = succeeds(folder.path(), &grid(&["--no-fft", "--json"]));
+    assert!(stderr(&output).contains("skipped"), "{}", stderr(&output));
+    let json: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!((&json["busy"][0], &json["runs"][0]["name"]), (&"lora_r2_alpha2".into(), &"lora_r4_alpha4".into()));
+}
+
+#[test]
+fn a_failed_run_does_not_stop_the_others() {
+    let folder = scratch();
+    let output = run(folder.path(), &grid(&["--lr", "1e30"]));
+    assert_eq!(output.status.code(), Some(DIVERGED), "{}", stderr(&output));
+    let text = stderr(&output);
+    let last = text.lines().last().unwrap_or_default();
+    for name in ["segformer_fft_baseline", "lora_r2_alpha2", "lora_r4_alpha4"] {
+        assert!(last.contains(name), "{text}");
+        assert!(folder.path().join("grid").join(name).join("run_error.json").exists(), "{name}");
+    }
+}
+
+#[test]
+fn an_interrupted_grid_keeps_what_is_finished() {
+    let folder = scratch();
+    let arguments = grid(&[]);
+    let child = program(folder.path(), &arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let out = folder.path().join("grid");
+    wait_until("the second run has begun", || out.join("lora_r2_alpha2/run_config.json").exists());
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(INTERRUPTED), "{}", stderr(&output));
+    assert!(out.join("summary.csv").exists(), "the finished run is in the summary");
+    let again = succeeds(folder.path(), &arguments);
+    assert!(stderr(&again).contains("segformer_fft_baseline: finished before, kept"), "{}", stderr(&again));
+}
+
+#[test]
+fn the_demo_needs_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let arguments = ["ablate", "--demo", "--size", "32", "--epochs", "1", "--ranks", "4", "--ratios", "2"];
+    let output = succeeds(folder.path(), &arguments);
+    let text = stdout(&output);
+    assert!(text.contains("lora_r4_alpha8") && text.contains("page: segpeft-demo/index.html"), "{text}");
+    assert!(!text.contains("source-model"), "the model that was adapted is no row of the table");
+    assert!(folder.path().join("segpeft-demo/demo/source-model/final").exists());
+}
+
+// --- Using a model --------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_trained_adapter_is_evaluated_merged_and_used() {
+    let folder = scratch();
+    succeeds(
+        folder.path(),
+        &[
+            "train",
+            "--data",
+            "data",
+            "--model",
+            "random",
+            "--size",
+            "32",
+            "--epochs",
+            "1",
+            "--batch-size",
+            "4",
+            "--method",
+            "fft",
+            "--out",
+            "runs/base",
+        ],
+    );
+    let on_base: Vec<&str> = with("train", &["--out", "runs/r2", "--rank", "2"])
+        .into_iter()
+        .map(|a| if a == "random" { "runs/base/final" } else { a })
+        .collect();
+    succeeds(folder.path(), &on_base);
+    let adapted = ["--model", "runs/base/final", "--adapter", "runs/r2/final"];
+    let eval = |model: &[&str]| -> Value {
+        let arguments = [&["eval", "--data", "data", "--size", "32", "--split", "runs/r2", "--json"], model].concat();
+        serde_json::from_slice(&succeeds(folder.path(), &arguments).stdout).expect("JSON")
+    };
+    let with_adapter = eval(&adapted);
+    let record: Value =
+        serde_json::from_slice(&std::fs::read(folder.path().join("runs/r2/all_metrics.json")).unwrap()).unwrap();
+    let close = |a: &Value, b: &Value| (a.as_f64().unwrap() - b.as_f64().unwrap()).abs() < 1e-5;
+    assert!(close(&with_adapter["eval_loss"], &record["final_evaluation"]["eval_loss"]), "{with_adapter} {record}");
+
+    succeeds(folder.path(), &[&["export", "--merge", "--out", "merged"], &adapted[..]].concat());
+    assert!(close(&eval(&["--model", "merged"])["eval_loss"], &with_adapter["eval_loss"]));
+    succeeds(folder.path(), &["export", "--adapter", "runs/r2/final", "--hf-names", "5", "--out", "five"]);
+    assert!(close(
+        &eval(&["--model", "runs/base/final", "--adapter", "five"])["eval_loss"],
+        &with_adapter["eval_loss"]
+    ));
+
+    let predict = [
+        &["predict", "data/images", "--size", "32", "--out", "predictions", "--save-logits", "logits.safetensors"],
+        &adapted[..],
+    ]
+    .concat();
+    succeeds(folder.path(), &predict);
+    let mask = image::open(folder.path().join("predictions/masks/p03.png")).expect("mask").to_luma8();
+    assert_eq!(mask.dimensions(), (48, 40), "the picture's own size");
+    assert!(mask.pixels().all(|pixel| [0, 255].contains(&pixel.0[0])));
+    let overlay = image::open(folder.path().join("predictions/overlays/p03.png")).expect("overlay");
+    assert_eq!((overlay.width(), overlay.height()), (48, 40));
+    let bytes = std::fs::read(folder.path().join("logits.safetensors")).expect("logits");
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+    assert_eq!(tensors.len(), 12);
+    assert_eq!(tensors.tensor("p03").expect("by stem").shape(), [2, 8, 8]);
+}
+
+#[test]
+fn prepare_packs_a_folder_that_trains() {
+    let folder = scratch();
+    let output = succeeds(folder.path(), &["prepare", "data", "--out", "p.pack", "--size", "32", "--json"]);
+    let json: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!((&json["images"], &json["size"]), (&12.into(), &32.into()));
+    let train: Vec<&str> =
+        ["train", "--data", "p.pack", "--model", "random", "--epochs", "1", "--batch-size", "4", "--out", "run"].into();
+    succeeds(folder.path(), &train);
+    assert!(!folder.path().join("cache").exists(), "a packed file needs no cache");
+}
