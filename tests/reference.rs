@@ -219,3 +219,77 @@ fn the_models_tensors_are_the_references() {
         }
     }
 }
+
+/// Finite differences through the whole model with everything random on: stochastic depth, dropout before the classifier
+/// and at the adapters, which run on their separate path.
+#[test]
+fn adapters_with_dropout_by_finite_differences() {
+    let numbers = json("tiny.json");
+    let mut config: SegformerConfig = serde_json::from_value(numbers["config"].clone()).expect("config");
+    (config.drop_path_rate, config.classifier_dropout_prob) = (0.2, 0.2);
+    let pictures = Pictures::new([33, 34, 35], 64, true);
+    let samples = pictures.samples();
+    let scale = 1.0 / pictures.valid(3) as f64;
+    let random = StepRandom { seed: 5, step: 11 };
+    let case = &numbers["cases"]["lora_all_linear"];
+    let Trainable::Adapters { matches, rank, scale: s, .. } = trainable(&config, case) else {
+        unreachable!("adapters")
+    };
+    let trainable = Trainable::Adapters { matches, rank, scale: s, dropout: 0.3, head: false };
+    let mut model = model::<f64>(&config, 64, 3, &trainable);
+    model.train_micro_batch(&samples, scale, random);
+    model.finish_gradients();
+    model.take_loss();
+    let targets: Vec<(String, Id, Vec<f32>)> =
+        model.trained().map(|(name, id)| (name.to_string(), id, model.gradient(id).expect("trained"))).collect();
+    let mut checked = 0;
+    for (k, (name, id, gradient)) in targets.iter().enumerate() {
+        let values = model.get(*id);
+        let i = k * 31 % values.len();
+        let mut loss_at = |x: f32| {
+            let mut moved = values.clone();
+            moved[i] = x;
+            model.set(*id, &moved);
+            model.refresh();
+            model.train_micro_batch(&samples, scale, random);
+            model.take_loss()
+        };
+        // Small, so that hardly any ReLU changes its side; the difference is that of the rounded numbers.
+        let (above, below) = (values[i] + 1.0 / 131_072.0, values[i] - 1.0 / 131_072.0);
+        let slope = (loss_at(above) - loss_at(below)) / (f64::from(above) - f64::from(below));
+        loss_at(values[i]);
+        let error = (f64::from(gradient[i]) - slope).abs();
+        assert!(
+            error < 2e-5 * (1.0 + slope.abs()) && error < 0.02 * slope.abs().max(1e-4),
+            "{name}[{i}]: {} against {slope}",
+            gradient[i]
+        );
+        checked += usize::from(slope.abs() > 1e-4);
+    }
+    assert!(checked > 20, "only {checked} slopes stand clear of zero");
+}
+
+/// The separate path with a dropout too small to drop anything gives what merging gives.
+#[test]
+fn separate_and_merged_adapters_agree() {
+    let numbers = json("tiny.json");
+    let config: SegformerConfig = serde_json::from_value(numbers["config"].clone()).expect("config");
+    let pictures = Pictures::new([33, 34, 35], 64, true);
+    let samples = pictures.samples();
+    let case = &numbers["cases"]["lora_all_linear"];
+    let run = |rate: f32| {
+        let Trainable::Adapters { matches, rank, scale, .. } = trainable(&config, case) else {
+            unreachable!("adapters")
+        };
+        let trainable = Trainable::Adapters { matches, rank, scale, dropout: rate, head: false };
+        let mut model = model::<f64>(&config, 64, 3, &trainable);
+        model.train_micro_batch(&samples, 1.0 / pictures.valid(3) as f64, StepRandom { seed: 5, step: 11 });
+        model.finish_gradients();
+        (model.take_loss(), gradients(&model))
+    };
+    let ((merged_loss, merged), (separate_loss, separate)) = (run(0.0), run(1e-12));
+    assert!((merged_loss - separate_loss).abs() < 1e-12);
+    for (name, gradient) in &merged {
+        assert!(distance(gradient, &separate[name]) <= 1e-6 * norm(gradient), "{name}");
+    }
+}

@@ -56,10 +56,3 @@ pub enum HfNames {
     #[serde(rename = "5")]
     V5,
 }
-/// stand-in
-pub mod names {
-    /// s
-    pub fn to_v5(s: &str) -> String {
-        s.replace(".query", ".q_proj").replace("mlp.dense1", "mlp.fc1")
-    }
-}

@@ -3,4 +3,4 @@
 
 mod targets;
 
-pub use targets::{Match, matches, preset, select};
+pub use targets::{Match, preset, select};

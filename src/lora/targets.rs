@@ -1,7 +1,7 @@
 //! Which modules carry adapters: peft's matching rule, presets, and the table shown before training.
 
 use crate::error::Kind;
-use crate::formats::names;
+use crate::formats::names::{self, matches};
 use crate::segformer::{Module, ModuleKind};
 use crate::{Error, Result};
 
@@ -20,11 +20,6 @@ impl Match {
         let area = self.module.side() * self.module.side();
         rank * (self.module.inputs * area + self.module.outputs)
     }
-}
-
-/// peft's rule: a module whose full name equals the pattern or ends in `.` + the pattern.
-pub fn matches(name: &str, pattern: &str) -> bool {
-    name == pattern || name.strip_suffix(pattern).is_some_and(|head| head.ends_with('.'))
 }
 
 /// The patterns of a named set, if `name` is one.
@@ -46,8 +41,8 @@ pub fn preset(name: &str) -> Option<Vec<String>> {
     Some(ATTENTION.iter().chain(extra).map(|s| (*s).to_string()).collect())
 }
 
-/// The modules that `patterns` select, in model order, and the patterns that matched nothing. A pattern may use the
-/// names of transformers 4 or 5. `excluded` modules (a fully trained head) are passed over.
+/// The modules that `patterns` select, in model order, and the patterns that matched nothing. A module matches a pattern by
+/// peft's rule ([`names::matches`]), under its name in transformers 4 or 5. `excluded` modules (a fully trained head) are passed over.
 ///
 /// # Errors
 /// When a pattern names a module that cannot carry an adapter (normalisation, container, depth-wise convolution).
@@ -112,14 +107,6 @@ mod tests {
     fn presets_grow() {
         assert_eq!(selected(&preset("attention+ffn").expect("preset")).0.len(), 48);
         assert_eq!(selected(&preset("all-linear").expect("preset")).0.len(), 52);
-    }
-
-    #[test]
-    fn a_pattern_must_match_whole_name_parts() {
-        assert!(matches("a.b.query", "query"));
-        assert!(matches("query", "query"));
-        assert!(!matches("a.b.subquery", "query"));
-        assert!(!matches("a.query.b", "query"));
     }
 
     #[test]

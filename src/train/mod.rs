@@ -1,4 +1,18 @@
 //! Optimizer, schedule, loop, metrics, early stopping, checkpoints.
 
+mod checkpoint;
+mod evaluate;
+mod measure;
+mod metrics;
 pub mod options;
 pub mod record;
+mod run;
+mod schedule;
+mod start;
+
+pub use evaluate::{Predictor, evaluate};
+pub use measure::{StepKind, measure_step};
+pub use metrics::Confusion;
+pub use run::{Inputs, run};
+pub use schedule::Schedule;
+pub use start::{Start, Weights, merged};

@@ -47,23 +47,23 @@ pub struct HistoryRow {
     pub extra: Option<ExtraMetrics>,
 }
 
-/// Metrics beyond the notebook's columns. Lists are by class.
+/// Metrics beyond the notebook's columns. Lists are by class; a class that neither truth nor prediction holds has none.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ExtraMetrics {
     /// Dice (F1) of each class over all pixels of the split together.
-    pub eval_dice_per_class: Vec<f64>,
+    pub eval_dice_per_class: Vec<Option<f64>>,
     /// Intersection over union of each class over all pixels of the split together.
-    pub eval_iou_per_class: Vec<f64>,
+    pub eval_iou_per_class: Vec<Option<f64>>,
     /// Recall of each class over all pixels of the split together.
-    pub eval_accuracy_per_class: Vec<f64>,
+    pub eval_accuracy_per_class: Vec<Option<f64>>,
     /// Mean over the images of each image's Dice of class 1 (polyp); 1 where prediction and truth are both empty.
     pub eval_image_mean_dice: f64,
     /// Mean over the images of each image's IoU of class 1 (polyp); 1 where prediction and truth are both empty.
     pub eval_image_mean_iou: f64,
-    /// The notebook's `mean_iou`, which drops every pixel labelled 1.
-    pub eval_notebook_mean_iou: f64,
-    /// The notebook's `accuracy`, which drops every pixel labelled 1.
-    pub eval_notebook_accuracy: f64,
+    /// The notebook's `mean_iou`, which drops every pixel labelled 1; none if no pixel is left.
+    pub eval_notebook_mean_iou: Option<f64>,
+    /// The notebook's `accuracy`, likewise.
+    pub eval_notebook_accuracy: Option<f64>,
 }
 
 /// Result of one finished run: `all_metrics.json`.

@@ -1,0 +1,237 @@
+//! Checkpoints of a run: what Hugging Face reads (a model, or an adapter with its sidecar), and beside it what a resumed
+//! run needs to continue bit for bit.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::options::{Method, TrainOptions};
+use super::record::HistoryRow;
+use crate::backend::Backend;
+use crate::error::Kind;
+use crate::formats::{
+    self, Adapter, AdapterConfig, HostData, HostTensor, StateDict, read_safetensors, write_safetensors,
+};
+use crate::segformer::{BATCH_COUNTER, Id, Model, Moments, Role};
+use crate::{Error, Result};
+
+const STATE: &str = "trainer_state.json";
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+/// Where a run stands between two epochs.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Epochs done.
+    pub epoch: usize,
+    /// Updates done.
+    pub global_step: u64,
+    /// Micro-batches done, which select random numbers.
+    pub micro_batches: u32,
+    /// Evaluations in a row without improvement.
+    pub stale: usize,
+    /// Smallest evaluation loss.
+    pub best_metric: Option<f64>,
+    /// Epoch it came from.
+    pub best_epoch: usize,
+    /// Updates done by then.
+    pub best_step: u64,
+    /// Sum over the updates of their losses.
+    pub total_loss: f64,
+    /// Seconds of training.
+    pub seconds: f64,
+    /// The history.
+    pub log_history: Vec<HistoryRow>,
+}
+
+/// Folder of the checkpoint after update `step`.
+pub fn folder(out: &Path, step: u64) -> PathBuf {
+    out.join(format!("checkpoint-{step}"))
+}
+
+/// The stored tensors of a model with BatchNorm's counter.
+pub fn stored<B: Backend>(model: &Model<B>) -> StateDict {
+    tensors(model, |_, _| true)
+}
+
+fn tensors<B: Backend>(model: &Model<B>, keep: impl Fn(&str, Role) -> bool) -> StateDict {
+    let plan = model.plan();
+    let mut result: StateDict = (plan.specs[..plan.stored].iter().enumerate())
+        .filter(|(_, spec)| keep(&spec.name, spec.role))
+        .map(|(i, spec)| {
+            let data = HostData::F32(model.get(Id(i)));
+            (spec.name.clone(), HostTensor { shape: spec.shape.clone(), data })
+        })
+        .collect();
+    let count = HostData::I64(vec![i64::try_from(model.batches_tracked()).unwrap_or(i64::MAX)]);
+    result.insert(BATCH_COUNTER.into(), HostTensor { shape: Vec::new(), data: count });
+    result
+}
+
+/// Writes the model as Hugging Face knows it: all of it, or its adapter with the sidecar.
+///
+/// # Errors
+/// When the folder cannot be written.
+pub fn write_model<B: Backend>(model: &Model<B>, options: &TrainOptions, base_model: &str, dir: &Path) -> Result<()> {
+    match &options.method {
+        Method::Fft => formats::checkpoint::write(dir, model.config(), &stored(model), model.size()),
+        Method::Lora(lora) => {
+            let plan = model.plan();
+            let mut factors: StateDict = (plan.adapters.iter().flat_map(|a| [a.a, a.b]))
+                .map(|id| {
+                    let spec = &plan.specs[id.0];
+                    let data = HostData::F32(model.get(id));
+                    (spec.name.clone(), HostTensor { shape: spec.shape.clone(), data })
+                })
+                .collect();
+            let in_head = |name: &str| name.starts_with("decode_head.");
+            if lora.train_head {
+                factors.extend(tensors(model, |name, role| in_head(name) && role != Role::Statistic));
+                factors.remove(BATCH_COUNTER);
+            }
+            // The classifier may have been made anew, and BatchNorm's statistics move: neither is in peft's file.
+            let sidecar = tensors(model, |name, role| {
+                in_head(name) && (lora.train_head || role == Role::Statistic || name.contains(".classifier."))
+            });
+            let config = AdapterConfig {
+                r: lora.rank,
+                lora_alpha: lora.alpha,
+                lora_dropout: lora.dropout,
+                target_modules: lora.targets.clone(),
+                modules_to_save: if lora.train_head { vec!["decode_head".into()] } else { Vec::new() },
+                base_model: base_model.into(),
+                use_rslora: false,
+            };
+            formats::adapter::write(dir, &Adapter { config, tensors: factors, sidecar }, options.hf_names)
+        }
+    }
+}
+
+/// Writes a whole checkpoint, which appears under its name only when complete.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn save<B: Backend>(
+    model: &Model<B>,
+    moments: &Moments<B>,
+    state: &State,
+    options: &TrainOptions,
+    base_model: &str,
+    out: &Path,
+) -> Result<()> {
+    let target = folder(out, state.global_step);
+    let unfinished = out.join(format!(".checkpoint-{}.unfinished", state.global_step));
+    remove(&unfinished)?;
+    fs::create_dir_all(&unfinished).map_err(|e| Error::io(&unfinished, "create the folder", e))?;
+    write_model(model, options, base_model, &unfinished)?;
+    let mut optimizer = StateDict::new();
+    for (i, (name, _)) in model.trained().enumerate() {
+        for (kind, moment) in [("exp_avg", &moments.first[i]), ("exp_avg_sq", &moments.second[i])] {
+            let data = model.backend().download(moment);
+            let tensor = HostTensor { shape: vec![data.len()], data: HostData::F32(data) };
+            optimizer.insert(format!("{kind}.{name}"), tensor);
+        }
+    }
+    write_safetensors(&unfinished.join(OPTIMIZER), &optimizer, &[])?;
+    write_state(&unfinished, state)?;
+    remove(&target)?;
+    fs::rename(&unfinished, &target).map_err(|e| Error::io(&target, "put the checkpoint in place", e))
+}
+
+fn write_state(dir: &Path, state: &State) -> Result<()> {
+    let path = dir.join(STATE);
+    let text = serde_json::to_string_pretty(state)
+        .map_err(|e| Error::new(Kind::Internal, format!("cannot write {}: {e}", path.display())))?;
+    fs::write(&path, text + "\n").map_err(|e| Error::io(&path, "write the file", e))
+}
+
+/// Removes checkpoints beyond the newest and the best until `keep` are left.
+///
+/// # Errors
+/// When one cannot be removed.
+pub fn prune(out: &Path, state: &State, keep: usize) -> Result<()> {
+    let mut steps = steps(out)?;
+    steps.retain(|&step| step != state.global_step && step != state.best_step);
+    let held = if state.global_step == state.best_step { 1 } else { 2 };
+    let excess = steps.len().saturating_sub(keep.max(2) - held);
+    for step in &steps[..excess] {
+        remove(&folder(out, *step))?;
+    }
+    Ok(())
+}
+
+/// Steps of the checkpoints in `out`, ascending.
+fn steps(out: &Path) -> Result<Vec<u64>> {
+    let entries = match fs::read_dir(out) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io(out, "list the folder", e)),
+    };
+    let mut steps: Vec<u64> = entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_prefix("checkpoint-")?.parse().ok())
+        .collect();
+    steps.sort_unstable();
+    Ok(steps)
+}
+
+fn remove(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(dir, "remove the folder", e)),
+        _ => Ok(()),
+    }
+}
+
+/// The newest checkpoint's state, if there is one.
+///
+/// # Errors
+/// When it is damaged.
+pub fn latest(out: &Path) -> Result<Option<State>> {
+    let Some(&step) = steps(out)?.last() else { return Ok(None) };
+    let path = folder(out, step).join(STATE);
+    let damaged = |e: &dyn std::fmt::Display| {
+        Error::input(&path, format!("damaged checkpoint ({e}); delete its folder to continue from the one before"))
+    };
+    let text = fs::read_to_string(&path).map_err(|e| damaged(&e))?;
+    serde_json::from_str(&text).map(Some).map_err(|e| damaged(&e))
+}
+
+/// The tensors that checkpoint `step` holds: those of the model, or the factors and the sidecar's.
+///
+/// # Errors
+/// When it is damaged.
+pub fn read_tensors(out: &Path, step: u64, options: &TrainOptions) -> Result<StateDict> {
+    let dir = folder(out, step);
+    match &options.method {
+        Method::Fft => read_safetensors(&dir.join("model.safetensors")),
+        Method::Lora(_) => {
+            let Adapter { mut tensors, sidecar, .. } = formats::adapter::read(&dir)?;
+            tensors.extend(sidecar);
+            Ok(tensors)
+        }
+    }
+}
+
+/// Puts checkpoint `step`'s optimizer state into `moments`.
+///
+/// # Errors
+/// When it is damaged.
+pub fn read_moments<B: Backend>(model: &Model<B>, out: &Path, step: u64, moments: &mut Moments<B>) -> Result<()> {
+    let path = folder(out, step).join(OPTIMIZER);
+    let tensors = read_safetensors(&path)?;
+    for (i, (name, id)) in model.trained().enumerate() {
+        let len = model.plan().specs[id.0].len();
+        for (kind, moment) in [("exp_avg", &mut moments.first[i]), ("exp_avg_sq", &mut moments.second[i])] {
+            let name = format!("{kind}.{name}");
+            match tensors.get(&name) {
+                Some(HostTensor { data: HostData::F32(data), .. }) if data.len() == len => {
+                    model.backend().upload(data, moment);
+                }
+                _ => {
+                    let problem = format!("{name} is missing or of another size; delete the checkpoint's folder");
+                    return Err(Error::input(&path, problem));
+                }
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,127 @@
+//! Metrics and logits of a model in evaluation mode.
+
+use std::time::Instant;
+
+use super::metrics::Confusion;
+use super::record::HistoryRow;
+use super::start::{Start, load, merged};
+use crate::backend::cpu::Cpu;
+use crate::backend::{Backend, Sample};
+use crate::dataset::{Augment, PackedDataset};
+use crate::error::Kind;
+use crate::progress::{Progress, interrupted};
+use crate::segformer::{Model, ModelOptions, Trainable};
+use crate::{Error, Result};
+
+/// Images whose activations are held at once when a model only evaluates.
+const BATCH: usize = 8;
+
+/// Evaluates the images `indices` of `data`, each augmented by `augment`: loss as the mean of batch means of
+/// `batch_size` images, weighted by their sizes, and all metrics. Row and step are left to the caller.
+pub(super) fn measure<B: Backend>(
+    model: &mut Model<B>,
+    data: &PackedDataset,
+    indices: &[usize],
+    batch_size: usize,
+    augment: impl Fn(usize) -> Augment,
+    advance: impl Fn(u64),
+) -> Result<HistoryRow> {
+    let started = Instant::now();
+    let labels = model.config().num_labels();
+    let mut confusion = Confusion::new(labels);
+    let mut loss = 0.0;
+    for batch in indices.chunks(batch_size) {
+        let (mut batch_loss, mut pixels) = (0.0, 0u64);
+        for part in batch.chunks(model.batch()) {
+            if interrupted() {
+                return Err(Error::new(Kind::Interrupted, "interrupted"));
+            }
+            let samples: Vec<Sample<'_>> = part.iter().map(|&i| sample(data, i, augment(i))).collect();
+            let measured = model.evaluate(&samples);
+            batch_loss += measured.loss.iter().sum::<f64>();
+            for counts in measured.counts.chunks_exact(labels * labels) {
+                pixels += counts.iter().sum::<u64>();
+                confusion.add(counts);
+            }
+            advance(part.len() as u64);
+        }
+        loss += batch_loss / pixels.max(1) as f64 * batch.len() as f64;
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let batches = indices.len().div_ceil(batch_size);
+    Ok(HistoryRow {
+        eval_loss: Some(loss / indices.len().max(1) as f64),
+        eval_runtime: Some(seconds),
+        eval_samples_per_second: Some(indices.len() as f64 / seconds),
+        eval_steps_per_second: Some(batches as f64 / seconds),
+        ..confusion.row()
+    })
+}
+
+/// Image `index` of `data` as a sample.
+pub(super) fn sample(data: &PackedDataset, index: usize, augment: Augment) -> Sample<'_> {
+    Sample { index, pixels: data.pixels(index), labels: data.mask(index), augment }
+}
+
+fn model(start: &Start, size: usize) -> Result<Model<Cpu<f32>>> {
+    let checkpoint = merged(start)?;
+    let options = ModelOptions { size, batch: BATCH.max(rayon::current_num_threads()) };
+    let mut model = Model::new(Cpu::new(None)?, &checkpoint.config, options, &Trainable::Nothing);
+    load(&mut model, &checkpoint.tensors);
+    Ok(model)
+}
+
+/// Evaluates a model on the images `indices` of `data`, without augmentation.
+///
+/// # Errors
+/// When model and adapter do not fit together, the model does not have the dataset's classes, or on interruption.
+pub fn evaluate(
+    start: &Start,
+    data: &PackedDataset,
+    indices: &[usize],
+    batch_size: usize,
+    progress: &Progress,
+) -> Result<HistoryRow> {
+    let mut model = model(start, data.size())?;
+    if model.config().num_labels() != 2 {
+        return Err(Error::usage(format!(
+            "--model: it tells {} classes apart, the dataset has 2; fine-tune it first (train)",
+            model.config().num_labels()
+        )));
+    }
+    let bar = progress.bar("evaluating", indices.len() as u64, "images");
+    measure(&mut model, data, indices, batch_size, |_| Augment::IDENTITY, |n| bar.inc(n))
+}
+
+/// A model that segments single pictures.
+pub struct Predictor {
+    model: Model<Cpu<f32>>,
+}
+
+impl Predictor {
+    /// A predictor for pictures of `size` by `size` pixels.
+    ///
+    /// # Errors
+    /// When model and adapter do not fit together.
+    pub fn new(start: &Start, size: usize) -> Result<Self> {
+        Ok(Self { model: model(start, size)? })
+    }
+
+    /// Number of classes.
+    pub fn labels(&self) -> usize {
+        self.model.config().num_labels()
+    }
+
+    /// Logits `(labels, size/4, size/4)` of an RGB picture `(size, size, 3)`.
+    ///
+    /// # Errors
+    /// When the picture has another size.
+    pub fn logits(&mut self, pixels: &[u8]) -> Result<Vec<f32>> {
+        let size = self.model.size();
+        if pixels.len() != size * size * 3 {
+            return Err(Error::new(Kind::Internal, format!("the picture has {} bytes, not {size}²·3", pixels.len())));
+        }
+        let sample = Sample { index: 0, pixels, labels: &[], augment: Augment::IDENTITY };
+        Ok(self.model.logits(&[sample]).swap_remove(0))
+    }
+}

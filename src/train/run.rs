@@ -1,0 +1,333 @@
+//! The training loop: what transformers' Trainer does, epoch by epoch, resumable between epochs bit for bit.
+
+use std::path::Path;
+use std::time::Instant;
+
+use half::bf16;
+
+use super::checkpoint::{self, State};
+use super::evaluate::{measure, sample};
+use super::options::{Method, Protocol, TrainOptions};
+use super::record::{HistoryRow, RunRecord};
+use super::schedule::Schedule;
+use super::start::{Start, load};
+use crate::backend::cpu::Cpu;
+use crate::backend::{AdamW, Backend, Sample};
+use crate::dataset::{Augment, PackedDataset, Split};
+use crate::error::Kind;
+use crate::formats::{HostData, StateDict};
+use crate::progress::{Bar, Progress, interrupted};
+use crate::random::{Philox, Purpose};
+use crate::report;
+use crate::segformer::{BATCH_COUNTER, Model, ModelOptions, Moments, Role, StepRandom};
+use crate::{Error, Result};
+
+/// What a run works on.
+pub struct Inputs<'a> {
+    /// Images and masks.
+    pub data: &'a PackedDataset,
+    /// Which of them train and which validate.
+    pub split: &'a Split,
+    /// The starting point.
+    pub model: &'a Start,
+}
+
+/// The update number `step` (from 1) at learning rate `lr`.
+pub(super) fn adamw(options: &TrainOptions, lr: f64, step: u64) -> AdamW {
+    AdamW {
+        lr,
+        betas: options.betas,
+        epsilon: options.epsilon,
+        weight_decay: options.weight_decay,
+        step,
+        max_norm: options.max_grad_norm,
+    }
+}
+
+/// Whether weight decay applies to a tensor: as transformers has it, not to biases and normalisations.
+fn decays(name: &str) -> bool {
+    !name.ends_with(".bias") && !name.contains("norm")
+}
+
+/// Trains one configuration in the folder `out`, or continues what was begun there with the same options: the result is
+/// the same to the bit. Writes a checkpoint, the history and the plots after every epoch; at the end `final/` and the
+/// record.
+///
+/// # Errors
+/// [`Kind::Interrupted`] on a signal; [`Kind::Diverged`] when a loss is not finite; whatever reading the start and writing
+/// the folder may bring.
+pub fn run(
+    name: &str,
+    options: &TrainOptions,
+    inputs: &Inputs<'_>,
+    out: &Path,
+    progress: &Progress,
+) -> Result<RunRecord> {
+    let prepared = inputs.model.prepare(options, progress)?;
+    let batch = options.batch_size.min(inputs.split.train.len().max(1));
+    let size = ModelOptions { size: inputs.data.size(), batch };
+    let mut model = Model::new(Cpu::<f32>::new(None)?, &prepared.config, size, &prepared.trainable);
+    load(&mut model, &prepared.tensors);
+    progress.detail(format!(
+        "planned memory: {:.0} MB for micro-batches of {batch} images at {1} x {1}",
+        model.planned_bytes() as f64 / 1e6,
+        size.size
+    ));
+    let moments = model.moments();
+    let mut run = Run { name, options, inputs, out, progress, model, moments, state: State::default() };
+    run.resume(&prepared.tensors)?;
+    run.epochs()?;
+    run.finish()
+}
+
+struct Run<'a, B: Backend> {
+    name: &'a str,
+    options: &'a TrainOptions,
+    inputs: &'a Inputs<'a>,
+    out: &'a Path,
+    progress: &'a Progress,
+    model: Model<B>,
+    moments: Moments<B>,
+    state: State,
+}
+
+impl<B: Backend> Run<'_, B> {
+    /// Updates of one epoch.
+    fn updates_per_epoch(&self) -> u64 {
+        let micro_batches = self.inputs.split.train.len().div_ceil(self.options.batch_size);
+        micro_batches.div_ceil(self.options.grad_accum) as u64
+    }
+
+    fn resume(&mut self, start: &StateDict) -> Result<()> {
+        let Some(state) = checkpoint::latest(self.out)? else { return Ok(()) };
+        let mut tensors = start.clone();
+        tensors.extend(checkpoint::read_tensors(self.out, state.global_step, self.options)?);
+        load(&mut self.model, &tensors);
+        checkpoint::read_moments(&self.model, self.out, state.global_step, &mut self.moments)?;
+        self.progress.info(format!("{}: continues after epoch {}", self.name, state.epoch));
+        self.state = state;
+        Ok(())
+    }
+
+    fn stopped_early(&self) -> bool {
+        self.state.stale >= self.options.patience
+    }
+
+    fn epochs(&mut self) -> Result<()> {
+        let updates = self.updates_per_epoch();
+        let schedule = Schedule::new(self.options.lr, self.options.warmup_ratio, updates * self.options.epochs as u64);
+        while self.state.epoch < self.options.epochs && !self.stopped_early() {
+            let started = Instant::now();
+            let epoch = self.state.epoch + 1;
+            let images = self.inputs.split.train.len() + self.inputs.split.val.len();
+            let label = format!("{} epoch {epoch}/{}", self.name, self.options.epochs);
+            let bar = self.progress.bar(&label, images as u64, "images");
+            let row = self.train_epoch(&schedule, &bar)?;
+            let evaluation = self.evaluate(&self.inputs.split.val, epoch as u32, "eval_loss", &bar)?;
+            drop(bar);
+
+            let seconds = started.elapsed().as_secs_f64();
+            let (loss, dice) = (evaluation.eval_loss.unwrap_or(f64::NAN), evaluation.eval_mean_dice);
+            self.progress.info(format!(
+                "{label}: loss {:.4}, validation loss {loss:.4}, Dice {:.4}, {:.1} images/s, {seconds:.0} s",
+                row.loss.unwrap_or(f64::NAN),
+                dice.unwrap_or(f64::NAN),
+                images as f64 / seconds,
+            ));
+            self.state.epoch = epoch;
+            self.state.log_history.push(row);
+            self.state.log_history.push(evaluation);
+            if self.state.best_metric.is_none_or(|best| loss < best) {
+                self.state.best_metric = Some(loss);
+                self.state.best_epoch = epoch;
+                self.state.best_step = self.state.global_step;
+                self.state.stale = 0;
+            } else {
+                self.state.stale += 1;
+            }
+            self.state.seconds += started.elapsed().as_secs_f64();
+            checkpoint::save(&self.model, &self.moments, &self.state, self.options, &self.base_model(), self.out)?;
+            checkpoint::prune(self.out, &self.state, self.options.keep_checkpoints)?;
+            report::run::refresh(self.out, self.name, &self.state.log_history)?;
+            if self.stopped_early() {
+                self.progress.info(format!(
+                    "{}: stops after epoch {epoch}, {} evaluations without improvement",
+                    self.name, self.options.patience
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// One pass over the training split; returns its row of the history.
+    fn train_epoch(&mut self, schedule: &Schedule, bar: &Bar) -> Result<HistoryRow> {
+        let options = self.options;
+        let data = self.inputs.data;
+        let epoch = self.state.epoch as u32;
+        let split = &self.inputs.split.train;
+        let order: Vec<usize> = if options.shuffle {
+            let stream = Philox::new(options.seed, Purpose::Shuffle, 0, epoch);
+            stream.permutation(split.len()).into_iter().map(|i| split[i]).collect()
+        } else {
+            split.clone()
+        };
+        let decays: Vec<bool> = self.model.trained().map(|(name, _)| decays(name)).collect();
+        let micro_batches: Vec<&[usize]> = order.chunks(options.batch_size).collect();
+        let before = self.state.global_step;
+        let mut losses = 0.0;
+        let (mut norm, mut rate) = (0.0, 0.0);
+        for group in micro_batches.chunks(options.grad_accum) {
+            self.model.clear_gradients();
+            for indices in group {
+                if interrupted() {
+                    return Err(Error::new(Kind::Interrupted, "interrupted"));
+                }
+                let augment = |i| match options.augment {
+                    true => Augment::draw(options.seed, epoch, i),
+                    false => Augment::IDENTITY,
+                };
+                let samples: Vec<Sample<'_>> = indices.iter().map(|&i| sample(data, i, augment(i))).collect();
+                let pixels = samples.len() * data.size() * data.size();
+                let random = StepRandom { seed: options.seed, step: self.state.micro_batches };
+                self.model.train_micro_batch(&samples, 1.0 / (pixels * group.len()) as f64, random);
+                self.state.micro_batches += 1;
+                bar.inc(samples.len() as u64);
+            }
+            self.model.finish_gradients();
+            rate = schedule.rate(self.state.global_step);
+            let update = adamw(options, rate, self.state.global_step + 1);
+            self.model.update(&update, &decays, &mut self.moments);
+            self.state.global_step += 1;
+        }
+        if !micro_batches.is_empty() {
+            losses = self.model.take_loss();
+            norm = self.model.gradient_norm();
+        }
+        self.state.total_loss += losses;
+        let row = HistoryRow {
+            loss: Some(losses / (self.state.global_step - before).max(1) as f64),
+            grad_norm: Some(norm),
+            learning_rate: Some(rate),
+            epoch: f64::from(epoch + 1),
+            step: self.state.global_step,
+            ..HistoryRow::default()
+        };
+        self.finite("the training loss", row.loss)?;
+        self.finite("the gradient", row.grad_norm)?;
+        Ok(row)
+    }
+
+    /// Evaluates on `indices`. Under the notebook's protocol with the training augmentations, drawn anew by `round`.
+    fn evaluate(&mut self, indices: &[usize], round: u32, what: &str, bar: &Bar) -> Result<HistoryRow> {
+        let augmented = self.options.protocol == Protocol::Notebook && self.options.augment;
+        // Another seed than training's, so that both draw independently.
+        let seed = self.options.seed ^ 0x6576_616c;
+        let augment = |i| if augmented { Augment::draw(seed, round, i) } else { Augment::IDENTITY };
+        let batch = self.options.eval_batch_size;
+        let row = measure(&mut self.model, self.inputs.data, indices, batch, augment, |n| bar.inc(n))?;
+        self.finite(what, row.eval_loss)?;
+        Ok(HistoryRow { epoch: f64::from(round), step: self.state.global_step, ..row })
+    }
+
+    fn finite(&self, what: &str, value: Option<f64>) -> Result<()> {
+        if value.is_some_and(f64::is_finite) {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Diverged,
+            format!(
+                "{}: {what} is not a finite number in epoch {}; lower --lr (checkpoints before it are kept in {})",
+                self.name,
+                self.state.epoch + 1,
+                self.out.display()
+            ),
+        ))
+    }
+
+    /// Restores the best model, evaluates it on both splits, writes `final/` and the record.
+    fn finish(mut self) -> Result<RunRecord> {
+        if self.state.best_step > 0 {
+            self.restore_best()?;
+        }
+        let epochs = self.state.epoch as u32;
+        let (train, val) = (&self.inputs.split.train, &self.inputs.split.val);
+        let bar = self.progress.bar(&format!("{} final", self.name), (train.len() + val.len()) as u64, "images");
+        let mut final_evaluation = self.evaluate(val, epochs + 1, "the final evaluation loss", &bar)?;
+        let mut final_train = self.evaluate(train, epochs + 2, "the final evaluation loss", &bar)?;
+        drop(bar);
+        for row in [&mut final_evaluation, &mut final_train] {
+            row.epoch = f64::from(epochs);
+        }
+        let state = &self.state;
+        let total: usize = self.model.plan().specs[..self.model.plan().stored]
+            .iter()
+            .filter(|spec| spec.role != Role::Statistic)
+            .map(|spec| spec.len())
+            .sum();
+        let adapters: usize = (self.model.plan().adapters.iter().flat_map(|a| [a.a, a.b]))
+            .map(|id| self.model.plan().specs[id.0].len())
+            .sum();
+        let parameters = (total + adapters) as u64;
+        let trained = self.model.trained().map(|(_, id)| self.model.plan().specs[id.0].len() as u64).sum();
+        let updates = self.updates_per_epoch() * self.options.epochs as u64;
+        let numbers = 3.0 * (self.inputs.data.size() as f64).powi(2) * train.len() as f64;
+        let mut history = state.log_history.clone();
+        history.push(HistoryRow {
+            epoch: f64::from(epochs),
+            step: state.global_step,
+            train_runtime: Some(state.seconds),
+            train_samples_per_second: Some((train.len() * self.options.epochs) as f64 / state.seconds),
+            train_steps_per_second: Some(updates as f64 / state.seconds),
+            // The Trainer's estimate: 6 per input number and parameter.
+            total_flos: Some(6.0 * numbers * f64::from(epochs) * parameters as f64),
+            train_loss: Some(state.total_loss / state.global_step.max(1) as f64),
+            ..HistoryRow::default()
+        });
+        history.push(final_evaluation.clone());
+        let final_dir = self.out.join("final");
+        checkpoint::write_model(&self.model, self.options, &self.base_model(), &final_dir)?;
+        let record = RunRecord {
+            name: self.name.into(),
+            method: self.options.method.clone(),
+            trainable_parameters: trained,
+            total_parameters: parameters,
+            best_epoch: state.best_epoch,
+            training_time: state.seconds,
+            final_evaluation,
+            final_evaluation_train: final_train,
+            training_history: history,
+        };
+        report::run::refresh(self.out, self.name, &record.training_history)?;
+        report::run::finish(self.out, &record)?;
+        Ok(record)
+    }
+
+    /// Puts the best checkpoint's tensors back. The notebook's protocol repeats the original's flaw: an adapter comes back
+    /// without BatchNorm's statistics, and all weights are rounded to bf16.
+    fn restore_best(&mut self) -> Result<()> {
+        let mut tensors = checkpoint::stored(&self.model);
+        let mut best = checkpoint::read_tensors(self.out, self.state.best_step, self.options)?;
+        if self.options.protocol == Protocol::Notebook {
+            if matches!(self.options.method, Method::Lora(_)) {
+                best.retain(|name, _| !name.contains("running_") && name != BATCH_COUNTER);
+            }
+            tensors.extend(best);
+            for tensor in tensors.values_mut() {
+                if let HostData::F32(data) = &mut tensor.data {
+                    for x in data {
+                        *x = bf16::from_f32(*x).to_f32();
+                    }
+                }
+            }
+        } else {
+            tensors.extend(best);
+        }
+        load(&mut self.model, &tensors);
+        Ok(())
+    }
+
+    /// The base model's name for `adapter_config.json`.
+    fn base_model(&self) -> String {
+        self.inputs.model.name.clone()
+    }
+}

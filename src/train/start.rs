@@ -1,0 +1,357 @@
+//! Where a run starts: a checkpoint or fresh weights, perhaps with an adapter, and how they enter a model.
+
+use std::collections::BTreeMap;
+
+use super::options::{LoraOptions, Method, Protocol, TrainOptions};
+use crate::backend::Backend;
+use crate::error::Kind;
+use crate::formats::{Adapter, Checkpoint, HostData, HostTensor, StateDict};
+use crate::lora::{self, Match};
+use crate::progress::Progress;
+use crate::random::{Philox, Purpose};
+use crate::segformer::{BATCH_COUNTER, Id, Model, Module, Role, SegformerConfig, TensorSpec, Trainable, modules};
+use crate::{Error, Result};
+
+/// Classes of the datasets this program reads: background and polyp.
+const LABELS: usize = 2;
+
+/// Weights to start from.
+#[derive(Clone, Debug)]
+pub enum Weights {
+    /// Fresh ones, drawn from the run's seed.
+    Random(SegformerConfig),
+    /// Those of a checkpoint.
+    Checkpoint(Checkpoint),
+}
+
+/// A starting point.
+#[derive(Clone, Debug)]
+pub struct Start {
+    /// Name or path of the base model, for `adapter_config.json`.
+    pub name: String,
+    /// The base model.
+    pub weights: Weights,
+    /// An adapter on it.
+    pub adapter: Option<Adapter>,
+}
+
+/// A starting point made ready for training: every stored tensor by name, in the layout on disk.
+pub(super) struct Prepared {
+    pub config: SegformerConfig,
+    pub tensors: StateDict,
+    pub trainable: Trainable,
+}
+
+impl Start {
+    /// The configuration with this program's labels and the overrides of `options`.
+    fn config(&self, options: &TrainOptions) -> SegformerConfig {
+        let mut config = match &self.weights {
+            Weights::Random(config) => config.clone(),
+            Weights::Checkpoint(checkpoint) => checkpoint.config.clone(),
+        };
+        if config.num_labels() != LABELS {
+            config.id2label = SegformerConfig::default().id2label;
+        }
+        config.drop_path_rate = options.drop_path.unwrap_or(config.drop_path_rate);
+        config.classifier_dropout_prob = options.classifier_dropout.unwrap_or(config.classifier_dropout_prob);
+        config
+    }
+
+    /// Completes the weights for a run with `options`: fresh where the checkpoint has none that fit, the adapter's on top.
+    ///
+    /// # Errors
+    /// When tensors are missing or of another shape, a target pattern selects nothing, or the adapter does not fit.
+    pub(super) fn prepare(&self, options: &TrainOptions, progress: &Progress) -> Result<Prepared> {
+        let config = self.config(options);
+        let modules = modules(&config);
+        let specs: Vec<TensorSpec> = modules.iter().flat_map(Module::tensors).collect();
+        let mut tensors = match &self.weights {
+            Weights::Random(_) => StateDict::new(),
+            Weights::Checkpoint(checkpoint) => select(&specs, &checkpoint.tensors, progress)?,
+        };
+        if let Some(adapter) = &self.adapter {
+            overlay(&specs, &adapter.sidecar, &mut tensors)?;
+            overlay(&specs, &adapter.tensors, &mut tensors)?;
+        }
+        for (site, spec) in specs.iter().enumerate() {
+            if !tensors.contains_key(&spec.name) {
+                let data = fresh(spec, site, options.seed, config.initializer_range);
+                tensors.insert(spec.name.clone(), HostTensor { shape: spec.shape.clone(), data: HostData::F32(data) });
+            }
+        }
+        let trainable = match &options.method {
+            Method::Fft => Trainable::Everything,
+            Method::Lora(lora) => self.adapters(lora, options, &modules, &mut tensors, progress)?,
+        };
+        Ok(Prepared { config, tensors, trainable })
+    }
+
+    fn adapters(
+        &self,
+        lora: &LoraOptions,
+        options: &TrainOptions,
+        modules: &[Module],
+        tensors: &mut StateDict,
+        progress: &Progress,
+    ) -> Result<Trainable> {
+        let excluded = |name: &str| lora.train_head && name.starts_with("decode_head.");
+        let (matches, unused) = lora::select(modules, &lora.targets, excluded)?;
+        if !unused.is_empty() {
+            let message = format!("--targets {}: matches no module of this model", unused.join(","));
+            if (options.protocol != Protocol::Notebook && self.adapter.is_none()) || matches.is_empty() {
+                return Err(Error::usage(format!(
+                    "{message}; its modules are named like segformer.encoder.block.0.0.attention.self.query"
+                )));
+            }
+            progress.warn(format!("{message}, so no adapter attaches there"));
+        }
+        if matches.is_empty() {
+            return Err(Error::usage("--targets: no module is left to carry an adapter; the head is trained whole"));
+        }
+        if lora.dropout > 0.0
+            && let Some(m) = matches.iter().find(|m| {
+                m.module.side() > 1 || m.module.name.ends_with("linear_fuse") || m.module.name.ends_with("classifier")
+            })
+        {
+            return Err(Error::usage(format!(
+                "--lora-dropout: {} is a convolution, where dropout is not supported; use --lora-dropout 0 or other targets",
+                m.module.name
+            )));
+        }
+        table(&matches, lora, progress);
+        for m in &matches {
+            let area = m.module.side() * m.module.side();
+            let convolution = !matches!(m.module.kind, crate::segformer::ModuleKind::Linear);
+            for (factor, outer, inner) in
+                [("lora_A", lora.rank, m.module.inputs * area), ("lora_B", m.module.outputs, lora.rank)]
+            {
+                let name = format!("{}.{factor}.weight", m.module.name);
+                let side = if factor == "lora_A" { m.module.side() } else { 1 };
+                let shape =
+                    if convolution { vec![outer, inner / (side * side), side, side] } else { vec![outer, inner] };
+                let held = self.adapter.as_ref().map(|a| a.tensors.get(&name));
+                let data = match held {
+                    Some(Some(tensor)) => {
+                        check_shape(&name, tensor, &shape)?;
+                        tensor.data.clone()
+                    }
+                    Some(None) => {
+                        return Err(Error::usage(format!(
+                            "--adapter: it has no {name}; leave --targets to the adapter"
+                        )));
+                    }
+                    None => HostData::F32(fresh_factor(&name, factor, outer * inner, inner, options.seed)),
+                };
+                tensors.insert(name, HostTensor { shape, data });
+            }
+        }
+        Ok(Trainable::Adapters {
+            matches,
+            rank: lora.rank,
+            scale: lora.alpha / lora.rank as f64,
+            dropout: lora.dropout,
+            head: lora.train_head,
+        })
+    }
+}
+
+/// The checkpoint's tensors that the model has. A head of another size, and a head that is missing altogether, are left to
+/// be made anew.
+fn select(specs: &[TensorSpec], from: &StateDict, progress: &Progress) -> Result<StateDict> {
+    let headless = !from.keys().any(|name| name.starts_with("decode_head."));
+    let mut result = StateDict::new();
+    let mut anew = Vec::new();
+    for spec in specs {
+        match from.get(&spec.name) {
+            Some(tensor) if tensor.shape == spec.shape => {
+                result.insert(spec.name.clone(), tensor.clone());
+            }
+            Some(_) if spec.name.starts_with("decode_head.classifier.") => anew.push(spec.name.as_str()),
+            Some(tensor) => check_shape(&spec.name, tensor, &spec.shape)?,
+            None if headless && spec.name.starts_with("decode_head.") => anew.push(spec.name.as_str()),
+            None => {
+                return Err(Error::new(
+                    Kind::Input,
+                    format!("the checkpoint lacks {}; it is not a whole SegFormer of its config.json", spec.name),
+                ));
+            }
+        }
+    }
+    if let Some(counter) = from.get(BATCH_COUNTER) {
+        result.insert(BATCH_COUNTER.into(), counter.clone());
+    }
+    if !anew.is_empty() {
+        progress.info(format!("made anew, drawn from the seed: {}", anew.join(", ")));
+    }
+    let strangers: Vec<&str> =
+        from.keys().map(String::as_str).filter(|name| !result.contains_key(*name) && !anew.contains(name)).collect();
+    if !strangers.is_empty() {
+        progress.warn(format!("the checkpoint holds tensors this model has no use for: {}", strangers.join(", ")));
+    }
+    Ok(result)
+}
+
+/// Puts those of `from` that the model stores over `to`.
+fn overlay(specs: &[TensorSpec], from: &StateDict, to: &mut StateDict) -> Result<()> {
+    for spec in specs {
+        if let Some(tensor) = from.get(&spec.name) {
+            check_shape(&spec.name, tensor, &spec.shape)?;
+            to.insert(spec.name.clone(), tensor.clone());
+        }
+    }
+    if let Some(counter) = from.get(BATCH_COUNTER) {
+        to.insert(BATCH_COUNTER.into(), counter.clone());
+    }
+    Ok(())
+}
+
+fn check_shape(name: &str, tensor: &HostTensor, shape: &[usize]) -> Result<()> {
+    if tensor.shape == shape {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::Input,
+        format!(
+            "{name} has shape {:?}, this model needs {shape:?}; checkpoint, adapter and config.json do not fit",
+            tensor.shape
+        ),
+    ))
+}
+
+/// A fresh tensor as transformers makes it: N(0, range), biases 0, normalisations 1 and 0.
+fn fresh(spec: &TensorSpec, site: usize, seed: u64, range: f32) -> Vec<f32> {
+    match spec.role {
+        Role::Product | Role::Depthwise => {
+            let stream = Philox::new(seed, Purpose::Weights, site as u32, 0);
+            (0..spec.len() as u64).map(|i| stream.normal(i) * range).collect()
+        }
+        Role::Bias => vec![0.0; spec.len()],
+        Role::Scale => vec![1.0; spec.len()],
+        Role::Statistic => vec![if spec.name.ends_with("var") { 1.0 } else { 0.0 }; spec.len()],
+    }
+}
+
+/// A fresh factor as peft makes it: A uniform in ±1/sqrt(inputs) (Kaiming with a = sqrt 5), B zero.
+fn fresh_factor(name: &str, factor: &str, len: usize, inputs: usize, seed: u64) -> Vec<f32> {
+    if factor == "lora_B" {
+        return vec![0.0; len];
+    }
+    // By name, so that a module's factor does not depend on which others carry adapters.
+    let stream = Philox::new(seed, Purpose::Weights, crc32fast::hash(name.as_bytes()) & 0xFF_FFFF, 1);
+    let bound = 1.0 / (inputs as f32).sqrt();
+    (0..len as u64).map(|i| (2.0 * stream.uniform(i) - 1.0) * bound).collect()
+}
+
+/// Shows which modules carry adapters.
+fn table(matches: &[Match], lora: &LoraOptions, progress: &Progress) {
+    let mut by_pattern: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+    for m in matches {
+        let entry = by_pattern.entry(&m.pattern).or_default();
+        entry.0 += 1;
+        entry.1 += m.parameters(lora.rank);
+        progress.detail(format!(
+            "  {:<60} {:>5} x {:<5} {:>8} parameters",
+            m.module.name,
+            m.module.outputs,
+            m.module.inputs * m.module.side() * m.module.side(),
+            m.parameters(lora.rank)
+        ));
+    }
+    progress.info(format!("adapters of rank {}, alpha {}:", lora.rank, lora.alpha));
+    for (pattern, (modules, parameters)) in &by_pattern {
+        progress.info(format!("  {pattern:<28} {modules:>3} modules {parameters:>9} parameters"));
+    }
+    let total: usize = matches.iter().map(|m| m.parameters(lora.rank)).sum();
+    progress.info(format!("  {:<28} {:>3} modules {total:>9} parameters", "together", matches.len()));
+}
+
+/// Puts tensors into a model and makes what is derived from them.
+pub(super) fn load<B: Backend>(model: &mut Model<B>, tensors: &StateDict) {
+    for i in 0..model.plan().specs.len() {
+        if let Some(HostTensor { data: HostData::F32(data), .. }) = tensors.get(&model.plan().specs[i].name) {
+            model.set(Id(i), data);
+        }
+    }
+    if let Some(HostTensor { data: HostData::I64(count), .. }) = tensors.get(BATCH_COUNTER) {
+        model.set_batches_tracked(count.first().map_or(0, |&c| c.max(0) as u64));
+    }
+    model.refresh();
+}
+
+/// The model with its adapter merged into the weights, `W + s·B·A`, as a full checkpoint.
+///
+/// # Errors
+/// When adapter and model do not fit together.
+pub fn merged(start: &Start) -> Result<Checkpoint> {
+    let Weights::Checkpoint(checkpoint) = &start.weights else {
+        return Err(Error::usage("--model random: there are no weights to merge into"));
+    };
+    let Some(adapter) = &start.adapter else { return Ok(checkpoint.clone()) };
+    let mut config = checkpoint.config.clone();
+    let classifier = |tensors: &StateDict| tensors.get("decode_head.classifier.weight").map(|t| t.shape.clone());
+    let held = classifier(&adapter.tensors).or_else(|| classifier(&adapter.sidecar));
+    if held.is_some_and(|shape| shape.first() == Some(&LABELS)) && config.num_labels() != LABELS {
+        config.id2label = SegformerConfig::default().id2label;
+    }
+    let modules = modules(&config);
+    let specs: Vec<TensorSpec> = modules.iter().flat_map(Module::tensors).collect();
+    let mut tensors = select(&specs, &checkpoint.tensors, &Progress::quiet())?;
+    overlay(&specs, &adapter.sidecar, &mut tensors)?;
+    overlay(&specs, &adapter.tensors, &mut tensors)?;
+    if let Some(spec) = specs.iter().find(|spec| !tensors.contains_key(&spec.name)) {
+        return Err(Error::new(
+            Kind::Input,
+            format!("neither model nor adapter holds {}; the adapter's sidecar file is missing", spec.name),
+        ));
+    }
+    let mut used = 0;
+    for module in &modules {
+        let factor = |f: &str| adapter.tensors.get(&format!("{}.{f}.weight", module.name));
+        let (Some(a), Some(b)) = (factor("lora_A"), factor("lora_B")) else { continue };
+        used += 2;
+        let name = format!("{}.weight", module.name);
+        let Some(weight) = tensors.get_mut(&name) else { continue };
+        merge(&name, weight, a, b, adapter.config.scale())?;
+    }
+    let factors = adapter.tensors.keys().filter(|name| name.contains(".lora_")).count();
+    if used != factors {
+        return Err(Error::new(
+            Kind::Input,
+            format!(
+                "the adapter holds {factors} factors, {used} of which have a module in this model; it belongs to another"
+            ),
+        ));
+    }
+    Ok(Checkpoint { config, tensors })
+}
+
+/// `weight += scale·B·A`, over flattened convolution kernels too.
+fn merge(name: &str, weight: &mut HostTensor, a: &HostTensor, b: &HostTensor, scale: f64) -> Result<()> {
+    let outputs = weight.shape.first().copied().unwrap_or(0);
+    let inputs: usize = weight.shape.iter().skip(1).product();
+    let rank = a.shape.first().copied().unwrap_or(0);
+    let fits = |t: &HostTensor, rows: usize, columns: usize| {
+        t.shape.first() == Some(&rows) && t.shape.iter().skip(1).product::<usize>() == columns
+    };
+    let (HostData::F32(weight), HostData::F32(a_data), HostData::F32(b_data)) = (&mut weight.data, &a.data, &b.data)
+    else {
+        return Err(Error::new(Kind::Input, format!("{name}: adapter and weight must be floating-point tensors")));
+    };
+    if !fits(a, rank, inputs) || !fits(b, outputs, rank) {
+        return Err(Error::new(
+            Kind::Input,
+            format!(
+                "{name}: factors {:?} and {:?} do not fit its shape; the adapter belongs to another model",
+                a.shape, b.shape
+            ),
+        ));
+    }
+    for o in 0..outputs {
+        for i in 0..inputs {
+            let sum: f64 = (0..rank).map(|r| f64::from(b_data[o * rank + r]) * f64::from(a_data[r * inputs + i])).sum();
+            let w = &mut weight[o * inputs + i];
+            *w = (f64::from(*w) + scale * sum) as f32;
+        }
+    }
+    Ok(())
+}
