@@ -3,6 +3,7 @@
 mod atomic;
 mod augment;
 mod decode;
+pub mod demo;
 mod packed;
 mod prepare;
 mod resize;
