@@ -56,14 +56,22 @@ impl Source {
         };
         let model = Identity { path, fingerprint };
         let Some(path) = adapter else {
-            return Ok(Self { start: Start { name: model.path.clone(), weights, adapter: None }, model, adapter: None });
+            return Ok(Self {
+                start: Start { name: model.path.clone(), weights, adapter: None },
+                model,
+                adapter: None,
+            });
         };
         let adapter = formats::adapter::read(path)?;
         let mut tensors = adapter.sidecar.clone();
         tensors.extend(adapter.tensors.clone());
         let fingerprint = identify(&adapter.config.scale(), &tensors);
         let identity = Identity { path: path.display().to_string(), fingerprint };
-        Ok(Self { start: Start { name: model.path.clone(), weights, adapter: Some(adapter) }, model, adapter: Some(identity) })
+        Ok(Self {
+            start: Start { name: model.path.clone(), weights, adapter: Some(adapter) },
+            model,
+            adapter: Some(identity),
+        })
     }
 }
 

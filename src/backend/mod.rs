@@ -13,7 +13,7 @@ mod ops;
 pub use ops::*;
 
 use crate::dataset::Augment;
-use crate::random::Philox;
+use crate::random::{Philox, unit};
 
 /// Pictures of tokens: `(images, height, width)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,7 +103,18 @@ impl Dropout {
     /// The factor of element `i`: 0 or `1 / (1 - rate)`.
     #[inline(always)]
     pub fn factor(&self, i: u64) -> f32 {
-        if self.stream.uniform(self.first + i) < self.rate { 0.0 } else { 1.0 / (1.0 - self.rate) }
+        self.of(self.stream.word(self.first + i))
+    }
+
+    /// Calls `each(i, factor)` for the elements `start + i`, `i < count`, in order.
+    #[inline(always)]
+    pub fn factors(&self, start: u64, count: usize, mut each: impl FnMut(usize, f32)) {
+        self.stream.words(self.first + start, count, |i, word| each(i, self.of(word)));
+    }
+
+    #[inline(always)]
+    fn of(&self, word: u32) -> f32 {
+        if unit(word) < self.rate { 0.0 } else { 1.0 / (1.0 - self.rate) }
     }
 }
 

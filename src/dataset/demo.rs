@@ -69,7 +69,8 @@ pub fn write_folder(dir: &Path, domain: Domain, count: usize, size: usize, progr
         )));
     }
     let mark = dir.join("drawn.txt");
-    let what = format!("segpeft-native demo, drawing {DRAWING}: {domain:?}, {count} pictures, {size} x {size} pixels\n");
+    let what =
+        format!("segpeft-native demo, drawing {DRAWING}: {domain:?}, {count} pictures, {size} x {size} pixels\n");
     if fs::read_to_string(&mark).is_ok_and(|found| found == what) {
         return Ok(());
     }

@@ -101,9 +101,7 @@ impl<T: Real> Head for Cpu<T> {
                     a[c] = if after < T::ZERO { T::ZERO } else { after };
                 }
                 if let Some(drop) = drop {
-                    for (c, a) in a.iter_mut().enumerate() {
-                        *a *= T::of(f64::from(drop.factor((row * channels + c) as u64)));
-                    }
+                    drop.factors((row * channels) as u64, channels, |c, f| a[c] *= T::of(f64::from(f)));
                 }
             }
         });
@@ -125,25 +123,28 @@ impl<T: Real> Head for Cpu<T> {
         let da = &mut da[..rows * channels];
         sums[..2 * channels].fill(T::ZERO);
         let (shift_sums, scale_sums) = sums[..2 * channels].split_at_mut(channels);
-        vectorised(|| {
-            for row in 0..rows {
-                let (z, da) = (&z[row * channels..][..channels], &mut da[row * channels..][..channels]);
-                for c in 0..channels {
-                    let after = (z[c] - mean[c]) * scale[c] * gamma[c] + beta[c];
-                    da[c] = if after > T::ZERO { da[c] } else { T::ZERO };
-                }
-                if let Some(drop) = drop {
-                    for (c, da) in da.iter_mut().enumerate() {
-                        *da *= T::of(f64::from(drop.factor((row * channels + c) as u64)));
+        for start in (0..rows).step_by(BLOCK) {
+            let count = BLOCK.min(rows - start);
+            let z = &z[start * channels..][..count * channels];
+            let da = &mut da[start * channels..][..count * channels];
+            vectorised(|| {
+                for (row, (z, da)) in z.chunks_exact(channels).zip(da.chunks_exact_mut(channels)).enumerate() {
+                    for c in 0..channels {
+                        let after = (z[c] - mean[c]) * scale[c] * gamma[c] + beta[c];
+                        da[c] = if after > T::ZERO { da[c] } else { T::ZERO };
+                    }
+                    if let Some(drop) = drop {
+                        let first = ((start + row) * channels) as u64;
+                        drop.factors(first, channels, |c, f| da[c] *= T::of(f64::from(f)));
                     }
                 }
-            }
-            let da = &*da;
-            column_sums(rows, channels, shift_sums, |row, c| da[row * channels + c]);
-            column_sums(rows, channels, scale_sums, |row, c| {
-                da[row * channels + c] * ((z[row * channels + c] - mean[c]) * scale[c])
+                let da = &*da;
+                column_sums(count, channels, shift_sums, |row, c| da[row * channels + c]);
+                column_sums(count, channels, scale_sums, |row, c| {
+                    da[row * channels + c] * ((z[row * channels + c] - mean[c]) * scale[c])
+                });
             });
-        });
+        }
     }
 
     fn batch_sums(&self, sums: &[&Vec<T>], total: &mut Vec<T>) {

@@ -40,9 +40,8 @@ impl<T: Real> Residual for Cpu<T> {
 
     fn dropout(&self, x: &Vec<T>, drop: Dropout, len: usize, y: &mut Vec<T>) {
         vectorised(|| {
-            for (i, (x, y)) in x[..len].iter().zip(&mut y[..len]).enumerate() {
-                *y = T::of(f64::from(drop.factor(i as u64))) * *x;
-            }
+            let (x, y) = (&x[..len], &mut y[..len]);
+            drop.factors(0, len, |i, factor| y[i] = T::of(f64::from(factor)) * x[i]);
         });
     }
 
