@@ -9,7 +9,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use image::{ExtendedColorType, ImageEncoder};
@@ -58,30 +57,37 @@ pub fn draw(domain: Domain, index: u64, size: usize) -> (Vec<u8>, Vec<u8>) {
 }
 
 /// Writes drawings `0..count` of a domain as `images/<stem>.png` (RGB) and `masks/<stem>.png` (grey, 0 or 255) under
-/// `dir`, on all cores. A folder that already holds this very set is left as it is.
+/// `dir`, on all cores. A folder that already holds this very set is left as it is; one that holds another drawn set
+/// is replaced as a whole.
 ///
 /// # Errors
-/// `Io` if the folder cannot be written, `Interrupted` if the user asked to stop.
+/// `Usage` for no pictures or an absurd size, `Input` if `dir` holds something else, `Io` if it cannot be written.
 pub fn write_folder(dir: &Path, domain: Domain, count: usize, size: usize, progress: &Progress) -> Result<()> {
     if count == 0 || !(1..=MAX_SIZE).contains(&size) {
         return Err(Error::usage(format!(
             "cannot draw {count} pictures of {size} x {size} pixels; ask for at least one, of 1 to {MAX_SIZE} pixels a side"
         )));
     }
-    let mark = dir.join("drawn.txt");
     let what =
         format!("segpeft-native demo, drawing {DRAWING}: {domain:?}, {count} pictures, {size} x {size} pixels\n");
-    if fs::read_to_string(&mark).is_ok_and(|found| found == what) {
-        return Ok(());
-    }
-    for folder in ["images", "masks"] {
-        let folder = dir.join(folder);
-        match fs::remove_dir_all(&folder) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io(&folder, "empty this folder", e));
-            }
-            _ => fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, "create this folder", e))?,
+    match fs::read_to_string(dir.join(MARK)) {
+        Ok(found) if found == what => return Ok(()),
+        Ok(_) => {}
+        // Removes an empty folder only.
+        Err(_) if !dir.exists() || fs::remove_dir(dir).is_ok() => {}
+        Err(_) => {
+            return Err(Error::input(
+                dir,
+                "holds something other than the demo's drawings; remove it or choose another folder",
+            ));
         }
+    }
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let drawing = dir.with_file_name(format!(".{name}.drawing"));
+    remove(&drawing)?;
+    for folder in ["images", "masks"] {
+        let folder = drawing.join(folder);
+        fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, "create this folder", e))?;
     }
     let bar = progress.bar("drawing", count as u64, "images");
     let stem = match domain {
@@ -92,12 +98,25 @@ pub fn write_folder(dir: &Path, domain: Domain, count: usize, size: usize, progr
         let (pixels, mask) = draw(domain, i as u64, size);
         let mask: Vec<u8> = mask.iter().map(|m| m * 255).collect();
         let name = format!("{stem}_{i:05}.png");
-        write_png(&dir.join("images").join(&name), &pixels, size, ExtendedColorType::Rgb8)?;
-        write_png(&dir.join("masks").join(&name), &mask, size, ExtendedColorType::L8)?;
+        write_png(&drawing.join("images").join(&name), &pixels, size, ExtendedColorType::Rgb8)?;
+        write_png(&drawing.join("masks").join(&name), &mask, size, ExtendedColorType::L8)?;
         bar.inc(1);
         Ok(())
     })?;
-    fs::write(&mark, what).map_err(|e| Error::io(&mark, "write this file", e))
+    let mark = drawing.join(MARK);
+    fs::write(&mark, what).map_err(|e| Error::io(&mark, "write this file", e))?;
+    remove(dir)?;
+    fs::rename(&drawing, dir).map_err(|e| Error::io(dir, "put the finished drawings here", e))
+}
+
+/// Says in a drawn folder what it holds.
+const MARK: &str = "drawn.txt";
+
+fn remove(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(dir, "remove this folder", e)),
+        _ => Ok(()),
+    }
 }
 
 /// Counts the changes of what [`draw`] draws, so that folders of an earlier drawing are drawn anew.
@@ -112,6 +131,7 @@ fn write_png(path: &Path, bytes: &[u8], size: usize, kind: ExtendedColorType) ->
 }
 
 type Rgb = [f32; 3];
+type Point = (f32, f32);
 
 /// Uniform numbers, one after the other.
 struct Draws {
@@ -138,7 +158,7 @@ impl Draws {
     }
 
     /// A direction, uniform on the circle: a point of the disc, scaled to length one.
-    fn direction(&mut self) -> (f32, f32) {
+    fn direction(&mut self) -> Point {
         loop {
             let (x, y) = (self.range(-1.0, 1.0), self.range(-1.0, 1.0));
             let square = x * x + y * y;
@@ -157,15 +177,21 @@ impl Draws {
 
 /// Smooth value noise on a periodic lattice.
 struct Noise {
-    lattice: Vec<f32>,
+    lattice: Box<[f32; Noise::SIDE * Noise::SIDE]>,
 }
 
 impl Noise {
-    const SIDE: i32 = 64;
+    /// A power of two: positions wrap by a mask.
+    const SIDE: usize = 64;
 
     fn new(stream: &Philox) -> Self {
-        let blocks = (Self::SIDE * Self::SIDE / 4) as u64;
-        Self { lattice: (0..blocks).flat_map(|b| stream.block(b)).map(|w| 2.0 * unit(w) - 1.0).collect() }
+        let mut lattice = Box::new([0.0; Self::SIDE * Self::SIDE]);
+        for (block, four) in lattice.chunks_exact_mut(4).enumerate() {
+            for (value, word) in four.iter_mut().zip(stream.block(block as u64)) {
+                *value = 2.0 * unit(word) - 1.0;
+            }
+        }
+        Self { lattice }
     }
 
     /// Noise of wavelength 1 in [-1, 1].
@@ -174,10 +200,9 @@ impl Noise {
         let (ix, iy) = (floor(x), floor(y));
         let (fx, fy) = (x - ix as f32, y - iy as f32);
         let (sx, sy) = (fx * fx * (3.0 - 2.0 * fx), fy * fy * (3.0 - 2.0 * fy));
-        let wrap = Self::SIDE - 1;
-        let row = |y: i32| ((y & wrap) * Self::SIDE) as usize;
-        let (x0, x1) = ((ix & wrap) as usize, ((ix + 1) & wrap) as usize);
-        let (y0, y1) = (row(iy), row(iy + 1));
+        let wrap = |i: i32| i as usize & (Self::SIDE - 1);
+        let (x0, x1) = (wrap(ix), wrap(ix + 1));
+        let (y0, y1) = (wrap(iy) * Self::SIDE, wrap(iy + 1) * Self::SIDE);
         let top = mix(self.lattice[y0 + x0], self.lattice[y0 + x1], sx);
         let bottom = mix(self.lattice[y1 + x0], self.lattice[y1 + x1], sx);
         mix(top, bottom, sy)
@@ -239,7 +264,7 @@ struct Lobe {
     y: f32,
     along: f32,
     across: f32,
-    direction: (f32, f32),
+    direction: Point,
 }
 
 impl Lobe {
@@ -256,7 +281,7 @@ impl Lobe {
 struct Polyp {
     lobes: Vec<Lobe>,
     /// Foot, middle and half width of a bent stalk whose head is the first lobe.
-    stalk: Option<((f32, f32), (f32, f32), f32)>,
+    stalk: Option<(Point, Point, f32)>,
     /// Height over the mucosa, picture widths.
     height: f32,
     /// 1 for a dome, 0 for a plateau.
@@ -282,7 +307,7 @@ impl Polyp {
         let mut polyp = Polyp {
             lobes: Vec::new(),
             stalk: None,
-            height: radius * draws.range(0.35, 0.75),
+            height: radius * draws.range(0.45, 0.95),
             dome: draws.range(0.6, 1.0),
             wobble: draws.range(0.05, 0.14),
             wobble_scale: draws.range(0.8, 1.8) / radius,
@@ -303,19 +328,19 @@ impl Polyp {
             3 | 4 => {
                 let head = radius * draws.range(0.6, 0.85);
                 polyp.lobes.push(lobe(draws, x, y, head, 0.75));
-                let reach = head * draws.range(1.5, 2.3);
-                let bend = head * draws.range(-0.7, 0.7);
+                let reach = head * draws.range(1.4, 2.1);
+                let bend = head * draws.range(-0.45, 0.45);
                 let (c, s) = direction;
                 let foot = (x + c * reach, y + s * reach);
                 let middle = (x + c * reach * 0.5 - s * bend, y + s * reach * 0.5 + c * bend);
-                polyp.stalk = Some((foot, middle, head * draws.range(0.28, 0.48)));
-                polyp.height = head * draws.range(0.6, 0.95);
+                polyp.stalk = Some((foot, middle, head * draws.range(0.38, 0.6)));
+                polyp.height = head * draws.range(0.8, 1.2);
                 polyp.shadow = draws.range(0.35, 0.65);
             }
             // Flat.
             5 => {
                 polyp.lobes.push(lobe(draws, x, y, radius * 1.15, 0.5));
-                polyp.height *= 0.22;
+                polyp.height *= 0.3;
                 polyp.dome = draws.range(0.0, 0.3);
                 polyp.wobble *= 1.8;
                 polyp.pits *= 1.6;
@@ -346,8 +371,14 @@ impl Polyp {
         }
         if let Some((foot, middle, width)) = self.stalk {
             let head = (self.lobes[0].x, self.lobes[0].y);
-            let distance = segment(x, y, foot, middle).min(segment(x, y, middle, head));
-            inside = smooth_max(inside, (1.0 - distance * (1.0 + swell) / width) * 0.6, 0.15);
+            // A parabola through the three points, in four straight pieces.
+            let quarter = |a: f32, b: f32, c: f32| (0.375 * a + 0.75 * b - 0.125 * c, 0.375 * c + 0.75 * b - 0.125 * a);
+            let ((x1, x3), (y1, y3)) = (quarter(foot.0, middle.0, head.0), quarter(foot.1, middle.1, head.1));
+            let distance = segment(x, y, foot, (x1, y1))
+                .min(segment(x, y, (x1, y1), middle))
+                .min(segment(x, y, middle, (x3, y3)))
+                .min(segment(x, y, (x3, y3), head));
+            inside = smooth_max(inside, (1.0 - distance * (1.0 + swell) / width) * 0.6, 0.3);
         }
         inside.min(1.0)
     }
@@ -365,11 +396,14 @@ impl Polyp {
 
 /// Distance of a point from a segment.
 #[inline(always)]
-fn segment(x: f32, y: f32, a: (f32, f32), b: (f32, f32)) -> f32 {
+fn segment(x: f32, y: f32, a: Point, b: Point) -> f32 {
     let (dx, dy) = (b.0 - a.0, b.1 - a.1);
     let t = (((x - a.0) * dx + (y - a.1) * dy) / (dx * dx + dy * dy + 1e-12)).clamp(0.0, 1.0);
     length(x - a.0 - t * dx, y - a.1 - t * dy)
 }
+
+/// How far outside its outline a polyp begins to rise, in its own radius.
+const FOOT: f32 = 0.22;
 
 /// What the endoscope lets through: a disc, a rounded square or an octagon, slightly off centre.
 struct Aperture {
@@ -382,9 +416,9 @@ struct Aperture {
 
 impl Aperture {
     fn draw(draws: &mut Draws) -> Self {
-        let (round, cut) = match draws.below(3) {
+        let (round, cut) = match draws.below(4) {
             0 => (1.0, 2.0),
-            1 => (0.0, draws.range(1.55, 1.75)),
+            1 | 2 => (0.0, draws.range(1.45, 1.75)),
             _ => (draws.range(0.25, 0.6), draws.range(1.5, 1.8)),
         };
         let half = if round == 1.0 { draws.range(0.47, 0.56) } else { draws.range(0.455, 0.5) };
@@ -403,18 +437,19 @@ impl Aperture {
 /// Mucosa with polyps.
 fn target(draws: &mut Draws, noise: &Noise, size: usize) -> (Vec<Rgb>, Vec<u8>) {
     let aperture = Aperture::draw(draws);
-    let (light_x, light_y) = (draws.range(0.35, 0.65), draws.range(0.35, 0.65));
-    let light_height = draws.range(0.45, 0.8);
-    let exposure = draws.range(0.85, 1.15);
+    let (light_x, light_y) = (draws.range(0.2, 0.8), draws.range(0.2, 0.8));
+    let light_height = draws.range(0.4, 0.75);
+    let exposure = draws.range(0.9, 1.25);
 
     // The gut runs away towards the lumen; folds are rings around it.
     let (lumen_c, lumen_s) = draws.direction();
     let lumen_distance = draws.range(0.12, 0.75);
     let lumen = (0.5 + lumen_c * lumen_distance, 0.5 + lumen_s * lumen_distance);
     let lumen_radius = draws.range(0.05, 0.32);
-    let fold_count = draws.range(2.0, 5.5);
-    let fold_height = if draws.chance(0.3) { draws.range(0.0, 0.01) } else { draws.range(0.015, 0.05) };
+    let fold_count = draws.range(1.8, 4.2);
+    let fold_height = if draws.chance(0.3) { draws.range(0.0, 0.01) } else { draws.range(0.03, 0.1) };
     let fold_phase = draws.unit();
+    let fold_crest = draws.range(0.4, 0.68);
     let relief = draws.range(0.008, 0.022);
 
     let albedo = match draws.below(3) {
@@ -423,15 +458,20 @@ fn target(draws: &mut Draws, noise: &Noise, size: usize) -> (Vec<Rgb>, Vec<u8>) 
         _ => draws.colour([0.84, 0.54, 0.45], [0.90, 0.62, 0.54]),
     };
     let blotches = draws.range(0.08, 0.22);
-    let vessels = draws.range(0.0, 0.32);
+    let vessels = draws.range(0.0, 0.45);
     let vessel_scale = draws.range(3.0, 6.0);
     let wetness = draws.range(0.4, 1.0);
 
     let mut polyps = Vec::new();
     for _ in 0..[1, 1, 1, 1, 1, 2, 2, 3][draws.below(8)] {
-        let radius = 0.065 + 0.20 * draws.unit() * draws.unit().sqrt();
+        let radius = 0.08 + 0.25 * draws.unit() * draws.unit().sqrt();
         let (x, y) = (draws.range(0.24, 0.76), draws.range(0.24, 0.76));
-        polyps.push(Polyp::draw(draws, x, y, radius));
+        let polyp = Polyp::draw(draws, x, y, radius);
+        let apart =
+            |other: &Polyp| length(other.lobes[0].x - x, other.lobes[0].y - y) > 0.7 * (other.reach() + polyp.reach());
+        if polyps.iter().all(apart) {
+            polyps.push(polyp);
+        }
     }
     // Bubbles and remains of food, so that not every blob is a polyp.
     let debris: Vec<(Lobe, bool)> = (0..[0, 0, 0, 1, 2, 4][draws.below(6)])
@@ -457,12 +497,16 @@ fn target(draws: &mut Draws, noise: &Noise, size: usize) -> (Vec<Rgb>, Vec<u8>) 
         let y = centre(row, size);
         for column in 0..size {
             let x = centre(column, size);
-            let (wx, wy) = (noise.at(x * 2.3 + 3.1, y * 2.3), noise.at(x * 2.3, y * 2.3 + 7.7));
-            let away = length(x + 0.09 * wx - lumen.0, y + 0.09 * wy - lumen.1);
+            if aperture.inside(x, y) < -0.04 {
+                continue;
+            }
+            let (wx, wy) = (noise.at(x * 2.6 + 3.1, y * 2.6), noise.at(x * 2.6, y * 2.6 + 7.7));
+            let away = length(x + 0.14 * wx - lumen.0, y + 0.14 * wy - lumen.1);
             let phase = away * fold_count + fold_phase;
             let t = phase - floor(phase) as f32;
             // A fold rises slowly towards the viewer and drops steeply behind.
-            let ridge = step(0.0, 0.72, t) * (1.0 - step(0.72, 1.0, t));
+            let crest = fold_crest;
+            let ridge = step(0.0, crest, t) * (1.0 - step(crest, 1.0, t));
             let partial = step(-0.5, 0.4, noise.at(x * 1.9 + 20.0, y * 1.9 + floor(phase) as f32 * 4.3));
             let i = row * size + column;
             depth[i] = away;
@@ -486,11 +530,14 @@ fn target(draws: &mut Draws, noise: &Noise, size: usize) -> (Vec<Rgb>, Vec<u8>) 
                 if inside > cover[i].0 {
                     cover[i] = (inside, which as u8);
                 }
-                if inside > 0.0 {
-                    let bowl = inside * (2.0 - inside);
-                    let profile = mix(step(0.0, 0.3, inside), bowl.sqrt(), polyp.dome);
-                    let pits = polyp.pits * 0.04 * noise.at(x * polyp.pit_scale, y * polyp.pit_scale);
-                    height[i] = height[i] * 0.6 + polyp.height * profile + pits;
+                if inside > -FOOT {
+                    // The body rises out of the mucosa in a rounded foot, without a crease.
+                    let t = (inside + FOOT) / (1.0 + FOOT);
+                    let bowl = 1.0 - (1.0 - t) * (1.0 - t);
+                    let profile = mix(step(0.0, 0.45, t), bowl, polyp.dome) * step(0.0, 0.3, t);
+                    let body = step(0.0, 0.2, inside);
+                    let lumps = polyp.pits * (0.12 * noise.at(x * polyp.pit_scale * 0.4, y * polyp.pit_scale * 0.4));
+                    height[i] = height[i] * (1.0 - 0.5 * body) + polyp.height * profile + body * lumps;
                 }
             }
         }
@@ -513,14 +560,18 @@ fn target(draws: &mut Draws, noise: &Noise, size: usize) -> (Vec<Rgb>, Vec<u8>) 
             let polyp = &polyps[which as usize];
             let on = step(-0.04, 0.05, inside);
 
-            let blotch = blotches * noise.octaves(x * 3.5 + 40.0, y * 3.5, 4);
-            let wander = 0.35 * noise.at(x * 4.0 + 11.0, y * 4.0 + 2.0);
-            let line = noise.at(x * vessel_scale + wander, y * vessel_scale + wander + 30.0).abs();
-            let fine = noise.at(x * vessel_scale * 2.3 + 17.0 + wander, y * vessel_scale * 2.3).abs();
+            let blotch = blotches * noise.octaves(x * 4.0 + 40.0, y * 4.0, 3);
             let patch = step(-0.2, 0.5, noise.at(x * 1.7 + 50.0, y * 1.7 + 50.0));
-            let vessel = vessels * patch * (1.0 - step(0.0, 0.07, line)).max(0.6 * (1.0 - step(0.0, 0.08, fine)));
-            let vessel = vessel * (1.0 - 0.75 * on);
-            let pits = on * polyp.pits * noise.at(x * polyp.pit_scale, y * polyp.pit_scale);
+            let mut vessel = 0.0;
+            if patch > 0.0 {
+                let (u, v) = (x * vessel_scale, y * vessel_scale);
+                let (u, v) = (u + 0.8 * noise.at(v * 0.9 + 11.0, u * 0.9), v + 0.8 * noise.at(u * 0.9, v * 0.9 + 2.0));
+                let broad = 1.0 - step(0.0, 0.07, noise.at(u, v + 30.0).abs());
+                let fine = 1.0 - step(0.0, 0.08, noise.at(u * 2.3 + 17.0, v * 2.3).abs());
+                vessel = vessels * patch * broad.max(0.6 * fine) * (1.0 - 0.75 * on);
+            }
+            let pits =
+                if on > 0.0 { on * polyp.pits * noise.at(x * polyp.pit_scale, y * polyp.pit_scale) } else { 0.0 };
             let mut surface = [
                 albedo[0] * (1.0 + 0.35 * blotch - 0.25 * vessel + 0.5 * pits),
                 albedo[1] * (1.0 + blotch - vessel + pits),
@@ -539,14 +590,16 @@ fn target(draws: &mut Draws, noise: &Noise, size: usize) -> (Vec<Rgb>, Vec<u8>) 
             let normal = (nx * nx + ny * ny + 1.0).sqrt();
             let facing = (nx * lx + ny * ly + light_height) / (lamp * normal);
             let fall = light_height / lamp;
-            let mut brightness = exposure * (0.22 + 0.9 * facing.max(0.0)) * (0.45 + 0.55 * fall * fall);
+            // Tissue scatters: light wraps around edges, and what is in the shade is redder.
+            let wrapped = ((facing + 0.3) / 1.3).max(0.0);
+            let mut brightness = exposure * (0.2 + 0.9 * wrapped) * (0.35 + 0.65 * fall * fall);
             brightness *= 0.12 + 0.88 * step(lumen_radius * 0.25, lumen_radius * 1.6, depth[i]).max(on);
             // The polyp keeps light from the mucosa behind it.
             if inside < 0.0 && inside > -0.6 {
                 let (px, py) = (x - polyp.lobes[0].x, y - polyp.lobes[0].y);
                 let behind = 0.5 - 0.5 * (px * lx + py * ly) / (length(px, py) * length(lx, ly) + 1e-6);
                 let near = 1.0 + inside / 0.6;
-                brightness *= 1.0 - polyp.shadow * near * near * near * (0.35 + 0.65 * behind);
+                brightness *= 1.0 - polyp.shadow * near * near * near * (0.15 + 0.85 * behind * behind);
             }
 
             // Wet highlights: the same light on a rougher film of mucus.
@@ -556,10 +609,17 @@ fn target(draws: &mut Draws, noise: &Noise, size: usize) -> (Vec<Rgb>, Vec<u8>) 
             let m2 = mirror.max(0.0) * mirror.max(0.0);
             let m8 = m2 * m2 * m2 * m2;
             let m64 = m8 * m8 * m8 * m8 * m8 * m8 * m8 * m8;
-            let gate = step(0.25, 0.6, noise.at(x * 8.0 + 60.0, y * 8.0 + 31.0) + 0.25 * on);
-            let gleam = wetness * (0.10 * m8 * m8 + gate * step(0.80, 0.98, m64)) * fall;
+            let mut gleam = 0.10 * m8 * m8;
+            if m8 > 0.2 {
+                let gate = step(0.25, 0.6, noise.at(x * 8.0 + 60.0, y * 8.0 + 31.0) + 0.25 * on);
+                let drops = step(0.55, 0.75, noise.at(x * 34.0 + 3.0, y * 34.0 + 41.0)) * step(0.2, 0.7, m8);
+                gleam += gate * (step(0.80, 0.98, m64) + 0.7 * drops).min(1.0);
+            }
+            gleam *= wetness * fall;
 
-            let mut rgb = [0, 1, 2].map(|c| surface[c] * brightness);
+            let shade = 0.72 + 0.28 * brightness.min(1.3);
+            let mut rgb =
+                [surface[0] * brightness, surface[1] * brightness * shade, surface[2] * brightness * shade * shade];
             for (lobe, bubble) in &debris {
                 let d = lobe.at(x, y, 0.3 * fx);
                 if d > 0.0 {
@@ -578,12 +638,13 @@ fn target(draws: &mut Draws, noise: &Noise, size: usize) -> (Vec<Rgb>, Vec<u8>) 
             let mut rgb =
                 [0, 1, 2].map(|c| mix(0.02, (rgb[c] + warm[c] + gleam * [1.0, 0.97, 0.92][c]) * vignette, open));
             let mut visible = rim > 0.0;
-            if let Some((w, h)) = inset {
-                if x < w && y > 1.0 - h {
-                    let edge = (w - x).min(y - (1.0 - h)).min(x).min(1.0 - y) < 0.012;
-                    rgb = if edge { [0.16, 0.30, 0.26] } else { [0.03, 0.10, 0.09] };
-                    visible = false;
-                }
+            if let Some((w, h)) = inset
+                && x < w
+                && y > 1.0 - h
+            {
+                let edge = (w - x).min(y - (1.0 - h)).min(x).min(1.0 - y) < 0.012;
+                rgb = if edge { [0.16, 0.30, 0.26] } else { [0.03, 0.10, 0.09] };
+                visible = false;
             }
             mask[i] = u8::from(visible && inside > 0.0);
             colour.push(rgb);
@@ -592,13 +653,13 @@ fn target(draws: &mut Draws, noise: &Noise, size: usize) -> (Vec<Rgb>, Vec<u8>) 
     (colour, mask)
 }
 
-/// Plain shapes, some of them hollow in the mask's sense: strokes are not part of the task.
+/// Plain shapes, which the mask marks, and thin strokes, which it does not.
 fn source(draws: &mut Draws, noise: &Noise, size: usize) -> (Vec<Rgb>, Vec<u8>) {
     let ground = draws.colour([0.36, 0.42, 0.50], [0.58, 0.64, 0.72]);
     let (slant_x, slant_y) = draws.direction();
     let grain = draws.range(0.04, 0.14);
     let grain_scale = draws.range(3.0, 9.0);
-    let strokes: Vec<((f32, f32), (f32, f32), f32, f32)> = (0..draws.below(4))
+    let strokes: Vec<(Point, Point, f32, f32)> = (0..draws.below(4))
         .map(|_| {
             let a = (draws.unit(), draws.unit());
             let b = (draws.unit(), draws.unit());
@@ -660,4 +721,105 @@ fn source(draws: &mut Draws, noise: &Noise, size: usize) -> (Vec<Rgb>, Vec<u8>) 
         }
     }
     (colour, mask)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The pixels are part of the demo's meaning: they are equal on every machine.
+    #[test]
+    fn drawings_are_fixed() {
+        for (domain, index, size, expected) in [
+            (Domain::Target, 0, 96, 623_210_277u32),
+            (Domain::Target, 7, 65, 973_524_616),
+            (Domain::Source, 3, 64, 1_868_430_793),
+        ] {
+            let (pixels, mask) = draw(domain, index, size);
+            assert_eq!((pixels.len(), mask.len()), (size * size * 3, size * size));
+            let mut sum = crc32fast::Hasher::new();
+            sum.update(&pixels);
+            sum.update(&mask);
+            assert_eq!(sum.finalize(), expected, "{domain:?} {index} at {size}");
+        }
+    }
+
+    #[test]
+    fn every_picture_has_something_to_find() {
+        for domain in [Domain::Source, Domain::Target] {
+            let covers: Vec<f64> = (0..200)
+                .map(|i| {
+                    let (_, mask) = draw(domain, i, 48);
+                    assert!(mask.iter().all(|&m| m <= 1));
+                    mask.iter().map(|&m| f64::from(m)).sum::<f64>() / mask.len() as f64
+                })
+                .collect();
+            assert!(covers.iter().all(|&c| c > 0.003 && c < 0.6), "{domain:?}: {covers:?}");
+            let mean = covers.iter().sum::<f64>() / covers.len() as f64;
+            assert!((0.04..0.25).contains(&mean), "{domain:?}: mean cover {mean}");
+        }
+    }
+
+    /// The best threshold on any one colour channel or ratio, chosen with the truth in hand, finds little.
+    #[test]
+    fn polyps_are_not_a_matter_of_colour() {
+        let size = 48;
+        let features: [fn(&[u8]) -> f32; 4] = [
+            |p| f32::from(p[0]),
+            |p| f32::from(p[1]),
+            |p| f32::from(p[2]),
+            |p| 100.0 * f32::from(p[1]) / f32::from(p[0]).max(1.0),
+        ];
+        for feature in features {
+            let mut counts = [[0u64; 2]; 256];
+            for i in 0..150 {
+                let (pixels, mask) = draw(Domain::Target, i, size);
+                for (pixel, &m) in pixels.chunks_exact(3).zip(&mask) {
+                    counts[(feature(pixel) as usize).min(255)][m as usize] += 1;
+                }
+            }
+            let positives: u64 = counts.iter().map(|c| c[1]).sum();
+            let dice = |bins: &mut dyn Iterator<Item = &[u64; 2]>| {
+                let (found, wrong) = bins.fold((0, 0), |(t, f), c| (t + c[1], f + c[0]));
+                2.0 * found as f64 / (found + wrong + positives) as f64
+            };
+            for at in 0..256 {
+                let (below, above) = (dice(&mut counts[..at].iter()), dice(&mut counts[at..].iter()));
+                assert!(below < 0.35 && above < 0.35, "a threshold at {at} reaches Dice {below} or {above}");
+            }
+        }
+    }
+
+    #[test]
+    fn folders_are_drawn_once_and_anew_when_they_differ() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = &parent.path().join("drawn");
+        let progress = Progress::quiet();
+        write_folder(dir, Domain::Target, 3, 32, &progress).unwrap();
+        let image = dir.join("images/polyp_00002.png");
+        let mask = image::open(dir.join("masks/polyp_00002.png")).unwrap().into_luma8();
+        let (pixels, truth) = draw(Domain::Target, 2, 32);
+        assert_eq!(image::open(&image).unwrap().into_rgb8().into_raw(), pixels);
+        assert!(mask.iter().zip(&truth).all(|(&m, &t)| m == t * 255));
+        let written = fs::metadata(&image).unwrap().modified().unwrap();
+        write_folder(dir, Domain::Target, 3, 32, &progress).unwrap();
+        assert_eq!(fs::metadata(&image).unwrap().modified().unwrap(), written);
+        write_folder(dir, Domain::Target, 2, 40, &progress).unwrap();
+        assert!(!image.exists());
+        assert_eq!(fs::read_dir(dir.join("images")).unwrap().count(), 2);
+        let first = image::open(dir.join("images/polyp_00000.png")).unwrap();
+        assert_eq!((first.width(), first.height()), (40, 40));
+        assert!(write_folder(dir, Domain::Target, 0, 32, &progress).is_err());
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1, "nothing is left beside the folder");
+    }
+
+    #[test]
+    fn a_folder_of_something_else_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("images")).unwrap();
+        fs::write(dir.path().join("images/mine.png"), "mine").unwrap();
+        let error = write_folder(dir.path(), Domain::Source, 1, 32, &Progress::quiet()).unwrap_err();
+        assert_eq!(error.kind, crate::error::Kind::Input);
+        assert!(dir.path().join("images/mine.png").exists());
+    }
 }

@@ -24,7 +24,7 @@ const FIGURES: [(&str, &str, &str); 4] = [
     (
         "epochs_vs_loss.png",
         "Training and validation loss over epochs of the best LoRA run and of full fine-tuning",
-        "Loss while training: where the dashed line leaves the solid one, overfitting begins.",
+        "Loss while training: a dashed line far below its solid one shows overfitting.",
     ),
 ];
 

@@ -137,7 +137,8 @@ impl Axis {
     /// Range, in places, and ticks with their labels for data between `low` and `high`.
     fn layout(&self, low: f64, high: f64, most_ticks: usize) -> (f64, f64, Vec<(f64, String)>) {
         let (low, high) = (self.place(low), self.place(high));
-        let spread = if high > low { high - low } else { (low.abs() * 0.05).max(0.01) };
+        let largest = high.abs().max(low.abs());
+        let spread = if high - low > 1e-9 * largest.max(1e-3) { high - low } else { (largest * 0.05).max(0.01) };
         let padding = match self.scale {
             Scale::Linear => spread * 0.08,
             Scale::Epochs => (spread * 0.03).max(0.25),
@@ -184,7 +185,7 @@ impl Figure {
         let pixels =
             self.draw(size).map_err(|e| Error::new(Kind::Internal, format!("cannot draw {}: {e}", path.display())))?;
         let mut png = Vec::new();
-        PngEncoder::new_with_quality(&mut png, CompressionType::Fast, FilterType::NoFilter)
+        PngEncoder::new_with_quality(&mut png, CompressionType::Default, FilterType::NoFilter)
             .write_image(&pixels, size.0, size.1, ExtendedColorType::Rgb8)
             .map_err(|e| Error::io(path, "encode this plot", std::io::Error::other(e)))?;
         replace_bytes(path, &png)
@@ -512,11 +513,58 @@ impl Painter<'_, '_> {
     }
 }
 
-/// Whether a point has a place on the figure's axes.
+/// Whether a point has a place on the figure's axes: finite, and no number that only an accident explains.
 fn drawable(figure: &Figure, x: f64, y: f64) -> bool {
-    figure.x.place(x).is_finite() && figure.y.place(y).is_finite()
+    figure.x.place(x).abs() < 1e30 && figure.y.place(y).abs() < 1e30
 }
 
 fn pixel(x: f64, y: f64) -> (i32, i32) {
     (x.round() as i32, y.round() as i32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_round_few_and_within_the_range() {
+        for (low, high) in [(0.849, 0.94), (696.0, 1270.0), (0.0, 0.0), (0.0, 5e-324), (-3.0, 1e9), (0.5, 0.5 + 1e-12)]
+        {
+            let (from, to, ticks) = Axis::linear("").layout(low, high, 8);
+            assert!(from < low && high < to, "{low}..{high} in {from}..{to}");
+            assert!((2..=10).contains(&ticks.len()), "{low}..{high}: {ticks:?}");
+            for (value, label) in ticks {
+                assert!((from..=to).contains(&value));
+                assert!((label.parse::<f64>().unwrap() - value).abs() <= 1e-6 * (to - from), "{label} at {value}");
+            }
+        }
+        let (_, _, ticks) = Axis::epochs().layout(1.0, 3.0, 10);
+        assert_eq!(ticks.iter().map(|t| t.1.as_str()).collect::<Vec<_>>(), ["1", "2", "3"]);
+    }
+
+    /// Sixteen points in one place: each note finds room of its own.
+    #[test]
+    fn notes_do_not_cover_each_other() {
+        register_fonts();
+        let mut pixels = vec![255u8; 1200 * 900 * 3];
+        let canvas = BitMapBackend::with_buffer(&mut pixels, (1200, 900)).into_drawing_area();
+        let painter = Painter { canvas: &canvas, em: 24.0 };
+        let area = Frame { left: 0.0, top: 0.0, right: 1200.0, bottom: 900.0 };
+        let mut taken = vec![Frame::around(600.0, 450.0, 10.0, 10.0)];
+        for i in 0..16 {
+            painter.note(&format!("note {i}"), 600.0 + f64::from(i), 450.0, &BLUE, &area, &mut taken).unwrap();
+        }
+        assert_eq!(taken.len(), 17);
+        for (i, a) in taken.iter().enumerate() {
+            assert!(area.contains(a));
+            assert!(taken[..i].iter().all(|b| a.overlap(b) == 0.0), "note {i} covers another");
+        }
+    }
+
+    #[test]
+    fn averaging_keeps_means_and_size() {
+        let pixels: Vec<u8> = (0..4 * 2 * 3).map(|i| i as u8).collect();
+        let out = average_down(&pixels, 4);
+        assert_eq!(out, [8, 9, 10, 14, 15, 16]);
+    }
 }

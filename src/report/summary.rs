@@ -88,7 +88,7 @@ fn row(record: &RunRecord) -> Row {
         trainable_parameters: record.trainable_parameters,
         trainable_percent: percent(Some(record.trainable_parameters as f64), Some(record.total_parameters as f64)),
         dice: finite(evaluation.eval_mean_dice),
-        polyp_dice: finite(extra.and_then(|e| e.eval_dice_per_class.get(1).copied().flatten())),
+        polyp_dice: finite(extra.and_then(|e| e.eval_dice_per_class.get(1).copied())),
         iou: finite(evaluation.eval_mean_iou),
         image_mean_dice: finite(extra.map(|e| e.eval_image_mean_dice)),
         eval_loss: finite(evaluation.eval_loss),
@@ -173,7 +173,7 @@ pub(super) fn thousands(value: u64) -> String {
     let digits = value.to_string();
     let mut out = String::new();
     for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             out.push(',');
         }
         out.push(digit);
