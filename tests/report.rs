@@ -24,13 +24,13 @@ fn evaluation(epoch: f64, dice: f64) -> HistoryRow {
         eval_accuracy: Some(0.1 + 0.2),
         eval_runtime: Some(16.7471),
         extra: Some(ExtraMetrics {
-            eval_dice_per_class: vec![0.97, 2.0 * dice - 0.97],
-            eval_iou_per_class: vec![0.94, 1.0 / 3.0],
-            eval_accuracy_per_class: vec![0.99, 0.8],
+            eval_dice_per_class: vec![Some(0.97), Some(2.0 * dice - 0.97)],
+            eval_iou_per_class: vec![Some(0.94), Some(1.0 / 3.0)],
+            eval_accuracy_per_class: vec![Some(0.99), Some(0.8)],
             eval_image_mean_dice: 0.75,
             eval_image_mean_iou: 0.625,
-            eval_notebook_mean_iou: 0.4375,
-            eval_notebook_accuracy: 0.875,
+            eval_notebook_mean_iou: Some(0.4375),
+            eval_notebook_accuracy: Some(0.875),
         }),
         ..Default::default()
     }
@@ -141,10 +141,10 @@ fn history_has_the_notebooks_columns_and_every_digit() {
         exact("total_flos", row.total_flos);
         exact("train_loss", row.train_loss);
         let extra = row.extra.as_ref();
-        exact("eval_dice_class1", extra.map(|e| e.eval_dice_per_class[1]));
-        exact("eval_iou_class1", extra.map(|e| e.eval_iou_per_class[1]));
+        exact("eval_dice_class1", extra.and_then(|e| e.eval_dice_per_class[1]));
+        exact("eval_iou_class1", extra.and_then(|e| e.eval_iou_per_class[1]));
         exact("eval_image_mean_dice", extra.map(|e| e.eval_image_mean_dice));
-        exact("eval_notebook_accuracy", extra.map(|e| e.eval_notebook_accuracy));
+        exact("eval_notebook_accuracy", extra.and_then(|e| e.eval_notebook_accuracy));
     }
 }
 

@@ -111,7 +111,6 @@ pub trait LayerNorm: Memory {
         stats: &mut Self::Full,
     );
     /// Gradient towards x; with `add`, adds to dx.
-    #[allow(clippy::too_many_arguments)]
     fn layer_norm_backward(
         &self,
         dy: &Self::Act,
@@ -124,7 +123,6 @@ pub trait LayerNorm: Memory {
         add: bool,
     );
     /// Adds the gradients of gamma and beta.
-    #[allow(clippy::too_many_arguments)]
     fn layer_norm_backward_params(
         &self,
         dy: &Self::Act,
@@ -151,7 +149,6 @@ pub trait Attention: Memory {
         lse: &mut Self::Full,
     );
     /// Gradients of q, k and v; probabilities are recomputed from `lse`.
-    #[allow(clippy::too_many_arguments)]
     fn attention_backward(
         &self,
         q: &Self::Act,
@@ -181,7 +178,6 @@ pub trait Depthwise: Memory {
         g: &mut Self::Act,
     );
     /// Turns `dg` into the gradient before the GELU, in place; `g` receives the forward output again.
-    #[allow(clippy::too_many_arguments)]
     fn depthwise_gelu_backward(
         &self,
         h: &Self::Act,
@@ -312,7 +308,6 @@ pub trait Loss: Memory {
     /// Cross-entropy of logits `(from, labels)`, upsampled to the samples' `size`², against their labels; pixels whose label
     /// is not one of `labels` do not count. Adds to `out`, per image, `scale` times the loss summed over its pixels.
     /// `gradient` receives the gradient of the same quantity at logit resolution.
-    #[allow(clippy::too_many_arguments)]
     fn cross_entropy(
         &self,
         logits: &Self::Act,
@@ -350,7 +345,6 @@ pub enum Transpose {
 /// Products among parameters: merging adapters, folding the decoder, and the way back.
 pub trait Matrix: Memory {
     /// `c = alpha·op(a)·op(b)`; `size` is (m, n, k): c is `(m, n)`, k is summed over. With `add`, adds to c.
-    #[allow(clippy::too_many_arguments)]
     fn matrix_product(
         &self,
         a: &Self::Full,

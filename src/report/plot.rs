@@ -497,7 +497,6 @@ impl Painter<'_, '_> {
     }
 
     /// Text whose capitals are centred on the height `y`.
-    #[allow(clippy::too_many_arguments)]
     fn text(&self, text: &str, size: f64, style: FontStyle, x: f64, y: f64, side: HPos, colour: &RGBColor) -> Drawn {
         // Plotters puts the baseline half a font size below the anchor; a capital is 0.62 font sizes high.
         let font = FontDesc::new(FontFamily::SansSerif, size, style);

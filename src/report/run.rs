@@ -60,9 +60,9 @@ pub(super) fn csv(history: &[HistoryRow]) -> String {
         match &row.extra {
             Some(extra) => {
                 for (_, list) in lists(extra) {
-                    cells.extend((0..classes).map(|class| list.get(class).map(number).unwrap_or_default()));
+                    cells.extend((0..classes).map(|class| cell(list.get(class).copied().flatten())));
                 }
-                cells.extend(scalars(extra).map(|(_, value)| number(&value)));
+                cells.extend(scalars(extra).map(|(_, value)| cell(value)));
             }
             None => cells.resize(header.len(), String::new()),
         }
@@ -77,9 +77,13 @@ fn number(value: &f64) -> String {
     format!("{value:?}")
 }
 
+/// A number's cell, empty without one.
+fn cell(value: Option<f64>) -> String {
+    value.as_ref().map(number).unwrap_or_default()
+}
+
 /// Name and cell of each column of the notebook's history, in its order.
 fn notebook_columns(row: &HistoryRow) -> [(&'static str, String); 17] {
-    let cell = |value: Option<f64>| value.as_ref().map(number).unwrap_or_default();
     [
         ("loss", cell(row.loss)),
         ("grad_norm", cell(row.grad_norm)),
@@ -101,7 +105,7 @@ fn notebook_columns(row: &HistoryRow) -> [(&'static str, String); 17] {
     ]
 }
 
-fn lists(extra: &ExtraMetrics) -> [(&'static str, &[f64]); 3] {
+fn lists(extra: &ExtraMetrics) -> [(&'static str, &[Option<f64>]); 3] {
     [
         ("eval_dice", &extra.eval_dice_per_class),
         ("eval_iou", &extra.eval_iou_per_class),
@@ -109,10 +113,10 @@ fn lists(extra: &ExtraMetrics) -> [(&'static str, &[f64]); 3] {
     ]
 }
 
-fn scalars(extra: &ExtraMetrics) -> [(&'static str, f64); 4] {
+fn scalars(extra: &ExtraMetrics) -> [(&'static str, Option<f64>); 4] {
     [
-        ("eval_image_mean_dice", extra.eval_image_mean_dice),
-        ("eval_image_mean_iou", extra.eval_image_mean_iou),
+        ("eval_image_mean_dice", Some(extra.eval_image_mean_dice)),
+        ("eval_image_mean_iou", Some(extra.eval_image_mean_iou)),
         ("eval_notebook_mean_iou", extra.eval_notebook_mean_iou),
         ("eval_notebook_accuracy", extra.eval_notebook_accuracy),
     ]
@@ -139,7 +143,7 @@ fn losses(name: &str, history: &[HistoryRow]) -> Figure {
 
 fn dice(name: &str, history: &[HistoryRow]) -> Figure {
     let mean = over_epochs(history, |r| r.eval_mean_dice);
-    let polyp = over_epochs(history, |r| r.extra.as_ref()?.eval_dice_per_class.get(1).copied());
+    let polyp = over_epochs(history, |r| r.extra.as_ref()?.eval_dice_per_class.get(1).copied().flatten());
     let mut series = vec![Series::line("Validation, mean of the classes", plot::BLUE, mean)];
     if !polyp.is_empty() {
         series.push(Series::line("Validation, polyp", plot::GREEN, polyp).marker(Marker::Triangle));

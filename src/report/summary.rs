@@ -88,7 +88,7 @@ fn row(record: &RunRecord) -> Row {
         trainable_parameters: record.trainable_parameters,
         trainable_percent: percent(Some(record.trainable_parameters as f64), Some(record.total_parameters as f64)),
         dice: finite(evaluation.eval_mean_dice),
-        polyp_dice: finite(extra.and_then(|e| e.eval_dice_per_class.get(1).copied())),
+        polyp_dice: finite(extra.and_then(|e| e.eval_dice_per_class.get(1).copied().flatten())),
         iou: finite(evaluation.eval_mean_iou),
         image_mean_dice: finite(extra.map(|e| e.eval_image_mean_dice)),
         eval_loss: finite(evaluation.eval_loss),

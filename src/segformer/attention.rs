@@ -68,7 +68,6 @@ impl AttentionLayer {
     }
 
     /// `y = x + drop·attention(norm(x))`
-    #[allow(clippy::too_many_arguments)]
     pub fn forward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
@@ -101,7 +100,6 @@ impl AttentionLayer {
     }
 
     /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients.
-    #[allow(clippy::too_many_arguments)]
     pub fn backward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,

@@ -110,7 +110,6 @@ impl Decoder {
 
     /// Logits to the loss, its gradient, the classifier's gradients and the sums BatchNorm needs. `scratch` must be as
     /// [`Decoder::forward_head`] left it. `loss` receives, added, `scale` times the loss of each image.
-    #[allow(clippy::too_many_arguments)]
     pub fn loss_and_sums<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
@@ -138,7 +137,6 @@ impl Decoder {
 
     /// From the gradient of the logits to `worker.out_gradients`, with the folded weights' gradients. `total` is the
     /// sum of all units' sums over `batch_rows` rows.
-    #[allow(clippy::too_many_arguments)]
     pub fn backward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,

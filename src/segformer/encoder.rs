@@ -143,7 +143,6 @@ impl Stage {
 
     /// From the gradient `out_gradient` of the stage's output; `below` receives, added, the gradient of its input. `d` is
     /// room for the gradient of the residual stream.
-    #[allow(clippy::too_many_arguments)]
     fn backward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,

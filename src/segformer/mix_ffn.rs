@@ -38,7 +38,6 @@ pub struct FfnActs<B: Backend> {
 
 impl MixFfn {
     /// `y = x + drop·ffn(norm(x))`
-    #[allow(clippy::too_many_arguments)]
     pub fn forward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
@@ -60,7 +59,6 @@ impl MixFfn {
     }
 
     /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients.
-    #[allow(clippy::too_many_arguments)]
     pub fn backward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,

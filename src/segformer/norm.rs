@@ -30,7 +30,6 @@ impl Norm {
     }
 
     /// Sums the gradients of scale and shift, if wanted; writes (or with `add` adds) the gradient towards x, if asked.
-    #[allow(clippy::too_many_arguments)]
     pub fn backward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,

@@ -63,7 +63,6 @@ impl PatchEmbed {
     }
 
     /// From the gradient `d` of the layer's output to its parameters' and, added, its input's.
-    #[allow(clippy::too_many_arguments)]
     pub fn backward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,

@@ -31,7 +31,6 @@ impl<'a, T> View<'a, T> {
 }
 
 /// `c = beta·a·b`, plus `c` itself with `add`. `c` is `(m, n)` with rows `c_stride` apart from `c_start` on.
-#[allow(clippy::too_many_arguments)]
 pub(super) fn product<T: Real>(
     (m, n, k): (usize, usize, usize),
     beta: T,
