@@ -186,7 +186,10 @@ fn compare_weights(case: &str, trained: &Trained, weights: &StateDict, bound: f6
         }
     }
     let together = (errors / distances).sqrt();
-    println!("{case}: {compared} tensors, off by {together:.2e} of the distance travelled, worst {worst:.2e?}");
+    println!(
+        "{case}: {compared} tensors, off by {together:.2e} of the distance travelled, worst {:.2e} ({})",
+        worst.0, worst.1
+    );
     assert!(compared > 50, "only {compared} tensors were compared");
     assert!(together <= bound, "{case}: off by {together} of the distance travelled");
     assert!(worst.0 <= 3.0 * bound, "{case}: {} is off by {} of the distance travelled", worst.1, worst.0);
