@@ -7,10 +7,10 @@ use std::time::Instant;
 use super::config::{DataIdentity, RunConfig, SplitIdentity};
 use super::lock::Lock;
 use super::source::{ModelSource, Source};
-use super::{duration, write_whole};
 use crate::dataset::{self, PackedDataset, Split};
 use crate::error::{Error, Kind, Result};
-use crate::progress::{Progress, interrupted};
+use crate::files;
+use crate::progress::{Progress, duration, interrupted};
 use crate::report;
 use crate::train::options::{Method, Protocol, TrainOptions};
 use crate::train::record::RunRecord;
@@ -139,7 +139,7 @@ pub fn run_one(
     config.check(folder)?;
     let result = folder.join(RESULT);
     if result.exists() {
-        let record = read_record(&result)?;
+        let record = report::read_record(&result)?;
         if !folder.join(format!("{name}_results.zip")).exists() {
             report::run::finish(folder, &record)?;
         }
@@ -155,7 +155,7 @@ pub fn run_one(
         Err(error) if error.kind == Kind::Diverged => {
             let report =
                 serde_json::json!({ "name": name, "error": error.to_string(), "exit_code": error.exit_code() });
-            write_whole(&failure, format!("{report:#}\n").as_bytes())?;
+            files::replace_json(&failure, &report)?;
         }
         Ok(_) if failure.exists() => {
             std::fs::remove_file(&failure).map_err(|e| Error::io(&failure, "remove the file", e))?;
@@ -166,12 +166,6 @@ pub fn run_one(
         Kind::Interrupted => Error::new(Kind::Interrupted, format!("{name}: interrupted; the same command continues")),
         _ => error,
     })
-}
-
-fn read_record(path: &Path) -> Result<RunRecord> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, "read the file", e))?;
-    serde_json::from_str(&text)
-        .map_err(|e| Error::input(path, format!("not a run's result ({e}); delete its folder to train the run anew")))
 }
 
 fn stop_if_interrupted() -> Result<()> {

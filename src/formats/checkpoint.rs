@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use super::element::quoted;
-use super::{PT_METADATA, StateDict, config, file, names, read_safetensors, read_torch, write_safetensors};
+use super::{PT_METADATA, StateDict, config, names, read_safetensors, read_torch, write_safetensors};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::segformer::SegformerConfig;
 
 /// A full model.
@@ -42,7 +43,7 @@ pub fn read(path: &Path) -> Result<Checkpoint> {
 /// # Errors
 /// `dir` cannot be written.
 pub fn write(dir: &Path, config: &SegformerConfig, tensors: &StateDict, image_size: usize) -> Result<()> {
-    file::create_dir(dir)?;
+    files::create_folder(dir)?;
     config::write(&dir.join("config.json"), config)?;
     config::write_preprocessor(&dir.join("preprocessor_config.json"), image_size)?;
     write_safetensors(&dir.join("model.safetensors"), tensors, PT_METADATA)
