@@ -40,6 +40,11 @@ impl Philox {
         Self { key: [seed as u32, (seed >> 32) as u32], high: [(purpose as u32) << 24 | site, step] }
     }
 
+    /// What sets this stream apart, for the same numbers on another device: two words of the key, two of the stream.
+    pub fn identity(&self) -> [u32; 4] {
+        [self.key[0], self.key[1], self.high[0], self.high[1]]
+    }
+
     /// Four independent uniform 32-bit words at `counter`.
     #[inline(always)]
     pub fn block(&self, counter: u64) -> [u32; 4] {

@@ -1,0 +1,42 @@
+// All kernels as one unit: what build.rs compiles for GPUs, and host/ for the CPU. A namespace per file keeps helpers of
+// one name apart; the kernels themselves have C names.
+#include "common.cuh"
+#include "interpolate.cuh"
+#include "mma.cuh"
+
+namespace attention {
+#include "attention.cu"
+}
+namespace depthwise {
+#include "depthwise.cu"
+}
+namespace head {
+#include "head.cu"
+}
+namespace layer_norm {
+#include "layer_norm.cu"
+}
+namespace linear {
+#include "linear.cu"
+}
+namespace loss {
+#include "loss.cu"
+}
+namespace matrix {
+#include "matrix.cu"
+}
+namespace memory {
+#include "memory.cu"
+}
+namespace optimizer {
+#include "optimizer.cu"
+}
+namespace patches {
+#include "patches.cu"
+}
+namespace residual {
+#include "residual.cu"
+}
+namespace resize {
+#include "resize.cu"
+}

@@ -1,0 +1,180 @@
+// What all kernels share: 16-byte access to bf16, reductions in a fixed order, random numbers by counter.
+//
+// Conventions. Activations are bf16 and are widened to f32 the moment they are read; parameters, statistics and partial
+// sums are f32. Tensors are row-major with channels last. The comment after a pointer is its shape. A function
+// `name<V>` handles V consecutive channels per thread: 8 (one 16-byte access) where channels are a multiple of 8,
+// else 1; the launch counts threads accordingly.
+#pragma once
+#include <cuda_bf16.h>
+
+#ifdef __CUDACC__
+#define SHARED(type, name, dimensions) __shared__ type name dimensions
+#define DYNAMIC_SHARED(type, name)             \
+    extern __shared__ uint4 dynamic_shared[];  \
+    type* name = reinterpret_cast<type*>(dynamic_shared)
+#endif
+
+// A kernel that is launched with blocks of at most `threads`.
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+
+// Calls `function` at the width that `channels` allow.
+#define BY_WIDTH(channels, function, ...) \
+    ((channels) % 8 == 0 ? function<8>(__VA_ARGS__) : function<1>(__VA_ARGS__))
+
+typedef __nv_bfloat16 bf16;
+typedef unsigned long long u64;
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+// Threads of a block, where nothing else is said.
+constexpr int THREADS = 256;
+
+// ---- access
+
+template <int V> struct Pack {
+    float x[V];
+};
+
+__device__ __forceinline__ unsigned pair_of(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<unsigned&>(pair);
+}
+
+template <int V> __device__ __forceinline__ Pack<V> load(const bf16* from) {
+    Pack<V> p;
+    if constexpr (V == 8) {
+        uint4 raw = *reinterpret_cast<const uint4*>(from);
+        unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+        for (int i = 0; i < 4; i++) {
+            p.x[2 * i] = __uint_as_float(words[i] << 16);
+            p.x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+        }
+    } else {
+        for (int i = 0; i < V; i++) p.x[i] = __bfloat162float(from[i]);
+    }
+    return p;
+}
+
+template <int V> __device__ __forceinline__ Pack<V> load(const float* from) {
+    Pack<V> p;
+    if constexpr (V == 8) {
+        for (int i = 0; i < 2; i++) {
+            float4 four = reinterpret_cast<const float4*>(from)[i];
+            p.x[4 * i] = four.x;
+            p.x[4 * i + 1] = four.y;
+            p.x[4 * i + 2] = four.z;
+            p.x[4 * i + 3] = four.w;
+        }
+    } else {
+        for (int i = 0; i < V; i++) p.x[i] = from[i];
+    }
+    return p;
+}
+
+template <int V> __device__ __forceinline__ void store(bf16* to, const Pack<V>& p) {
+    if constexpr (V == 8) {
+        uint4 raw = {pair_of(p.x[0], p.x[1]), pair_of(p.x[2], p.x[3]), pair_of(p.x[4], p.x[5]), pair_of(p.x[6], p.x[7])};
+        *reinterpret_cast<uint4*>(to) = raw;
+    } else {
+        for (int i = 0; i < V; i++) to[i] = __float2bfloat16_rn(p.x[i]);
+    }
+}
+
+// Number of this thread in a one-dimensional grid.
+__device__ __forceinline__ size_t thread_number() { return size_t(blockIdx.x) * blockDim.x + threadIdx.x; }
+
+// ---- reductions
+
+// Sum over `lanes` neighbouring lanes, a power of two; every one of them receives it.
+__device__ __forceinline__ float group_sum(float x, int lanes) {
+    for (int other = lanes / 2; other > 0; other /= 2) x += __shfl_xor_sync(ALL_LANES, x, other);
+    return x;
+}
+
+// Sum over a block of THREADS threads; every thread receives it. Ends with a barrier to come before the next call.
+__device__ __forceinline__ float block_sum(float x) {
+    SHARED(float, sums, [THREADS / 32]);
+    x = group_sum(x, 32);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    float total = 0;
+    for (int i = 0; i < THREADS / 32; i++) total += sums[i];
+    __syncthreads();
+    return total;
+}
+
+// Sums of `term` over rows, per channel, K at a time, by slabs of `slab` rows: grid (ceil(channels/32), slabs), blocks of
+// THREADS. term(row, channel, terms) fills terms[K] for V channels from `channel` on; each row and channel is asked for
+// once. What the slabs leave in `partial` is added up, in order, by sum_partials.
+template <int V, int K, class Term>
+__device__ __forceinline__ void column_partials(Term term, int rows, int channels, int slab,
+                                                float* partial /* (slabs, K, channels) */) {
+    constexpr int COLUMNS = 32 / V, LINES = THREADS / COLUMNS;
+    SHARED(float, tile, [LINES][32 + 1]);
+    int column = threadIdx.x % COLUMNS, line = threadIdx.x / COLUMNS;
+    int channel = blockIdx.x * 32 + column * V;
+    int end = min(rows, (int(blockIdx.y) + 1) * slab);
+    Pack<V> sums[K] = {};
+    if (channel < channels) {
+        for (int row = blockIdx.y * slab + line; row < end; row += LINES) {
+            Pack<V> terms[K];
+            term(row, channel, terms);
+            for (int k = 0; k < K; k++) {
+                for (int i = 0; i < V; i++) sums[k].x[i] += terms[k].x[i];
+            }
+        }
+    }
+    for (int k = 0; k < K; k++) {
+        for (int i = 0; i < V; i++) tile[line][column * V + i] = sums[k].x[i];
+        __syncthreads();
+        int c = blockIdx.x * 32 + threadIdx.x;
+        if (threadIdx.x < 32 && c < channels) {
+            float total = 0;
+            for (int l = 0; l < LINES; l++) total += tile[l][threadIdx.x];
+            partial[(size_t(blockIdx.y) * K + k) * channels + c] = total;
+        }
+        __syncthreads();
+    }
+}
+
+// ---- random numbers
+
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw, 2011), as src/random.rs has it.
+struct Dropout {
+    unsigned key0, key1, high0, high1;
+    u64 first;   // counter of the first element
+    float rate;  // 0: everything is kept
+
+    __device__ __forceinline__ uint4 block(u64 counter) const {
+        uint4 c = {unsigned(counter), unsigned(counter >> 32), high0, high1};
+        unsigned k0 = key0, k1 = key1;
+        for (int round = 0; round < 10; round++) {
+            unsigned top0 = __umulhi(c.x, 0xD2511F53u), low0 = c.x * 0xD2511F53u;
+            unsigned top1 = __umulhi(c.z, 0xCD9E8D57u), low1 = c.z * 0xCD9E8D57u;
+            c = {top1 ^ c.y ^ k0, low1, top0 ^ c.w ^ k1, low0};
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        return c;
+    }
+
+    __device__ __forceinline__ float of(unsigned word) const {
+        return float(word >> 8) * (1.0f / 16777216.0f) < rate ? 0.0f : 1.0f / (1.0f - rate);
+    }
+
+    // The factors of elements start.. start + V.
+    template <int V> __device__ __forceinline__ Pack<V> factors(u64 start) const {
+        Pack<V> p;
+        if (rate == 0.0f) {
+            for (int i = 0; i < V; i++) p.x[i] = 1.0f;
+            return p;
+        }
+        u64 at = first + start;
+        uint4 words = block(at / 4);
+        for (int i = 0; i < V; i++, at++) {
+            if (i > 0 && at % 4 == 0) words = block(at / 4);
+            unsigned which = unsigned(at % 4);
+            p.x[i] = of(which == 0 ? words.x : which == 1 ? words.y : which == 2 ? words.z : words.w);
+        }
+        return p;
+    }
+};

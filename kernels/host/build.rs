@@ -1,0 +1,53 @@
+//! Compiles the kernels with the C++ compiler, and writes the table from their names to the functions.
+
+use std::fmt::Write;
+use std::path::Path;
+
+/// Names of the kernels in a file: `KERNEL(threads) name(`.
+fn kernels(source: &str) -> impl Iterator<Item = &str> {
+    source.split("\nKERNEL(").skip(1).filter_map(|rest| rest.split_once(") ")?.1.split('(').next())
+}
+
+fn main() {
+    let root = Path::new("..");
+    println!("cargo:rerun-if-changed=..");
+    let mut table = String::from(
+        "#include \"all.cu\"\nnamespace planted {\n#include \"planted.cu\"\n}\n\
+         std::string host_call(const std::string& name, const host::Launch& launch, const host::Kind* kinds,\n\
+         const void* const* values, size_t count) {\n",
+    );
+    let mut files: Vec<_> = std::fs::read_dir(root)
+        .expect("the kernels' folder")
+        .map(|entry| entry.expect("the kernels' folder").path())
+        .filter(|path| path.extension().is_some_and(|e| e == "cu") && !path.ends_with("all.cu"))
+        .collect();
+    files.sort();
+    files.push("planted.cu".into());
+    for path in &files {
+        let source = std::fs::read_to_string(path).expect("a kernel file");
+        let space = path.file_stem().expect("a name").to_string_lossy();
+        for name in kernels(&source) {
+            writeln!(
+                table,
+                "    if (name == \"{name}\") return host::call({space}::{name}, launch, kinds, values, count);"
+            )
+            .expect("text");
+        }
+    }
+    table += "    return \"is no kernel\";\n}\n";
+    let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").expect("OUT_DIR"));
+    std::fs::write(out.join("table.cpp"), table).expect("the build folder can be written");
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .opt_level(2)
+        .flag("-fno-strict-aliasing")
+        .flag("-Wdouble-promotion")
+        .flag_if_supported("-Wno-unused-function")
+        .include(root)
+        .include(".")
+        .file("host.cpp")
+        .file("launch.cpp")
+        .file(out.join("table.cpp"))
+        .compile("host_kernels");
+}

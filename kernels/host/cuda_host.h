@@ -1,0 +1,193 @@
+// Compiles CUDA kernels for the CPU, so that they run under test on machines without a GPU.
+//
+// The threads of a block are fibers on one thread of the operating system; a fiber runs until it reaches a barrier, a
+// shuffle or its end, and the scheduler then takes the next one: in ascending, descending or random order. Equal results
+// in all orders are the test for missing barriers. Blocks run one after another.
+//
+// Stricter than a GPU, on purpose: every thread of a block must reach the same barrier (by source line), every lane of
+// a warp the same warp operation; shared memory starts as NaNs in every block, each array in an allocation of its own,
+// where AddressSanitizer sees overruns. A violation ends the launch with a message.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+
+struct uint3 {
+    unsigned x, y, z;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+typedef uint3 dim3;
+
+extern thread_local uint3 threadIdx, blockIdx;
+extern thread_local dim3 blockDim, gridDim;
+
+namespace host {
+
+enum class Order { forward, reverse, random };
+
+// The kinds of kernel parameters, as a launch states them.
+enum class Kind : uint8_t { pointer, i32, u32, u64, f32 };
+
+template <class T> constexpr Kind kind_of() {
+    if constexpr (std::is_pointer_v<T>) return Kind::pointer;
+    else if constexpr (std::is_same_v<T, int>) return Kind::i32;
+    else if constexpr (std::is_same_v<T, unsigned>) return Kind::u32;
+    else if constexpr (std::is_same_v<T, unsigned long long>) return Kind::u64;
+    else {
+        static_assert(std::is_same_v<T, float>, "kernel parameters are pointers, int, unsigned, unsigned long long, float");
+        return Kind::f32;
+    }
+}
+
+struct Launch {
+    dim3 grid, block;
+    size_t shared;
+    Order order;
+    uint64_t seed;
+};
+
+// Runs `body` for every thread of the grid; returns an empty string or what went wrong.
+std::string run(const Launch& launch, void (*body)(void*), void* argument);
+
+// Barrier of the block.
+void block_barrier(int line);
+
+// Meeting of the 32 lanes of a warp: each brings `in`; the last one calls `join` with all that were brought and a place
+// per lane for the results, and each leaves with its own in `out`.
+typedef void (*Join)(const void* const* in, void* const* out);
+void warp_meeting(int line, const void* in, void* out, Join join);
+
+// Shared memory of this block that belongs to a declaration, poisoned when the block first asks for it.
+void* shared(const void* site, size_t bytes);
+
+// Dynamic shared memory of this block.
+void* dynamic_shared();
+
+template <class... P, size_t... I>
+std::string run_with(void (*kernel)(P...), const Launch& launch, const void* const* values, std::index_sequence<I...>) {
+    std::tuple<void (*)(P...), std::tuple<P...>> bound(kernel, {*static_cast<const P*>(values[I])...});
+    auto body = [](void* p) {
+        auto& [function, arguments] = *static_cast<decltype(bound)*>(p);
+        std::apply(function, arguments);
+    };
+    return run(launch, body, &bound);
+}
+
+// Runs `kernel` with the arguments that `values` point to, if there are as many, of the declared kinds.
+template <class... P>
+std::string call(void (*kernel)(P...), const Launch& launch, const Kind* kinds, const void* const* values, size_t count) {
+    constexpr Kind declared[] = {kind_of<P>()...};
+    if (count != sizeof...(P)) {
+        return "takes " + std::to_string(sizeof...(P)) + " arguments, is given " + std::to_string(count);
+    }
+    for (size_t i = 0; i < count; i++) {
+        if (kinds[i] != declared[i]) return "argument " + std::to_string(i) + " is of another type";
+    }
+    return run_with(kernel, launch, values, std::index_sequence_for<P...>{});
+}
+
+template <class To, class From> To bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// A value and the lane it is wanted from.
+template <class T> struct Wanted {
+    T value;
+    int from;
+};
+
+template <class T> T shuffle(T value, int from, int line) {
+    Wanted<T> in{value, from};
+    T out;
+    warp_meeting(line, &in, &out, [](const void* const* in, void* const* out) {
+        auto wanted = [&](int lane) { return static_cast<const Wanted<T>*>(in[lane]); };
+        for (int lane = 0; lane < 32; lane++) *static_cast<T*>(out[lane]) = wanted(wanted(lane)->from & 31)->value;
+    });
+    return out;
+}
+
+// m16n8k16 on bf16 pairs with the fragment layouts of the PTX manual.
+struct Fragments {
+    float d[4];
+    unsigned a[4], b[2];
+};
+
+inline float half_of(unsigned pair, int which) {
+    return bits<float>(which ? pair & 0xffff0000u : pair << 16);
+}
+
+inline void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, int line) {
+    Fragments in{{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+    warp_meeting(line, &in, &d, [](const void* const* in, void* const* out) {
+        auto lane = [&](int l) { return static_cast<const Fragments*>(in[l]); };
+        float a[16][16], b[16][8];
+        for (int l = 0; l < 32; l++) {
+            int group = l / 4, pair = l % 4 * 2;
+            for (int i = 0; i < 8; i++) {
+                a[group + i / 2 % 2 * 8][pair + i / 4 * 8 + i % 2] = half_of(lane(l)->a[i / 2], i % 2);
+            }
+            for (int i = 0; i < 4; i++) b[pair + i / 2 * 8 + i % 2][group] = half_of(lane(l)->b[i / 2], i % 2);
+        }
+        for (int l = 0; l < 32; l++) {
+            int group = l / 4, pair = l % 4 * 2;
+            for (int i = 0; i < 4; i++) {
+                float sum = lane(l)->d[i];
+                for (int k = 0; k < 16; k++) sum += a[group + i / 2 * 8][k] * b[k][pair + i % 2];
+                static_cast<float*>(out[l])[i] = sum;
+            }
+        }
+    });
+}
+
+inline int lane() {
+    return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
+}
+
+}  // namespace host
+
+// A shared array of the block; each declaration has its own.
+#define SHARED(type, name, dimensions)     \
+    static const char name##_site = 0;     \
+    auto& name = *static_cast<type(*) dimensions>(host::shared(&name##_site, sizeof(type dimensions)))
+#define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(host::dynamic_shared())
+
+// What the kernels use of CUDA. Warp operations take part with all 32 lanes.
+#define HOST_LINE int line = __builtin_LINE()
+inline void __syncthreads(HOST_LINE) { host::block_barrier(line); }
+template <class T> T __shfl_xor_sync(unsigned, T value, int with, HOST_LINE) {
+    return host::shuffle(value, host::lane() ^ with, line);
+}
+inline unsigned atomicAdd(unsigned* to, unsigned value) { return std::exchange(*to, *to + value); }
+inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
+    return std::exchange(*to, *to + value);
+}
+inline float __uint_as_float(unsigned x) { return host::bits<float>(x); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }

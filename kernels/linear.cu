@@ -1,0 +1,27 @@
+// Beside the products themselves: the gradient of a bias, which is the column sums of dy.
+//
+// Slabs of rows are summed by many blocks at once (linear_backward_bias), then the slabs in order (sum_partials, which
+// every column-wise reduction ends with): one pass over dy, no atomics, the same bits every time.
+#include "common.cuh"
+
+template <int V>
+__device__ void bias_partials(const bf16* dy, int rows, int outputs, int slab, float* partial) {
+    auto term = [&](int row, int c, Pack<V>(&terms)[1]) { terms[0] = load<V>(dy + size_t(row) * outputs + c); };
+    column_partials<V, 1>(term, rows, outputs, slab, partial);
+}
+
+// Grid: as column_partials has it.
+KERNEL(THREADS) linear_backward_bias(const bf16* dy /* (rows, outputs) */, int rows, int outputs, int slab,
+                                     float* partial /* (slabs, 1, outputs) */) {
+    BY_WIDTH(outputs, bias_partials, dy, rows, outputs, slab, partial);
+}
+
+// out = scale·Σ_s partial[s], added to out if `add`. Threads: n. Rows of `partial` are `stride` apart.
+KERNEL(THREADS) sum_partials(const float* partial /* (slabs, stride) */, int slabs, int stride, int n, float scale,
+                             float* out /* (n) */, int add) {
+    size_t i = thread_number();
+    if (i >= size_t(n)) return;
+    float total = 0;
+    for (int s = 0; s < slabs; s++) total += partial[size_t(s) * stride + i];
+    out[i] = add ? out[i] + scale * total : scale * total;
+}

@@ -1,0 +1,143 @@
+//! What the CUDA backend needs of a device.
+
+use crate::Result;
+
+/// Memory, launches and products. Everything but [`Device::read`] may return before the work is done; work is done in the
+/// order of the calls.
+pub trait Device: Send + Sync {
+    /// A block of device memory, freed when dropped.
+    type Memory: Send + Sync;
+
+    /// Memory of undefined content, aligned to 256 bytes.
+    ///
+    /// # Errors
+    /// When there is not so much.
+    fn allocate(&self, bytes: usize) -> Result<Self::Memory>;
+
+    /// Where a block starts.
+    fn address(memory: &Self::Memory) -> u64;
+
+    /// Copies from the host; `from` may change afterwards.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Safety
+    /// `to` must lie in a living block that has `from.len()` bytes there.
+    unsafe fn write(&self, from: &[u8], to: u64) -> Result<()>;
+
+    /// Copies to the host, after all work before it.
+    ///
+    /// # Errors
+    /// When the device fails, or failed at earlier work.
+    ///
+    /// # Safety
+    /// `from` must lie in a living block that has `to.len()` bytes there.
+    unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<()>;
+
+    /// Fills with zeros.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Safety
+    /// `at` must lie in a living block that has `bytes` bytes there.
+    unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()>;
+
+    /// Launches a kernel without dynamic shared memory.
+    ///
+    /// # Errors
+    /// When there is no such kernel, or the device fails.
+    ///
+    /// # Safety
+    /// The arguments must be those of the kernel, and its pointers lie in living blocks with the documented shapes.
+    unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: [usize; 3],
+        threads: usize,
+        arguments: &[Argument],
+    ) -> Result<()>;
+
+    /// Multiplies matrices.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Safety
+    /// The operands must lie in living blocks with the stated shapes; c must overlap neither a nor b.
+    unsafe fn product(&self, product: &MatrixProduct) -> Result<()>;
+}
+
+/// An argument of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Argument {
+    /// An address, or 0 for none.
+    Pointer(u64),
+    /// `int`
+    I32(i32),
+    /// `unsigned`
+    U32(u32),
+    /// `unsigned long long`
+    U64(u64),
+    /// `float`
+    F32(f32),
+}
+
+impl From<usize> for Argument {
+    /// A size as an `int`; kernels take larger ones as [`Argument::U64`].
+    fn from(x: usize) -> Self {
+        match i32::try_from(x) {
+            Ok(x) => Self::I32(x),
+            Err(_) => panic!("a kernel takes sizes below 2^31, not {x}"),
+        }
+    }
+}
+
+impl From<bool> for Argument {
+    fn from(x: bool) -> Self {
+        Self::I32(x.into())
+    }
+}
+
+impl From<f32> for Argument {
+    fn from(x: f32) -> Self {
+        Self::F32(x)
+    }
+}
+
+/// Storage of a matrix's numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Element {
+    /// Brain float, 2 bytes.
+    Bf16,
+    /// Single precision.
+    F32,
+}
+
+/// `c = alpha·op(a)·op(b) + bias`, plus c itself with `add`; all row-major and contiguous, summed in f32.
+#[derive(Clone, Copy, Debug)]
+pub struct MatrixProduct {
+    /// Rows of c, columns of c, length of the sums.
+    pub size: (usize, usize, usize),
+    /// `(m, k)`, or `(k, m)` if transposed.
+    pub a: u64,
+    /// Whether a is read transposed.
+    pub transpose_a: bool,
+    /// `(k, n)`, or `(n, k)` if transposed.
+    pub b: u64,
+    /// Whether b is read transposed.
+    pub transpose_b: bool,
+    /// Storage of a and b.
+    pub inputs: Element,
+    /// `(m, n)`
+    pub c: u64,
+    /// Storage of c.
+    pub output: Element,
+    /// Factor of the product.
+    pub alpha: f32,
+    /// Whether c is added to.
+    pub add: bool,
+    /// bf16 `(n)`, added to every row.
+    pub bias: Option<u64>,
+}

@@ -1,0 +1,67 @@
+//! LayerNorm over channels.
+
+use super::memory::{ColumnSums, width};
+use super::{Cuda, Device};
+use crate::backend::LayerNorm;
+
+/// Neighbouring lanes that share a row: as many as it has packs of channels, up to a warp.
+fn lanes(channels: usize) -> usize {
+    (channels / width(channels)).next_power_of_two().min(32)
+}
+
+impl<D: Device> LayerNorm for Cuda<D> {
+    fn layer_norm(
+        &self,
+        x: &Self::Act,
+        gamma: &Self::Full,
+        beta: &Self::Full,
+        rows: usize,
+        channels: usize,
+        y: &mut Self::Act,
+        stats: &mut Self::Full,
+    ) {
+        let (n, lanes) = (rows * channels, lanes(channels));
+        let (gamma, beta) = (gamma.at(channels), beta.at(channels));
+        let sizes = [rows.into(), channels.into(), lanes.into()];
+        let arguments = [x.at(n), gamma, beta, sizes[0], sizes[1], sizes[2], y.at(n), stats.at(2 * rows)];
+        self.launch("layer_norm", rows * lanes, &arguments);
+    }
+
+    fn layer_norm_backward(
+        &self,
+        dy: &Self::Act,
+        x: &Self::Act,
+        stats: &Self::Full,
+        gamma: &Self::Full,
+        rows: usize,
+        channels: usize,
+        dx: &mut Self::Act,
+        add: bool,
+    ) {
+        let (n, lanes) = (rows * channels, lanes(channels));
+        let (stats, gamma) = (stats.at(2 * rows), gamma.at(channels));
+        let sizes = [rows.into(), channels.into(), lanes.into()];
+        let arguments = [dy.at(n), x.at(n), stats, gamma, sizes[0], sizes[1], sizes[2], dx.at(n), add.into()];
+        self.launch("layer_norm_backward", rows * lanes, &arguments);
+    }
+
+    fn layer_norm_backward_params(
+        &self,
+        dy: &Self::Act,
+        x: &Self::Act,
+        stats: &Self::Full,
+        rows: usize,
+        channels: usize,
+        dgamma: &mut Self::Full,
+        dbeta: &mut Self::Full,
+    ) {
+        let n = rows * channels;
+        let sums = |to| ColumnSums { kinds: 1, factor: 1.0, to, add: true };
+        self.column_sums(
+            "layer_norm_backward_params",
+            (rows, channels),
+            |slab, partial| vec![dy.at(n), x.at(n), stats.at(2 * rows), rows.into(), channels.into(), slab, partial],
+            &[sums(dgamma.at(channels)), sums(dbeta.at(channels))],
+        );
+    }
+}

@@ -1,0 +1,91 @@
+//! Products of tokens with weights.
+
+use super::memory::ColumnSums;
+use super::{Argument, Cuda, Device, Element, MatrixProduct};
+use crate::backend::{Linear, Memory, Product};
+
+impl<D: Device> Cuda<D> {
+    /// Runs a product whose operands were checked.
+    pub(super) fn multiply(&self, product: MatrixProduct) {
+        let (m, n, _) = product.size;
+        if m > 0 && n > 0 {
+            // SAFETY: callers take addresses from Array::address with the lengths of the stated shapes, and borrow c
+            // mutably beside a and b.
+            self.attempt(|device| unsafe { device.product(&product) });
+        }
+    }
+}
+
+impl<D: Device> Linear for Cuda<D> {
+    /// The bias is rounded to bf16, as the product's epilogue takes it.
+    fn linear(
+        &self,
+        x: &Self::Act,
+        w: &Self::Act,
+        bias: Option<&<Self as Memory>::Full>,
+        p: Product,
+        y: &mut Self::Act,
+        add: bool,
+    ) {
+        let bias = bias.map(|bias| {
+            let rounded = self.scratch(p.outputs);
+            let arguments = [bias.at(p.outputs), Argument::Pointer(rounded), p.outputs.into()];
+            self.launch("cast", p.outputs.div_ceil(8), &arguments);
+            rounded
+        });
+        self.multiply(MatrixProduct {
+            size: (p.rows, p.outputs, p.inputs),
+            a: x.address(p.rows * p.inputs),
+            transpose_a: false,
+            b: w.address(p.outputs * p.inputs),
+            transpose_b: true,
+            inputs: Element::Bf16,
+            c: y.address(p.rows * p.outputs),
+            output: Element::Bf16,
+            alpha: 1.0,
+            add,
+            bias,
+        });
+    }
+
+    fn linear_backward_input(&self, dy: &Self::Act, w: &Self::Act, p: Product, dx: &mut Self::Act, add: bool) {
+        self.multiply(MatrixProduct {
+            size: (p.rows, p.inputs, p.outputs),
+            a: dy.address(p.rows * p.outputs),
+            transpose_a: false,
+            b: w.address(p.outputs * p.inputs),
+            transpose_b: false,
+            inputs: Element::Bf16,
+            c: dx.address(p.rows * p.inputs),
+            output: Element::Bf16,
+            alpha: 1.0,
+            add,
+            bias: None,
+        });
+    }
+
+    fn linear_backward_weight(&self, dy: &Self::Act, x: &Self::Act, p: Product, dw: &mut Self::Full) {
+        self.multiply(MatrixProduct {
+            size: (p.outputs, p.inputs, p.rows),
+            a: dy.address(p.rows * p.outputs),
+            transpose_a: true,
+            b: x.address(p.rows * p.inputs),
+            transpose_b: false,
+            inputs: Element::Bf16,
+            c: dw.address(p.outputs * p.inputs),
+            output: Element::F32,
+            alpha: 1.0,
+            add: true,
+            bias: None,
+        });
+    }
+
+    fn linear_backward_bias(&self, dy: &Self::Act, rows: usize, outputs: usize, db: &mut Self::Full) {
+        self.column_sums(
+            "linear_backward_bias",
+            (rows, outputs),
+            |slab, partial| vec![dy.at(rows * outputs), rows.into(), outputs.into(), slab, partial],
+            &[ColumnSums { kinds: 1, factor: 1.0, to: db.at(outputs), add: true }],
+        );
+    }
+}

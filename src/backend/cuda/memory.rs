@@ -1,0 +1,296 @@
+//! Storage on the device, and launching.
+
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use half::bf16;
+
+use super::{Argument, Device};
+use crate::backend::{Dropout, Memory};
+use crate::{Error, Result};
+
+/// Threads of a block in all kernels but attention's.
+pub(super) const THREADS: usize = 256;
+
+/// Numbers of type `E` on a device.
+pub struct Array<D: Device, E> {
+    /// None if empty, or if the device had no room, which is a kept failure.
+    memory: Option<D::Memory>,
+    len: usize,
+    element: PhantomData<E>,
+}
+
+impl<D: Device, E> Array<D, E> {
+    /// The address, as an argument of a kernel that touches the first `n` numbers.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub(super) fn at(&self, n: usize) -> Argument {
+        Argument::Pointer(self.address(n))
+    }
+
+    /// The address of the first `n` numbers.
+    pub(super) fn address(&self, n: usize) -> u64 {
+        assert!(n <= self.len, "{n} numbers of an array of {}", self.len);
+        self.memory.as_ref().map_or(0, D::address)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+}
+
+/// Device memory that grows to the largest size asked for and keeps no content from operation to operation.
+pub(super) struct Room<D: Device>(Mutex<(Option<D::Memory>, usize)>);
+
+impl<D: Device> Room<D> {
+    fn new() -> Self {
+        Self(Mutex::new((None, 0)))
+    }
+}
+
+/// A device as a backend: bf16 activations, f32 parameters.
+pub struct Cuda<D: Device> {
+    device: D,
+    /// Partial sums.
+    scratch: Room<D>,
+    /// Pixels and labels on their way from the host.
+    staging: Room<D>,
+    allocated: AtomicUsize,
+    failure: Mutex<Option<Error>>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<D: Device> Cuda<D> {
+    /// A backend on `device`.
+    pub fn new(device: D) -> Self {
+        Self {
+            device,
+            scratch: Room::new(),
+            staging: Room::new(),
+            allocated: AtomicUsize::new(0),
+            failure: Mutex::new(None),
+        }
+    }
+
+    /// The device.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
+    /// Whether everything so far went well.
+    ///
+    /// # Errors
+    /// The first failure of the device.
+    pub fn check(&self) -> Result<()> {
+        locked(&self.failure).clone().map_or(Ok(()), Err)
+    }
+
+    /// Runs `work` unless something failed before; None, and the failure kept, if something does.
+    pub(super) fn attempt<R>(&self, work: impl FnOnce(&D) -> Result<R>) -> Option<R> {
+        let mut failure = locked(&self.failure);
+        if failure.is_some() {
+            return None;
+        }
+        work(&self.device).map_err(|error| *failure = Some(error)).ok()
+    }
+
+    fn array<E>(&self, len: usize) -> Array<D, E> {
+        let bytes = len * size_of::<E>();
+        self.allocated.fetch_add(bytes, Ordering::Relaxed);
+        let make = |device: &D| {
+            let memory = device.allocate(bytes)?;
+            // SAFETY: the block has just been made with so many bytes.
+            unsafe { device.clear(D::address(&memory), bytes)? };
+            Ok(memory)
+        };
+        let memory = if bytes > 0 { self.attempt(make) } else { None };
+        Array { memory, len, element: PhantomData }
+    }
+
+    fn room(&self, room: &Room<D>, bytes: usize) -> u64 {
+        let mut room = locked(&room.0);
+        if room.1 < bytes {
+            // The old block goes first, so that both need not fit.
+            *room = (None, 0);
+            room.0 = self.attempt(|device| device.allocate(bytes));
+            room.1 = bytes;
+            self.allocated.fetch_add(bytes, Ordering::Relaxed);
+        }
+        room.0.as_ref().map_or(0, D::address)
+    }
+
+    /// Room for `n` partial sums of one operation; its content does not outlive the operation.
+    pub(super) fn scratch(&self, n: usize) -> u64 {
+        self.room(&self.scratch, n * size_of::<f32>())
+    }
+
+    /// Copies `parts` one behind the other to the device; the addresses of each.
+    pub(super) fn stage(&self, parts: &[&[u8]]) -> Vec<u64> {
+        let bytes = parts.iter().map(|part| part.len()).sum();
+        let mut at = self.room(&self.staging, bytes);
+        let mut addresses = Vec::with_capacity(parts.len());
+        for part in parts {
+            // SAFETY: the room holds all parts, and each lies behind the one before.
+            self.attempt(|device| unsafe { device.write(part, at) });
+            addresses.push(at);
+            at += part.len() as u64;
+        }
+        addresses
+    }
+
+    /// Launches `kernel` on a grid of blocks of `threads`.
+    pub(super) fn launch_blocks(&self, kernel: &'static str, grid: [usize; 3], threads: usize, arguments: &[Argument]) {
+        // SAFETY: each operation states its kernel's arguments in their order, and takes addresses of arrays through
+        // Array::at with the lengths the kernel documents.
+        self.attempt(|device| unsafe { device.launch(kernel, grid, threads, arguments) });
+    }
+
+    /// Launches `kernel` with one thread for each of `n` pieces of work.
+    pub(super) fn launch(&self, kernel: &'static str, n: usize, arguments: &[Argument]) {
+        if n > 0 {
+            self.launch_blocks(kernel, [n.div_ceil(THREADS), 1, 1], THREADS, arguments);
+        }
+    }
+
+    /// Column-wise sums of `kinds` quantities over `rows`: launches `kernel` with what `arguments` makes of the rows per
+    /// slab and the address of the partial sums, then adds them up: `outputs[kind]` receives `channels` sums times its
+    /// factor, added if so told.
+    pub(super) fn column_sums(
+        &self,
+        kernel: &'static str,
+        (rows, channels): (usize, usize),
+        arguments: impl FnOnce(Argument, Argument) -> Vec<Argument>,
+        outputs: &[ColumnSums],
+    ) {
+        let kinds = outputs.iter().map(|o| o.kinds).sum::<usize>();
+        let slab = rows.div_ceil(SLABS).max(SMALLEST_SLAB);
+        let slabs = rows.div_ceil(slab);
+        let partial = self.scratch(slabs * kinds * channels);
+        let grid = [channels.div_ceil(32), slabs, 1];
+        self.launch_blocks(kernel, grid, THREADS, &arguments(slab.into(), Argument::Pointer(partial)));
+        let mut first = 0;
+        for output in outputs {
+            let n = output.kinds * channels;
+            let from = Argument::Pointer(partial + (first * channels * size_of::<f32>()) as u64);
+            let (stride, factor) = ((kinds * channels).into(), output.factor.into());
+            let arguments = [from, slabs.into(), stride, n.into(), factor, output.to, output.add.into()];
+            self.launch("sum_partials", n, &arguments);
+            first += output.kinds;
+        }
+    }
+}
+
+/// Slabs that a column-wise sum is cut into at most: a fixed number, so that results do not depend on the device.
+const SLABS: usize = 256;
+/// Rows of a slab at least.
+const SMALLEST_SLAB: usize = 256;
+
+/// Where column-wise sums go.
+pub(super) struct ColumnSums {
+    /// How many of the kernel's quantities, one behind the other.
+    pub kinds: usize,
+    /// Multiplies the sums.
+    pub factor: f32,
+    /// `(kinds, channels)`
+    pub to: Argument,
+    /// Whether `to` is added to.
+    pub add: bool,
+}
+
+/// Consecutive channels per thread: 8, in one 16-byte access, where `channels` allow.
+pub(super) fn width(channels: usize) -> usize {
+    if channels.is_multiple_of(8) { 8 } else { 1 }
+}
+
+/// A dropout as the six arguments that kernels take; none keeps everything.
+pub(super) fn dropout_arguments(drop: Option<Dropout>) -> [Argument; 6] {
+    let (words, first, rate) = drop.map_or(([0; 4], 0, 0.0), |d| (d.stream.identity(), d.first, d.rate));
+    let [a, b, c, d] = words.map(Argument::U32);
+    [a, b, c, d, Argument::U64(first), Argument::F32(rate)]
+}
+
+impl<D: Device> Memory for Cuda<D> {
+    type Act = Array<D, bf16>;
+    type Full = Array<D, f32>;
+
+    fn act(&self, len: usize) -> Self::Act {
+        self.array(len)
+    }
+
+    fn full(&self, len: usize) -> Self::Full {
+        self.array(len)
+    }
+
+    fn allocated(&self) -> usize {
+        self.allocated.load(Ordering::Relaxed)
+    }
+
+    fn upload(&self, from: &[f32], to: &mut Self::Full) {
+        let address = to.address(from.len());
+        // SAFETY: the array has room for `from`, as `address` asserts.
+        self.attempt(|device| unsafe { device.write(bytemuck::cast_slice(from), address) });
+    }
+
+    fn download(&self, from: &Self::Full) -> Vec<f32> {
+        let mut to = vec![f32::NAN; from.len()];
+        let address = from.address(to.len());
+        // SAFETY: the array has so many numbers, as `address` asserts.
+        self.attempt(|device| unsafe { device.read(address, bytemuck::cast_slice_mut(&mut to)) });
+        to
+    }
+
+    fn download_act(&self, from: &Self::Act, len: usize) -> Vec<f32> {
+        let mut to = vec![bf16::NAN; len];
+        let address = from.address(len);
+        // SAFETY: the array has so many numbers, as `address` asserts.
+        self.attempt(|device| unsafe { device.read(address, bytemuck::cast_slice_mut(&mut to)) });
+        to.into_iter().map(bf16::to_f32).collect()
+    }
+
+    /// NaN where the device has failed.
+    fn scalars(&self, from: &Self::Full, len: usize) -> Vec<f64> {
+        let mut to = vec![f32::NAN; len];
+        let address = from.address(len);
+        // SAFETY: the array has so many numbers, as `address` asserts.
+        self.attempt(|device| unsafe { device.read(address, bytemuck::cast_slice_mut(&mut to)) });
+        to.into_iter().map(f64::from).collect()
+    }
+
+    fn zero(&self, x: &mut Self::Full) {
+        let (address, bytes) = (x.address(x.len()), x.len() * size_of::<f32>());
+        // SAFETY: the array has so many bytes.
+        self.attempt(|device| unsafe { device.clear(address, bytes) });
+    }
+
+    fn cast(&self, from: &Self::Full, to: &mut Self::Act) {
+        let n = from.len();
+        self.launch("cast", n.div_ceil(8), &[from.at(n), to.at(n), n.into()]);
+    }
+
+    /// The whole batch: a GPU wants as much at once as there is.
+    fn images_per_unit(&self, images: usize) -> usize {
+        images
+    }
+
+    fn workers(&self) -> usize {
+        1
+    }
+
+    fn each_unit<U: Send, S: Send, W: Send>(
+        &self,
+        units: &mut [U],
+        slots: &mut [S],
+        workers: &mut [W],
+        work: impl Fn(usize, &mut U, &mut S, &mut W) + Sync,
+    ) {
+        let slot_count = slots.len();
+        for (u, unit) in units.iter_mut().enumerate() {
+            work(u, unit, &mut slots[u % slot_count], &mut workers[0]);
+        }
+    }
+}

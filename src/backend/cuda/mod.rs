@@ -1,0 +1,25 @@
+//! The CUDA backend: every operation as a launch of a kernel of `kernels/`, or as a matrix product.
+//!
+//! [`Cuda`] implements the operations over a [`Device`], which allocates, copies, launches kernels by name and multiplies
+//! matrices. One device is a GPU; the tests bring another that runs the same kernels, compiled for the CPU, so that
+//! launch geometry, argument order and kernels are all exercised on machines without a GPU.
+//!
+//! A device works asynchronously and operations return nothing, so the first failure is kept, everything after it is
+//! skipped, and [`Cuda::check`] reports it.
+
+mod attention;
+mod depthwise;
+mod device;
+mod head;
+mod layer_norm;
+mod linear;
+mod loss;
+mod matrix;
+mod memory;
+mod optimizer;
+mod patches;
+mod residual;
+mod resize;
+
+pub use device::{Argument, Device, Element, MatrixProduct};
+pub use memory::{Array, Cuda};

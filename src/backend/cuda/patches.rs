@@ -1,0 +1,59 @@
+//! Gathering convolution windows.
+
+use super::memory::width;
+use super::{Argument, Cuda, Device};
+use crate::backend::{Grid, Patches, Sample, Window};
+
+/// `(images, height, width, channels, side, stride, padding, out_height, out_width)` as arguments.
+fn geometry(grid: Grid, channels: usize, window: Window) -> [Argument; 9] {
+    let out = grid.through(window);
+    let Window { side, stride, padding } = window;
+    [grid.images, grid.height, grid.width, channels, side, stride, padding, out.height, out.width].map(Argument::from)
+}
+
+impl<D: Device> Patches for Cuda<D> {
+    fn pixel_patches(&self, samples: &[Sample<'_>], size: usize, window: Window, out: &mut Self::Act) {
+        let images = samples.len();
+        if images == 0 {
+            return;
+        }
+        let out_size = window.out(size);
+        let n = images * out_size * out_size * window.side * window.side * 3;
+        let levels: Vec<[u8; 256]> = samples.iter().map(|s| s.augment.table()).collect();
+        let flips: Vec<u8> = samples.iter().map(|s| s.augment.flip.into()).collect();
+        let mut parts: Vec<&[u8]> = vec![levels.as_flattened(), &flips];
+        parts.extend(samples.iter().map(|s| &s.pixels[..size * size * 3]));
+        let staged = self.stage(&parts);
+        let [levels, flips, pixels] = [staged[0], staged[1], staged[2]].map(Argument::Pointer);
+        let Window { side, stride, padding } = window;
+        let [images, size, side, stride, padding, out_size] =
+            [images, size, side, stride, padding, out_size].map(Argument::from);
+        let arguments = [pixels, levels, flips, images, size, side, stride, padding, out_size, out.at(n)];
+        self.launch("pixel_patches", n.div_ceil(8), &arguments);
+    }
+
+    fn patches(&self, x: &Self::Act, grid: Grid, channels: usize, window: Window, out: &mut Self::Act) {
+        let n = grid.through(window).rows() * window.side * window.side * channels;
+        let mut arguments = vec![x.at(grid.rows() * channels)];
+        arguments.extend(geometry(grid, channels, window));
+        arguments.push(out.at(n));
+        self.launch("patches", n / width(channels), &arguments);
+    }
+
+    fn patches_backward(
+        &self,
+        dout: &Self::Act,
+        grid: Grid,
+        channels: usize,
+        window: Window,
+        dx: &mut Self::Act,
+        add: bool,
+    ) {
+        let gathered = grid.through(window).rows() * window.side * window.side * channels;
+        let n = grid.rows() * channels;
+        let mut arguments = vec![dout.at(gathered)];
+        arguments.extend(geometry(grid, channels, window));
+        arguments.extend([dx.at(n), add.into()]);
+        self.launch("patches_backward", n / width(channels), &arguments);
+    }
+}

@@ -1,0 +1,42 @@
+//! Additions along the residual stream.
+
+use super::memory::{dropout_arguments, width};
+use super::{Argument, Cuda, Device};
+use crate::backend::{Dropout, Grid, Residual};
+
+impl<D: Device> Residual for Cuda<D> {
+    fn residual(
+        &self,
+        x: &Self::Act,
+        branch: &Self::Act,
+        drop: Option<Dropout>,
+        grid: Grid,
+        channels: usize,
+        y: &mut Self::Act,
+    ) {
+        let (n, per_image) = (grid.rows() * channels, grid.area() * channels);
+        let mut arguments = vec![x.at(n), branch.at(n)];
+        arguments.extend(dropout_arguments(drop));
+        arguments.extend([grid.images.into(), per_image.into(), y.at(n)]);
+        self.launch("residual", n / width(per_image), &arguments);
+    }
+
+    fn drop_path(&self, x: &Self::Act, drop: Dropout, grid: Grid, channels: usize, y: &mut Self::Act) {
+        let (n, per_image) = (grid.rows() * channels, grid.area() * channels);
+        let mut arguments = vec![x.at(n)];
+        arguments.extend(dropout_arguments(Some(drop)));
+        arguments.extend([grid.images.into(), per_image.into(), y.at(n)]);
+        self.launch("drop_path", n / width(per_image), &arguments);
+    }
+
+    fn dropout(&self, x: &Self::Act, drop: Dropout, len: usize, y: &mut Self::Act) {
+        let mut arguments = vec![x.at(len)];
+        arguments.extend(dropout_arguments(Some(drop)));
+        arguments.extend([Argument::U64(len as u64), y.at(len)]);
+        self.launch("dropout", len / width(len), &arguments);
+    }
+
+    fn accumulate(&self, x: &Self::Act, len: usize, y: &mut Self::Act) {
+        self.launch("accumulate", len / width(len), &[x.at(len), Argument::U64(len as u64), y.at(len)]);
+    }
+}

@@ -1,0 +1,487 @@
+//! Every operation against the CPU backend in f64, and in every order of threads.
+//!
+//! Inputs are rounded to bf16 first, so that both sides read the same numbers. An output may then differ by what
+//! rounding costs: `U` = 2^-8 of its own size for each rounding to bf16 of the number itself, and `U` of the largest output
+//! for each rounding of something it is summed from. Sums in f32 add a few 1e-6 of the largest.
+
+use half::bf16;
+use host_kernels::Order;
+use segpeft_native::backend::cpu::Cpu;
+use segpeft_native::backend::cuda::Cuda;
+use segpeft_native::backend::{
+    AdamW, AttentionShape, Backend, BatchNormView, Dropout, Grid, Product, Sample, Transpose, Window,
+};
+use segpeft_native::dataset::Augment;
+use segpeft_native::random::{Philox, Purpose};
+
+use crate::host::Host;
+
+/// The unit roundoff of bf16, which keeps 8 bits: half a unit in the last place of a number just above a power of two.
+const U: f64 = 1.0 / 256.0;
+/// Sums and elementary functions in f32, as a share of the largest output.
+const F32: f64 = 4e-6;
+
+/// What an operation left in one output, and how often its numbers may have been rounded to bf16.
+struct Output {
+    name: &'static str,
+    values: Vec<f64>,
+    /// Roundings of the number itself.
+    own: f64,
+    /// Roundings of what it is summed from.
+    summed: f64,
+}
+
+/// An operation on some shape, run on any backend.
+trait Case {
+    fn run<B: Backend>(&self, lab: &Lab<'_, B>) -> Vec<Output>;
+}
+
+/// Makes inputs and reads outputs.
+struct Lab<'b, B>(&'b B);
+
+/// Numbers in (-1, 1) that bf16 holds, by `site`.
+fn numbers(n: usize, site: u32) -> Vec<f32> {
+    let stream = Philox::new(11, Purpose::Weights, site, 0);
+    (0..n as u64).map(|i| bf16::from_f32(2.0 * stream.uniform(i) - 1.0).to_f32()).collect()
+}
+
+impl<B: Backend> Lab<'_, B> {
+    fn full_of(&self, data: &[f32]) -> B::Full {
+        let mut full = self.0.full(data.len());
+        self.0.upload(data, &mut full);
+        full
+    }
+
+    fn act_of(&self, data: &[f32]) -> B::Act {
+        let mut act = self.0.act(data.len());
+        self.0.cast(&self.full_of(data), &mut act);
+        act
+    }
+
+    fn full(&self, n: usize, site: u32) -> B::Full {
+        self.full_of(&numbers(n, site))
+    }
+
+    fn act(&self, n: usize, site: u32) -> B::Act {
+        self.act_of(&numbers(n, site))
+    }
+
+    /// Activations, rounded on being stored (`own` ≥ 1).
+    fn read(&self, name: &'static str, act: &B::Act, n: usize, own: f64, summed: f64) -> Output {
+        let values = self.0.download_act(act, n).into_iter().map(f64::from).collect();
+        Output { name, values, own, summed }
+    }
+
+    /// Full precision: no rounding but f32's.
+    fn read_full(&self, name: &'static str, full: &B::Full, n: usize) -> Output {
+        Output { name, values: self.0.scalars(full, n), own: 0.0, summed: 0.0 }
+    }
+}
+
+/// Runs a case on the host in every order, compares the bits, and one result with the CPU backend in f64.
+fn check(what: &str, case: &impl Case) {
+    let expected = case.run(&Lab(&Cpu::<f64>::new(Some(1)).expect("threads")));
+    let run = |order| {
+        let backend = Cuda::new(Host(order));
+        let outputs = case.run(&Lab(&backend));
+        backend.check().unwrap_or_else(|e| panic!("{what}, {order:?}: {e}"));
+        outputs
+    };
+    let forward = run(Order::Forward);
+    for order in [Order::Reverse, Order::Random(1), Order::Random(2)] {
+        for (a, b) in forward.iter().zip(run(order)) {
+            let bits = |o: &Output| o.values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(a), bits(&b), "{what}: {} differs in order {order:?}", a.name);
+        }
+    }
+    for (output, expected) in forward.iter().zip(&expected) {
+        let largest = expected.values.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+        assert!(largest > 0.0, "{what}: {} is all zeros", output.name);
+        for (i, (x, e)) in output.values.iter().zip(&expected.values).enumerate() {
+            let bound = U * (output.own * e.abs() + output.summed * largest) + F32 * largest;
+            let error = (x - e).abs();
+            assert!(
+                error <= bound,
+                "{what}: {}[{i}] is {x}, should be {e}: off by {error:.2e} > {bound:.2e}",
+                output.name
+            );
+        }
+    }
+}
+
+/// Declares a case with its shape and runs it over several: `case!(name { field: type, ... } |self, lab| { outputs } [shapes])`.
+macro_rules! case {
+    ($test:ident, $case:ident { $($field:ident: $type:ty),* }, |$this:ident, $lab:ident| $body:block, $shapes:expr) => {
+        #[derive(Debug)]
+        struct $case { $($field: $type),* }
+        impl Case for $case {
+            fn run<B: Backend>(&$this, $lab: &Lab<'_, B>) -> Vec<Output> $body
+        }
+        #[test]
+        fn $test() {
+            for ($($field,)*) in $shapes {
+                let case = $case { $($field),* };
+                check(&format!("{case:?}"), &case);
+            }
+        }
+    };
+}
+
+fn drop_of(purpose: Purpose, rate: f32) -> Dropout {
+    Dropout { rate, stream: Philox::new(5, purpose, 3, 9), first: 6 }
+}
+
+case!(
+    linear,
+    Linear { rows: usize, inputs: usize, outputs: usize, bias: bool, add: bool },
+    |self, lab| {
+        let b = lab.0;
+        let p = Product { rows: self.rows, inputs: self.inputs, outputs: self.outputs };
+        let (ins, outs) = (p.rows * p.inputs, p.rows * p.outputs);
+        let (x, w, bias, dy) =
+            (lab.act(ins, 1), lab.act(p.inputs * p.outputs, 2), lab.full(p.outputs, 3), lab.act(outs, 4));
+        let (mut y, mut dx) = (lab.act(outs, 5), lab.act(ins, 6));
+        let (mut dw, mut db) = (lab.full(p.inputs * p.outputs, 7), lab.full(p.outputs, 8));
+        b.linear(&x, &w, self.bias.then_some(&bias), p, &mut y, self.add);
+        b.linear_backward_input(&dy, &w, p, &mut dx, self.add);
+        b.linear_backward_weight(&dy, &x, p, &mut dw);
+        b.linear_backward_bias(&dy, p.rows, p.outputs, &mut db);
+        vec![
+            lab.read("y", &y, outs, 1.0, 0.0),
+            lab.read("dx", &dx, ins, 1.0, 0.0),
+            lab.read_full("dw", &dw, p.inputs * p.outputs),
+            lab.read_full("db", &db, p.outputs),
+        ]
+    },
+    [(1, 1, 1, true, false), (7, 3, 5, true, true), (300, 24, 40, true, false), (65, 32, 2, false, true)]
+);
+
+case!(
+    pixel_patches,
+    PixelPatches { images: usize, size: usize, side: usize, stride: usize, padding: usize },
+    |self, lab| {
+        let (size, window) = (self.size, Window { side: self.side, stride: self.stride, padding: self.padding });
+        let pixels: Vec<Vec<u8>> =
+            (0..self.images).map(|k| (0..size * size * 3).map(|i| (i * 37 + k * 101) as u8).collect()).collect();
+        let augment = [Augment::IDENTITY, Augment { flip: true, contrast: 1.15, brightness: -0.1 }];
+        let samples: Vec<Sample<'_>> = pixels
+            .iter()
+            .enumerate()
+            .map(|(index, pixels)| Sample { index, pixels, labels: &[], augment: augment[index % 2] })
+            .collect();
+        let n = self.images * window.out(size).pow(2) * self.side * self.side * 3;
+        let mut out = lab.act(n, 1);
+        lab.0.pixel_patches(&samples, size, window, &mut out);
+        vec![lab.read("out", &out, n, 1.0, 0.0)]
+    },
+    [(1, 8, 7, 4, 3), (3, 9, 3, 2, 1), (2, 32, 7, 4, 3)]
+);
+
+case!(
+    patches,
+    Patches { images: usize, height: usize, width: usize, channels: usize, side: usize, stride: usize, padding: usize },
+    |self, lab| {
+        let grid = Grid { images: self.images, height: self.height, width: self.width };
+        let window = Window { side: self.side, stride: self.stride, padding: self.padding };
+        let n = grid.rows() * self.channels;
+        let gathered = grid.through(window).rows() * self.side * self.side * self.channels;
+        let (x, dout) = (lab.act(n, 1), lab.act(gathered, 2));
+        let (mut out, mut dx, mut added) = (lab.act(gathered, 3), lab.act(n, 4), lab.act(n, 5));
+        lab.0.patches(&x, grid, self.channels, window, &mut out);
+        lab.0.patches_backward(&dout, grid, self.channels, window, &mut dx, false);
+        lab.0.patches_backward(&dout, grid, self.channels, window, &mut added, true);
+        vec![
+            lab.read("out", &out, gathered, 0.0, 0.0),
+            lab.read("dx", &dx, n, 1.0, 0.0),
+            lab.read("dx added", &added, n, 1.0, 0.0),
+        ]
+    },
+    [(1, 5, 7, 3, 3, 2, 1), (2, 8, 6, 16, 2, 2, 0), (1, 9, 8, 8, 3, 2, 1)]
+);
+
+case!(
+    layer_norm,
+    LayerNorm { rows: usize, channels: usize },
+    |self, lab| {
+        let (rows, channels) = (self.rows, self.channels);
+        let n = rows * channels;
+        let (x, gamma, beta, dy) = (lab.act(n, 1), lab.full(channels, 2), lab.full(channels, 3), lab.act(n, 4));
+        let (mut y, mut stats) = (lab.act(n, 5), lab.full(2 * rows, 6));
+        let (mut dx, mut added) = (lab.act(n, 7), lab.act(n, 8));
+        let (mut dgamma, mut dbeta) = (lab.full(channels, 9), lab.full(channels, 10));
+        lab.0.layer_norm(&x, &gamma, &beta, rows, channels, &mut y, &mut stats);
+        lab.0.layer_norm_backward(&dy, &x, &stats, &gamma, rows, channels, &mut dx, false);
+        lab.0.layer_norm_backward(&dy, &x, &stats, &gamma, rows, channels, &mut added, true);
+        lab.0.layer_norm_backward_params(&dy, &x, &stats, rows, channels, &mut dgamma, &mut dbeta);
+        vec![
+            lab.read("y", &y, n, 1.0, 0.0),
+            lab.read_full("stats", &stats, 2 * rows),
+            lab.read("dx", &dx, n, 1.0, 0.0),
+            lab.read("dx added", &added, n, 1.0, 0.0),
+            lab.read_full("dgamma", &dgamma, channels),
+            lab.read_full("dbeta", &dbeta, channels),
+        ]
+    },
+    [(1, 3), (5, 33), (300, 32), (70, 64), (9, 160), (33, 256), (3, 520)]
+);
+
+case!(
+    attention,
+    Attention { images: usize, heads: usize, head: usize, queries: usize, keys: usize },
+    |self, lab| {
+        let &Self { images, heads, head, queries, keys } = self;
+        let shape = AttentionShape { images, heads, head, queries, keys };
+        let (nq, nk) = (images * queries * heads * head, images * keys * heads * head);
+        let n_lse = images * heads * queries;
+        let q = lab.act_of(&numbers(nq, 1).iter().map(|x| 3.0 * x).collect::<Vec<_>>());
+        let (k, v, d_o) = (lab.act(nk, 2), lab.act(nk, 3), lab.act(nq, 4));
+        let (mut o, mut lse) = (lab.act(nq, 5), lab.full(n_lse, 6));
+        lab.0.attention(&q, &k, &v, shape, &mut o, &mut lse);
+        let (mut dq, mut dk, mut dv) = (lab.act(nq, 7), lab.act(nk, 8), lab.act(nk, 9));
+        lab.0.attention_backward(&q, &k, &v, &o, &lse, &d_o, shape, &mut dq, &mut dk, &mut dv);
+        // o: probabilities are rounded. dq, dk: scores' gradients are, and o, which they read.
+        vec![
+            lab.read("o", &o, nq, 1.0, 1.0),
+            lab.read_full("lse", &lse, n_lse),
+            lab.read("dq", &dq, nq, 1.0, 2.0),
+            lab.read("dk", &dk, nk, 1.0, 2.0),
+            lab.read("dv", &dv, nk, 1.0, 1.0),
+        ]
+    },
+    [
+        (1, 1, 3, 5, 2),
+        (2, 2, 32, 70, 64),
+        (1, 1, 32, 65, 130),
+        (2, 3, 8, 1100, 5),
+        (1, 2, 64, 66, 65),
+        (1, 1, 32, 1, 2)
+    ]
+);
+
+case!(
+    depthwise,
+    Depthwise { images: usize, height: usize, width: usize, channels: usize },
+    |self, lab| {
+        let (grid, channels) = (Grid { images: self.images, height: self.height, width: self.width }, self.channels);
+        let n = grid.rows() * channels;
+        let (h, w, b, dg) = (lab.act(n, 1), lab.full(9 * channels, 2), lab.full(channels, 3), numbers(n, 4));
+        let mut g = lab.act(n, 5);
+        lab.0.depthwise_gelu(&h, &w, &b, grid, channels, &mut g);
+        let (mut du, mut alone, mut again) = (lab.act_of(&dg), lab.act_of(&dg), lab.act(n, 6));
+        lab.0.depthwise_gelu_backward(&h, &w, &b, grid, channels, &mut du, Some(&mut again));
+        lab.0.depthwise_gelu_backward(&h, &w, &b, grid, channels, &mut alone, None);
+        let (dy, mut dh) = (lab.act_of(&dg), lab.act(n, 7));
+        lab.0.depthwise_backward_input(&dy, &w, grid, channels, &mut dh);
+        let (mut dw, mut db) = (lab.full(9 * channels, 8), lab.full(channels, 9));
+        lab.0.depthwise_backward_params(&dy, &h, grid, channels, &mut dw, &mut db);
+        vec![
+            lab.read("g", &g, n, 1.0, 0.0),
+            lab.read("g again", &again, n, 1.0, 0.0),
+            lab.read("du", &du, n, 1.0, 0.0),
+            lab.read("du alone", &alone, n, 1.0, 0.0),
+            lab.read("dh", &dh, n, 1.0, 0.0),
+            lab.read_full("dw", &dw, 9 * channels),
+            lab.read_full("db", &db, channels),
+        ]
+    },
+    [(1, 1, 1, 1), (3, 2, 5, 3), (1, 17, 19, 8), (2, 4, 3, 35), (1, 5, 4, 128)]
+);
+
+case!(
+    residual,
+    Residual { images: usize, height: usize, width: usize, channels: usize },
+    |self, lab| {
+        let (grid, channels) = (Grid { images: self.images, height: self.height, width: self.width }, self.channels);
+        let n = grid.rows() * channels;
+        let drop = drop_of(Purpose::DropPath, 0.4);
+        let (x, branch) = (lab.act(n, 1), lab.act(n, 2));
+        let [mut y, mut plain, mut path, mut dropped, mut sum] = [3, 4, 5, 6, 7].map(|site| lab.act(n, site));
+        lab.0.residual(&x, &branch, Some(drop), grid, channels, &mut y);
+        lab.0.residual(&x, &branch, None, grid, channels, &mut plain);
+        lab.0.drop_path(&x, drop, grid, channels, &mut path);
+        lab.0.dropout(&x, drop_of(Purpose::LoraDropout, 0.3), n, &mut dropped);
+        lab.0.accumulate(&x, n, &mut sum);
+        vec![
+            lab.read("y", &y, n, 1.0, 0.0),
+            lab.read("plain", &plain, n, 1.0, 0.0),
+            lab.read("path", &path, n, 1.0, 0.0),
+            lab.read("dropped", &dropped, n, 1.0, 0.0),
+            lab.read("sum", &sum, n, 1.0, 0.0),
+        ]
+    },
+    [(9, 1, 3, 5), (8, 3, 3, 8), (11, 2, 1, 4)]
+);
+
+case!(
+    upsample,
+    Upsample { images: usize, from: (usize, usize), to: (usize, usize), channels: usize },
+    |self, lab| {
+        let from = Grid { images: self.images, height: self.from.0, width: self.from.1 };
+        let to = Grid { images: self.images, height: self.to.0, width: self.to.1 };
+        let channels = self.channels;
+        let (small, large) = (from.rows() * channels, to.rows() * channels);
+        let (x, dy) = (lab.act(small, 1), lab.act(large, 2));
+        let (mut y, mut added, mut dx) = (lab.act(large, 3), lab.act(large, 4), lab.act(small, 5));
+        lab.0.upsample(&x, from, to, channels, &mut y, false);
+        lab.0.upsample(&x, from, to, channels, &mut added, true);
+        lab.0.upsample_backward(&dy, from, to, channels, &mut dx);
+        vec![
+            lab.read("y", &y, large, 1.0, 0.0),
+            lab.read("y added", &added, large, 1.0, 0.0),
+            lab.read("dx", &dx, small, 1.0, 0.0),
+        ]
+    },
+    [
+        (1, (2, 3), (7, 5), 2),
+        (3, (1, 1), (4, 4), 1),
+        (2, (4, 4), (32, 32), 8),
+        (1, (3, 5), (3, 5), 16),
+        (1, (5, 6), (13, 17), 3)
+    ]
+);
+
+case!(
+    head,
+    Head { rows: (usize, usize), channels: usize, rate: f32 },
+    |self, lab| {
+        let (b, channels, rows) = (lab.0, self.channels, [self.rows.0, self.rows.1]);
+        let drop = (self.rate > 0.0).then(|| drop_of(Purpose::HeadDropout, self.rate));
+        let z = [lab.act(rows[0] * channels, 1), lab.act(rows[1] * channels, 2)];
+        let mut moments = [lab.full(2 * channels, 3), lab.full(2 * channels, 4)];
+        for u in 0..2 {
+            b.batch_moments(&z[u], rows[u], channels, &mut moments[u]);
+        }
+        let (mut stats, mut mean) = (lab.full(2 * channels, 5), lab.full(channels, 6));
+        let mut var = lab.full_of(&vec![0.75; channels]);
+        b.batch_stats(&[&moments[0], &moments[1]], &rows, channels, 0.1, &mut stats, &mut mean, &mut var);
+        let mut running = lab.full(2 * channels, 7);
+        b.running_stats(&mean, &var, channels, &mut running);
+        let (gamma, beta) = (lab.full(channels, 8), lab.full(channels, 9));
+        let view = || BatchNormView { stats: &stats, gamma: &gamma, beta: &beta };
+        let n = rows[0] * channels;
+        let (mut a, mut da, mut sums) = (lab.act(n, 10), lab.act(n, 11), lab.full(2 * channels, 12));
+        b.head_activation(&z[0], view(), drop, rows[0], channels, &mut a);
+        b.head_backward(&z[0], view(), drop, rows[0], channels, &mut da, &mut sums);
+        let (other, mut total) = (lab.full(2 * channels, 13), lab.full(2 * channels, 14));
+        b.batch_sums(&[&sums, &other], &mut total);
+        let mut dz = lab.act(n, 15);
+        b.batch_norm_backward(&z[0], view(), &other, rows[0] + rows[1], rows[0], channels, &mut dz);
+        vec![
+            lab.read_full("moments", &moments[0], 2 * channels),
+            lab.read_full("stats", &stats, 2 * channels),
+            lab.read_full("running mean", &mean, channels),
+            lab.read_full("running variance", &var, channels),
+            lab.read_full("running stats", &running, 2 * channels),
+            lab.read("a", &a, n, 1.0, 0.0),
+            lab.read("da", &da, n, 1.0, 0.0),
+            lab.read_full("sums", &sums, 2 * channels),
+            lab.read_full("total", &total, 2 * channels),
+            lab.read("dz", &dz, n, 1.0, 0.0),
+        ]
+    },
+    [((3, 5), 3, 0.0), ((70, 300), 32, 0.1), ((600, 1), 8, 0.1), ((33, 2), 35, 0.3)]
+);
+
+case!(
+    loss,
+    Loss { images: usize, from: usize, size: usize, labels: usize, flip: bool },
+    |self, lab| {
+        let &Self { images, size, labels, flip, .. } = self;
+        let from = Grid { images, height: self.from, width: self.from };
+        let truths: Vec<Vec<u8>> = (0..images)
+            .map(|image| {
+                (0..size * size).map(|i| if i % 7 == 3 { 255 } else { ((i * 5 + image) % labels) as u8 }).collect()
+            })
+            .collect();
+        let augment = Augment { flip, ..Augment::IDENTITY };
+        let samples: Vec<Sample<'_>> =
+            truths.iter().map(|labels| Sample { index: 0, pixels: &[], labels, augment }).collect();
+        let n = from.rows() * labels;
+        let logits = lab.act_of(&numbers(n, 1).iter().map(|x| 4.0 * x).collect::<Vec<_>>());
+        let (mut out, mut gradient) = (lab.full(images, 2), lab.act(n, 3));
+        lab.0.cross_entropy(&logits, from, labels, &samples, size, 0.25, &mut out, Some(&mut gradient));
+        lab.0.cross_entropy(&logits, from, labels, &samples, size, 0.5, &mut out, None);
+        let mut counts = vec![1; images * labels * labels];
+        lab.0.confusion(&logits, from, labels, &samples, size, &mut counts);
+        let counts = counts.into_iter().map(|c| c as f64).collect();
+        vec![
+            lab.read_full("loss", &out, images),
+            lab.read("gradient", &gradient, n, 1.0, 0.0),
+            Output { name: "counts", values: counts, own: 0.0, summed: 0.0 },
+        ]
+    },
+    [(1, 2, 5, 2, false), (3, 2, 8, 3, true), (1, 3, 3, 2, false), (2, 8, 32, 2, true), (1, 4, 16, 40, false)]
+);
+
+case!(
+    matrix,
+    Matrix { m: usize, n: usize, k: usize },
+    |self, lab| {
+        let &Self { m, n, k } = self;
+        let (a, b) = (lab.full(m * k, 1), lab.full(k * n, 2));
+        let mut outputs = Vec::new();
+        for (transpose, name) in [(Transpose::None, "a·b"), (Transpose::Left, "aᵀ·b"), (Transpose::Right, "a·bᵀ")]
+        {
+            let mut c = lab.full(m * n, 3);
+            lab.0.matrix_product(&a, &b, transpose, (m, n, k), 1.5, &mut c, true);
+            outputs.push(lab.read_full(name, &c, m * n));
+        }
+        let x = lab.full(m * (n + k), 4);
+        let (mut part, mut scaled, mut sum) = (lab.full(m * k, 5), lab.full(m * (n + k), 6), lab.full(m * (n + k), 7));
+        lab.0.columns(&x, n + k, n, k, &mut part);
+        lab.0.scale(-0.5, &x, &mut scaled);
+        lab.0.add_columns(&part, n + k, 0, k, &mut scaled);
+        lab.0.add(&x, &mut sum);
+        let mut tail = lab.full(m, 8);
+        lab.0.add_part(&x, 1, &mut tail);
+        let mut zeros = lab.full(m, 9);
+        lab.0.zero(&mut zeros);
+        lab.0.add(&tail, &mut zeros);
+        outputs.extend([
+            lab.read_full("columns", &part, m * k),
+            lab.read_full("scaled", &scaled, m * (n + k)),
+            lab.read_full("sum", &sum, m * (n + k)),
+            lab.read_full("tail", &tail, m),
+            lab.read_full("zeroed", &zeros, m),
+        ]);
+        outputs
+    },
+    [(3, 4, 5), (1, 1, 1), (40, 16, 7), (256, 1, 256)]
+);
+
+case!(
+    optimizer,
+    Optimizer { lengths: (usize, usize), max_norm: f64 },
+    |self, lab| {
+        let n = self.lengths.0;
+        let (gradient, other) = (lab.full(n, 1), lab.full(self.lengths.1, 2));
+        let (mut parameter, mut m, mut norm) = (lab.full(n, 3), lab.full(n, 4), lab.full(1, 5));
+        let mut v = lab.full_of(&numbers(n, 6).iter().map(|x| x * x).collect::<Vec<_>>());
+        lab.0.gradient_norm(&[&gradient, &other], &mut norm);
+        let update =
+            AdamW { lr: 0.01, betas: [0.9, 0.999], epsilon: 1e-8, weight_decay: 0.1, step: 3, max_norm: self.max_norm };
+        lab.0.adamw(&update, &norm, &gradient, &mut parameter, &mut m, &mut v);
+        vec![
+            lab.read_full("norm", &norm, 1),
+            lab.read_full("parameter", &parameter, n),
+            lab.read_full("m", &m, n),
+            lab.read_full("v", &v, n),
+        ]
+    },
+    [((1, 3), 1.0), ((5000, 257), 1.0), ((300, 1), 1e6)]
+);
+
+/// A device that refuses what is larger than a limit.
+#[test]
+fn a_failure_is_kept_and_what_follows_is_skipped() {
+    use segpeft_native::backend::Memory;
+    let backend = Cuda::new(Host(Order::Forward));
+    let full = Lab(&backend).full(3, 1);
+    backend.check().expect("nothing has failed");
+    let too_large = backend.full(usize::MAX / 8);
+    let error = backend.check().expect_err("no device has so much memory");
+    assert_eq!(error.kind, segpeft_native::error::Kind::Device);
+    assert!(backend.scalars(&full, 3).iter().all(|x| x.is_nan()), "a failed device has no answers");
+    drop(too_large);
+    assert_eq!(backend.check().expect_err("the failure stays").to_string(), error.to_string());
+}
