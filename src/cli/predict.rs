@@ -65,7 +65,7 @@ impl Predict {
             std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, "create the folder", e))?;
         }
         let source = Source::open(&ModelSource::Path(self.model.clone()), self.adapter.as_deref())?;
-        let mut predictor = Predictor::new(&source.start, self.size)?;
+        let mut predictor = Predictor::new(&source.start, self.size, &context.progress)?;
         let (labels, side) = (predictor.labels(), self.size / 4);
         let mut kept = StateDict::new();
         let mut rows = Vec::new();

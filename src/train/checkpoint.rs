@@ -84,15 +84,14 @@ pub fn write_model<B: Backend>(model: &Model<B>, options: &TrainOptions, base_mo
                     (spec.name.clone(), HostTensor { shape: spec.shape.clone(), data })
                 })
                 .collect();
-            let in_head = |name: &str| name.starts_with("decode_head.");
-            if lora.train_head {
-                factors.extend(tensors(model, |name, role| in_head(name) && role != Role::Statistic));
-                factors.remove(BATCH_COUNTER);
-            }
-            // The classifier may have been made anew, and BatchNorm's statistics move: neither is in peft's file.
-            let sidecar = tensors(model, |name, role| {
-                in_head(name) && (lora.train_head || role == Role::Statistic || name.contains(".classifier."))
-            });
+            // peft's file holds a module that is trained as a whole with its buffers, and refuses to load without them. Of any
+            // other it loses BatchNorm's statistics, which move, and the classifier, which may have been made anew.
+            let sidecar = if lora.train_head {
+                factors.extend(tensors(model, |name, _| name.starts_with("decode_head.")));
+                StateDict::new()
+            } else {
+                tensors(model, |name, role| role == Role::Statistic || name.starts_with("decode_head.classifier."))
+            };
             let config = AdapterConfig {
                 r: lora.rank,
                 lora_alpha: lora.alpha,

@@ -11,6 +11,7 @@ use crate::dataset::{Augment, PackedDataset};
 use crate::error::Kind;
 use crate::progress::{Progress, interrupted};
 use crate::segformer::{Model, ModelOptions, Trainable};
+use crate::system::check_memory;
 use crate::{Error, Result};
 
 /// Images whose activations are held at once when a model only evaluates.
@@ -63,10 +64,11 @@ pub(super) fn sample(data: &PackedDataset, index: usize, augment: Augment) -> Sa
     Sample { index, pixels: data.pixels(index), labels: data.mask(index), augment }
 }
 
-fn model(start: &Start, size: usize) -> Result<Model<Cpu<f32>>> {
-    let checkpoint = merged(start)?;
+fn model(start: &Start, size: usize, progress: &Progress) -> Result<Model<Cpu<f32>>> {
+    let checkpoint = merged(start, progress)?;
     let options = ModelOptions { size, batch: BATCH.max(rayon::current_num_threads()) };
     let mut model = Model::new(Cpu::new(None)?, &checkpoint.config, options, &Trainable::Nothing);
+    check_memory(model.planned_bytes(), options.batch, size)?;
     load(&mut model, &checkpoint.tensors);
     Ok(model)
 }
@@ -82,7 +84,7 @@ pub fn evaluate(
     batch_size: usize,
     progress: &Progress,
 ) -> Result<HistoryRow> {
-    let mut model = model(start, data.size())?;
+    let mut model = model(start, data.size(), progress)?;
     if model.config().num_labels() != 2 {
         return Err(Error::usage(format!(
             "--model: it tells {} classes apart, the dataset has 2; fine-tune it first (train)",
@@ -103,8 +105,8 @@ impl Predictor {
     ///
     /// # Errors
     /// When model and adapter do not fit together.
-    pub fn new(start: &Start, size: usize) -> Result<Self> {
-        Ok(Self { model: model(start, size)? })
+    pub fn new(start: &Start, size: usize, progress: &Progress) -> Result<Self> {
+        Ok(Self { model: model(start, size, progress)? })
     }
 
     /// Number of classes.

@@ -13,6 +13,7 @@ use crate::lora;
 use crate::progress::Progress;
 use crate::random::{Philox, Purpose};
 use crate::segformer::{Model, ModelOptions, SegformerConfig, StepRandom, Trainable};
+use crate::system::check_memory;
 
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,10 +41,16 @@ pub fn measure_step(kind: StepKind, size: usize, batch: usize, steps: usize) -> 
     };
     let method = if kind == StepKind::Lora { Method::Lora(lora) } else { Method::Fft };
     let options = TrainOptions { method, ..TrainOptions::default() };
-    let start = Start { name: String::new(), weights: Weights::Random(SegformerConfig::default()), adapter: None };
+    let start = Start {
+        name: String::new(),
+        weights: Weights::Random(SegformerConfig::default()),
+        adapter: None,
+        adapter_name: String::new(),
+    };
     let prepared = start.prepare(&options, &Progress::quiet())?;
     let trainable = if kind == StepKind::Eval { Trainable::Nothing } else { prepared.trainable };
     let mut model = Model::new(Cpu::<f32>::new(None)?, &prepared.config, ModelOptions { size, batch }, &trainable);
+    check_memory(model.planned_bytes(), batch, size)?;
     load(&mut model, &prepared.tensors);
 
     let noise = Philox::new(0, Purpose::Demo, 0, 0);

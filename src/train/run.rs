@@ -20,6 +20,7 @@ use crate::progress::{Bar, Progress, interrupted};
 use crate::random::{Philox, Purpose};
 use crate::report;
 use crate::segformer::{BATCH_COUNTER, Model, ModelOptions, Moments, Role, StepRandom};
+use crate::system::check_memory;
 use crate::{Error, Result};
 
 /// What a run works on.
@@ -67,6 +68,7 @@ pub fn run(
     let batch = options.batch_size.min(inputs.split.train.len().max(1));
     let size = ModelOptions { size: inputs.data.size(), batch };
     let mut model = Model::new(Cpu::<f32>::new(None)?, &prepared.config, size, &prepared.trainable);
+    check_memory(model.planned_bytes(), batch, size.size)?;
     load(&mut model, &prepared.tensors);
     progress.detail(format!(
         "planned memory: {:.0} MB for micro-batches of {batch} images at {1} x {1}",
@@ -308,7 +310,7 @@ impl<B: Backend> Run<'_, B> {
         let mut tensors = checkpoint::stored(&self.model);
         let mut best = checkpoint::read_tensors(self.out, self.state.best_step, self.options)?;
         if self.options.protocol == Protocol::Notebook {
-            if matches!(self.options.method, Method::Lora(_)) {
+            if matches!(&self.options.method, Method::Lora(lora) if !lora.train_head) {
                 best.retain(|name, _| !name.contains("running_") && name != BATCH_COUNTER);
             }
             tensors.extend(best);
