@@ -9,6 +9,7 @@ pub mod backend;
 pub mod cli;
 pub mod dataset;
 pub mod error;
+pub mod files;
 pub mod formats;
 pub mod lora;
 pub mod progress;

@@ -7,10 +7,10 @@ use std::time::Instant;
 use super::config::{DataIdentity, RunConfig, SplitIdentity};
 use super::lock::Lock;
 use super::source::{ModelSource, Source};
-use super::{duration, write_whole};
 use crate::dataset::{self, PackedDataset, Split};
 use crate::error::{Error, Kind, Result};
-use crate::progress::{Progress, interrupted};
+use crate::files;
+use crate::progress::{Progress, duration, interrupted};
 use crate::report;
 use crate::train::options::{Method, Protocol, TrainOptions};
 use crate::train::record::RunRecord;
@@ -77,6 +77,9 @@ pub fn open_data(data: &Path, cache: &Path, size: Option<usize>, progress: &Prog
     // A packed file needs no cache; only what will be packed makes the folder.
     let packs = data.is_dir() || data.extension().is_some_and(|e| e.eq_ignore_ascii_case("zip"));
     let _lock = packs.then(|| Lock::wait(cache, ".lock", "prepare the data", progress)).transpose()?;
+    if packs {
+        files::remove_unfinished(cache);
+    }
     dataset::open_or_prepare(data, cache, size, progress)
 }
 
@@ -134,12 +137,14 @@ pub fn run_one(
     progress: &Progress,
 ) -> Result<RunRecord> {
     let _lock = Lock::folder(folder)?;
+    files::remove_unfinished(folder);
+    files::remove_unfinished(&folder.join("final"));
     let split = split.split(options, index, &setup.data)?;
     let config = setup.config(name, options, &split);
     config.check(folder)?;
     let result = folder.join(RESULT);
     if result.exists() {
-        let record = read_record(&result)?;
+        let record = report::read_record(&result)?;
         if !folder.join(format!("{name}_results.zip")).exists() {
             report::run::finish(folder, &record)?;
         }
@@ -155,7 +160,7 @@ pub fn run_one(
         Err(error) if error.kind == Kind::Diverged => {
             let report =
                 serde_json::json!({ "name": name, "error": error.to_string(), "exit_code": error.exit_code() });
-            write_whole(&failure, format!("{report:#}\n").as_bytes())?;
+            files::replace_json(&failure, &report)?;
         }
         Ok(_) if failure.exists() => {
             std::fs::remove_file(&failure).map_err(|e| Error::io(&failure, "remove the file", e))?;
@@ -166,12 +171,6 @@ pub fn run_one(
         Kind::Interrupted => Error::new(Kind::Interrupted, format!("{name}: interrupted; the same command continues")),
         _ => error,
     })
-}
-
-fn read_record(path: &Path) -> Result<RunRecord> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, "read the file", e))?;
-    serde_json::from_str(&text)
-        .map_err(|e| Error::input(path, format!("not a run's result ({e}); delete its folder to train the run anew")))
 }
 
 fn stop_if_interrupted() -> Result<()> {
@@ -279,6 +278,7 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
 /// Those of reading the results and writing the report.
 pub fn write_summary(out: &Path, progress: &Progress) -> Result<Vec<RunRecord>> {
     let _lock = Lock::wait(out, ".summary.lock", "write the summary", progress)?;
+    files::remove_unfinished(out);
     let records = report::read_records(out)?;
     if !records.is_empty() {
         report::grid::write(out, &records)?;

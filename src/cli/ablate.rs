@@ -9,8 +9,9 @@ use super::args::{self, FileArgs, LoraArgs, TrainingArgs};
 use super::output::path;
 use super::{Context, signals};
 use crate::ablation::source::ModelSource;
-use crate::ablation::{self, GridOutcome, GridPlan, RANKS, RATIOS, Setup, demo, results_table};
+use crate::ablation::{self, GridOutcome, GridPlan, RANKS, RATIOS, Setup, demo};
 use crate::error::{Error, Result};
+use crate::report::results_table;
 use crate::train::options::{Method, TrainOptions};
 
 /// Run the grid: full fine-tuning against LoRA at every rank and alpha

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{Context, args, output, signals};
-use crate::ablation::duration;
 use crate::dataset;
 use crate::error::Result;
+use crate::progress::duration;
 
 /// Pack an archive or folder of images and masks into one file for training
 ///

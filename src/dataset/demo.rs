@@ -15,6 +15,7 @@ use image::{ExtendedColorType, ImageEncoder};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::progress::Progress;
 use crate::random::{Philox, Purpose, unit};
 
@@ -84,10 +85,9 @@ pub fn write_folder(dir: &Path, domain: Domain, count: usize, size: usize, progr
     }
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     let drawing = dir.with_file_name(format!(".{name}.drawing"));
-    remove(&drawing)?;
+    files::remove_folder(&drawing)?;
     for folder in ["images", "masks"] {
-        let folder = drawing.join(folder);
-        fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, "create this folder", e))?;
+        files::create_folder(&drawing.join(folder))?;
     }
     let bar = progress.bar("drawing", count as u64, "images");
     let stem = match domain {
@@ -105,19 +105,12 @@ pub fn write_folder(dir: &Path, domain: Domain, count: usize, size: usize, progr
     })?;
     let mark = drawing.join(MARK);
     fs::write(&mark, what).map_err(|e| Error::io(&mark, "write this file", e))?;
-    remove(dir)?;
+    files::remove_folder(dir)?;
     fs::rename(&drawing, dir).map_err(|e| Error::io(dir, "put the finished drawings here", e))
 }
 
 /// Says in a drawn folder what it holds.
 const MARK: &str = "drawn.txt";
-
-fn remove(dir: &Path) -> Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(dir, "remove this folder", e)),
-        _ => Ok(()),
-    }
-}
 
 /// Counts the changes of what [`draw`] draws, so that folders of an earlier drawing are drawn anew.
 const DRAWING: u32 = 1;

@@ -12,10 +12,10 @@ use serde::Serialize;
 use super::packed::{self, Writer, record_len};
 use super::resize::{resize_bilinear_into, resize_nearest_into};
 use super::source::{Pair, Source};
-use super::{PackedDataset, atomic, decode};
+use super::{PackedDataset, decode};
 use crate::error::Kind;
 use crate::progress::{Progress, interrupted};
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 /// Side of the packed images where none is asked for.
 const DEFAULT_SIZE: usize = 512;
@@ -115,7 +115,7 @@ fn cache_file(source: &Path, cache: &Path, size: usize) -> PathBuf {
 }
 
 fn pack_file(source: &Source, out: &Path, size: usize, progress: &Progress) -> Result<PrepareSummary> {
-    atomic::write(out, |file| pack(source, file, out, size, progress))
+    files::replace_with(out, |file| pack(source, file, out, size, progress))
 }
 
 /// Packs into `file`, which stands for `out` in messages.

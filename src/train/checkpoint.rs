@@ -9,12 +9,11 @@ use serde::{Deserialize, Serialize};
 use super::options::{Method, TrainOptions};
 use super::record::HistoryRow;
 use crate::backend::Backend;
-use crate::error::Kind;
 use crate::formats::{
     self, Adapter, AdapterConfig, HostData, HostTensor, StateDict, read_safetensors, write_safetensors,
 };
 use crate::segformer::{BATCH_COUNTER, Id, Model, Moments, Role};
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 const STATE: &str = "trainer_state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -120,8 +119,8 @@ pub fn save<B: Backend>(
 ) -> Result<()> {
     let target = folder(out, state.global_step);
     let unfinished = out.join(format!(".checkpoint-{}.unfinished", state.global_step));
-    remove(&unfinished)?;
-    fs::create_dir_all(&unfinished).map_err(|e| Error::io(&unfinished, "create the folder", e))?;
+    files::remove_folder(&unfinished)?;
+    files::create_folder(&unfinished)?;
     write_model(model, options, base_model, &unfinished)?;
     let mut optimizer = StateDict::new();
     for (i, (name, _)) in model.trained().enumerate() {
@@ -132,16 +131,9 @@ pub fn save<B: Backend>(
         }
     }
     write_safetensors(&unfinished.join(OPTIMIZER), &optimizer, &[])?;
-    write_state(&unfinished, state)?;
-    remove(&target)?;
+    files::replace_json(&unfinished.join(STATE), state)?;
+    files::remove_folder(&target)?;
     fs::rename(&unfinished, &target).map_err(|e| Error::io(&target, "put the checkpoint in place", e))
-}
-
-fn write_state(dir: &Path, state: &State) -> Result<()> {
-    let path = dir.join(STATE);
-    let text = serde_json::to_string_pretty(state)
-        .map_err(|e| Error::new(Kind::Internal, format!("cannot write {}: {e}", path.display())))?;
-    fs::write(&path, text + "\n").map_err(|e| Error::io(&path, "write the file", e))
 }
 
 /// Removes checkpoints beyond the newest and the best until `keep` are left.
@@ -154,7 +146,7 @@ pub fn prune(out: &Path, state: &State, keep: usize) -> Result<()> {
     let held = if state.global_step == state.best_step { 1 } else { 2 };
     let excess = steps.len().saturating_sub(keep.max(2) - held);
     for step in &steps[..excess] {
-        remove(&folder(out, *step))?;
+        files::remove_folder(&folder(out, *step))?;
     }
     Ok(())
 }
@@ -171,13 +163,6 @@ fn steps(out: &Path) -> Result<Vec<u64>> {
         .collect();
     steps.sort_unstable();
     Ok(steps)
-}
-
-fn remove(dir: &Path) -> Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(dir, "remove the folder", e)),
-        _ => Ok(()),
-    }
 }
 
 /// The newest checkpoint's state, if there is one.
