@@ -24,7 +24,7 @@ pub(crate) fn check_memory(planned: usize, batch: usize, size: usize) -> Result<
         Some(available) if planned as u64 > available => Err(Error::new(
             Kind::Device,
             format!(
-                "batches of {batch} images at {size} x {size} need {:.1} GB of memory, {:.1} GB are available; lower \
+                "batches of {batch} images at {size} x {size} need more than {:.1} GB of memory, {:.1} GB are available; lower \
                  --batch-size (and raise --grad-accum) or --size",
                 planned as f64 / 1e9,
                 available as f64 / 1e9

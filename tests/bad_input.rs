@@ -176,6 +176,7 @@ fn a_model_without_a_head_can_be_trained_but_not_used() {
     model(&folder.path().join("encoder"), |t| t.retain(|name, _| !name.starts_with("decode_head.")));
     for command in &commands("encoder", None)[1..] {
         fails(folder.path(), command, INPUT, &["encoder", "fine-tune it first"]);
+        assert!(!folder.path().join("made").exists());
     }
     succeeds(folder.path(), &commands("encoder", None)[0]);
 }
@@ -266,10 +267,16 @@ fn an_adapter_without_its_sidecar_brings_a_warning() {
         let text = stderr(&succeeds(folder.path(), &command));
         assert!(text.starts_with("warning: bare: ") && text.contains("segpeft_sidecar.safetensors"), "{text}");
         assert_eq!(text.lines().count(), 1, "{text}");
+        if command[0] == "train" {
+            fs::rename(folder.path().join("made"), folder.path().join("trained")).unwrap();
+        }
+        let _ = fs::remove_dir_all(folder.path().join("made"));
     }
     // What is trained here has one.
-    let output = succeeds(folder.path(), &["eval", "--data", "data", "--size", "32", "-q", "--model", "model"]);
-    assert_eq!(stderr(&output), "");
+    for command in commands("model", Some("trained/final")) {
+        assert_eq!(stderr(&succeeds(folder.path(), &command)), "");
+        let _ = fs::remove_dir_all(folder.path().join("made"));
+    }
 }
 
 // --- Data -----------------------------------------------------------------------------------------------------------
@@ -429,7 +436,7 @@ fn a_full_disk_leaves_nothing_half_written() {
     let at = |name: &str| folder.path().join(name);
     model(&at("model"), |_| ());
     fails_on_a_full_disk(folder.path(), 16, &["prepare", "data", "--size", "32", "--out", "made/x.pack"], &["x.pack"]);
-    assert_eq!(names(&at("made")), [""; 0]);
+    assert_eq!(names(&at("made")), [""; 0], "the packed file of 0.1 MB did not fit");
     fails_on_a_full_disk(folder.path(), 16, &["export", "--model", "model", "--out", "made"], &["model.safetensors"]);
     assert_eq!(names(&at("made")), [""; 0], "a second try finds the folder empty");
     let predict = ["predict", "data/images", "--size", "32", "--model", "model", "--out", "seen"];
@@ -437,17 +444,17 @@ fn a_full_disk_leaves_nothing_half_written() {
     assert_eq!(tree(&at("seen")).len(), 0);
 
     // A run in progress: its first epoch is kept, and it goes on when there is room.
-    let train = ["train", "--data", "data", "--model", "model", "--size", "32", "--epochs", "30", "--patience", "30"];
+    let train = ["train", "--data", "data", "--model", "model", "--size", "32", "--epochs", "12", "--patience", "12"];
     let train = [&train[..], &["--batch-size", "2", "--out", "run", "--method", "fft"]].concat();
     let mut child = program(folder.path(), &train).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     wait_until("the first epoch is done", || at("run/training_history.csv").exists());
     interrupt(&child);
     assert_eq!(child.wait().unwrap().code(), Some(INTERRUPTED));
     let before = tree(&at("run"));
-    fails_on_a_full_disk(folder.path(), 64, &train, &["run/.checkpoint-", "optimizer.safetensors"]);
+    fails_on_a_full_disk(folder.path(), 64, &train, &["run/.checkpoint-", ".safetensors"]);
     let mut after = tree(&at("run"));
     // The lock holds the number of the last process.
-    after.retain(|name, _| !name.contains(".unfinished/") && name != ".lock");
+    after.retain(|name, _| name != ".lock");
     assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().filter(|n| *n != ".lock").collect::<Vec<_>>());
     assert!(after.iter().all(|(name, bytes)| before[name] == *bytes));
     succeeds(folder.path(), &train);
@@ -496,7 +503,7 @@ fn timeless(run: &Path) -> Vec<Value> {
         let fields = row.as_object_mut().expect("row");
         fields.retain(|name, _| !name.ends_with("_runtime") && !name.ends_with("_per_second"));
     }
-    assert!(rows.len() > 8, "{rows:?}");
+    assert!(rows.len() >= 8, "{rows:?}");
     rows
 }
 
@@ -573,22 +580,21 @@ fn a_run_that_was_killed_and_interrupted_ends_bit_equal() {
 fn a_grid_that_was_killed_and_interrupted_ends_bit_equal() {
     let folder = scratch();
     model(&folder.path().join("model"), |_| ());
-    let grid = |out: &'static str| [&["ablate", "--ranks", "2", "--ratios", "1,2", "--out", out], &EPOCHS[..]].concat();
+    let short: Vec<&str> = EPOCHS.into_iter().map(|a| if a == "6" { "3" } else { a }).collect();
+    let grid = |out: &'static str| [&["ablate", "--ranks", "2", "--ratios", "1", "--out", out], &short[..]].concat();
     succeeds(folder.path(), &grid("whole"));
     let run = |name: &str| folder.path().join("cut").join(name);
-    let (fft, one, two) = (run("segformer_fft_baseline"), run("lora_r2_alpha2"), run("lora_r2_alpha4"));
+    let (fft, lora) = (run("segformer_fft_baseline"), run("lora_r2_alpha2"));
     stopped(
         folder.path(),
         &grid("cut"),
         &[
             (Stop::Kill, &|| checkpoint_begun(&fft, 6)),
-            (Stop::Interrupt, &|| checkpoint_begun(&fft, 12)),
-            (Stop::Kill, &|| checkpoint_begun(&one, 3)),
-            (Stop::Kill, &|| two.join("train.txt").exists()),
-            (Stop::Interrupt, &|| checkpoint_begun(&two, 9)),
+            (Stop::Kill, &|| lora.join("train.txt").exists()),
+            (Stop::Interrupt, &|| checkpoint_begun(&lora, 3)),
         ],
     );
-    for name in ["segformer_fft_baseline", "lora_r2_alpha2", "lora_r2_alpha4"] {
+    for name in ["segformer_fft_baseline", "lora_r2_alpha2"] {
         let (cut, whole) = (run(name), folder.path().join("whole").join(name));
         assert_eq!(timeless(&cut), timeless(&whole), "{name}");
         assert_eq!(tree(&cut.join("final")), tree(&whole.join("final")), "{name}");

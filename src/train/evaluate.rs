@@ -4,14 +4,13 @@ use std::time::Instant;
 
 use super::metrics::Confusion;
 use super::record::HistoryRow;
-use super::start::{Start, load, merged};
+use super::start::{Start, merged, on_cpu};
 use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, Sample};
 use crate::dataset::{Augment, PackedDataset};
 use crate::error::Kind;
 use crate::progress::{Progress, interrupted};
 use crate::segformer::{Model, ModelOptions, Trainable};
-use crate::system::check_memory;
 use crate::{Error, Result};
 
 /// Images whose activations are held at once when a model only evaluates.
@@ -67,10 +66,7 @@ pub(super) fn sample(data: &PackedDataset, index: usize, augment: Augment) -> Sa
 fn model(start: &Start, size: usize, progress: &Progress) -> Result<Model<Cpu<f32>>> {
     let checkpoint = merged(start, progress)?;
     let options = ModelOptions { size, batch: BATCH.max(rayon::current_num_threads()) };
-    let mut model = Model::new(Cpu::new(None)?, &checkpoint.config, options, &Trainable::Nothing);
-    check_memory(model.planned_bytes(), options.batch, size)?;
-    load(&mut model, &checkpoint.tensors);
-    Ok(model)
+    on_cpu(&checkpoint.config, options, &Trainable::Nothing, &checkpoint.tensors)
 }
 
 /// Evaluates a model on the images `indices` of `data`, without augmentation.

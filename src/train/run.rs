@@ -10,8 +10,7 @@ use super::evaluate::{measure, sample};
 use super::options::{Method, Protocol, TrainOptions};
 use super::record::{HistoryRow, RunRecord};
 use super::schedule::Schedule;
-use super::start::{Start, load};
-use crate::backend::cpu::Cpu;
+use super::start::{Start, load, on_cpu};
 use crate::backend::{AdamW, Backend, Sample};
 use crate::dataset::{Augment, PackedDataset, Split};
 use crate::error::Kind;
@@ -20,7 +19,6 @@ use crate::progress::{Bar, Progress, interrupted};
 use crate::random::{Philox, Purpose};
 use crate::report;
 use crate::segformer::{BATCH_COUNTER, Model, ModelOptions, Moments, Role, StepRandom};
-use crate::system::check_memory;
 use crate::{Error, Result};
 
 /// What a run works on.
@@ -67,9 +65,7 @@ pub fn run(
     let prepared = inputs.model.prepare(options, progress)?;
     let batch = options.batch_size.min(inputs.split.train.len().max(1));
     let size = ModelOptions { size: inputs.data.size(), batch };
-    let mut model = Model::new(Cpu::<f32>::new(None)?, &prepared.config, size, &prepared.trainable);
-    check_memory(model.planned_bytes(), batch, size.size)?;
-    load(&mut model, &prepared.tensors);
+    let model = on_cpu(&prepared.config, size, &prepared.trainable, &prepared.tensors)?;
     progress.detail(format!(
         "planned memory: {:.0} MB for micro-batches of {batch} images at {1} x {1}",
         model.planned_bytes() as f64 / 1e6,

@@ -4,11 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::options::{LoraOptions, Method, Protocol, TrainOptions};
 use crate::backend::Backend;
+use crate::backend::cpu::Cpu;
 use crate::formats::{Adapter, Checkpoint, HostData, HostTensor, StateDict};
 use crate::lora::{self, Match};
 use crate::progress::Progress;
 use crate::random::{Philox, Purpose};
-use crate::segformer::{BATCH_COUNTER, Id, Model, Module, Role, SegformerConfig, TensorSpec, Trainable, modules};
+use crate::segformer::{
+    BATCH_COUNTER, Id, Model, ModelOptions, Module, Role, SegformerConfig, TensorSpec, Trainable, modules,
+};
+use crate::system::check_memory;
 use crate::{Error, Result};
 
 /// Classes of the datasets this program reads: background and polyp.
@@ -295,6 +299,33 @@ fn table(matches: &[Match], lora: &LoraOptions, progress: &Progress) {
     }
     let total: usize = matches.iter().map(|m| m.parameters(lora.rank)).sum();
     progress.info(format!("  {:<28} {:>3} modules {total:>9} parameters", "together", matches.len()));
+}
+
+/// Images for which buffers are reserved on trial where more are asked for.
+const TRIAL: usize = 32;
+
+/// A model on the CPU that holds `tensors`.
+///
+/// # Errors
+/// When the memory does not suffice.
+pub(super) fn on_cpu(
+    config: &SegformerConfig,
+    options: ModelOptions,
+    trainable: &Trainable,
+    tensors: &StateDict,
+) -> Result<Model<Cpu<f32>>> {
+    let planned = |batch: usize| {
+        let model = Model::new(Cpu::new(None)?, config, ModelOptions { batch, ..options }, trainable);
+        check_memory(model.planned_bytes(), options.batch, options.size)?;
+        Ok(model)
+    };
+    // An absurd number of buffers cannot even be reserved; a few tell that.
+    if options.batch > TRIAL {
+        planned(TRIAL)?;
+    }
+    let mut model = planned(options.batch)?;
+    load(&mut model, tensors);
+    Ok(model)
 }
 
 /// Puts tensors into a model and makes what is derived from them.
