@@ -61,7 +61,7 @@ impl<T: Real> Attention for Cpu<T> {
                 );
                 product((count, keys, width), scale, qt, kt.t(), scores, 0, keys, false);
                 let lse = &mut lse[(image * heads + head) * queries + first..][..count];
-                vectorised(|| {
+                vectorised(#[inline(always)] || {
                     for (row, lse) in scores.chunks_exact_mut(keys).zip(lse) {
                         let mut largest = [row[0]; 16];
                         for part in row.chunks(16) {
@@ -117,7 +117,7 @@ impl<T: Real> Attention for Cpu<T> {
                 product((count, keys, width), scale, qt, kt.t(), p, 0, keys, false);
                 product((count, keys, width), T::ONE, dot, vt.t(), ds, 0, keys, false);
                 let lse = &lse[(image * heads + head) * queries + first..][..count];
-                vectorised(|| {
+                vectorised(#[inline(always)] || {
                     for row in 0..count {
                         let at = (token + row) * channels + head * width;
                         let (o, d_o) = (&o[at..][..width], &d_o[at..][..width]);

@@ -65,8 +65,8 @@ fn convolve<T: Real>(
 
 impl<T: Real> Depthwise for Cpu<T> {
     fn depthwise_gelu(&self, h: &Vec<T>, w: &Vec<T>, b: &Vec<T>, grid: Grid, channels: usize, g: &mut Vec<T>) {
-        vectorised(|| {
-            convolve(h, w, grid, channels, false, |at, c, sums| {
+        vectorised(#[inline(always)] || {
+            convolve(h, w, grid, channels, false, #[inline(always)] |at, c, sums| {
                 let (g, b) = (&mut g[at..][..sums.len()], &b[c..][..sums.len()]);
                 for i in 0..sums.len() {
                     g[i] = gelu(sums[i] + b[i]);
@@ -86,8 +86,8 @@ impl<T: Real> Depthwise for Cpu<T> {
         g: Option<&mut Vec<T>>,
     ) {
         match g {
-            Some(g) => vectorised(|| {
-                convolve(h, w, grid, channels, false, |at, c, sums| {
+            Some(g) => vectorised(#[inline(always)] || {
+                convolve(h, w, grid, channels, false, #[inline(always)] |at, c, sums| {
                     let n = sums.len();
                     let (dg, g, b) = (&mut dg[at..][..n], &mut g[at..][..n], &b[c..][..n]);
                     for i in 0..n {
@@ -97,8 +97,8 @@ impl<T: Real> Depthwise for Cpu<T> {
                     }
                 });
             }),
-            None => vectorised(|| {
-                convolve(h, w, grid, channels, false, |at, c, sums| {
+            None => vectorised(#[inline(always)] || {
+                convolve(h, w, grid, channels, false, #[inline(always)] |at, c, sums| {
                     let (dg, b) = (&mut dg[at..][..sums.len()], &b[c..][..sums.len()]);
                     for i in 0..sums.len() {
                         dg[i] *= gelu_with_slope(sums[i] + b[i]).1;
@@ -109,8 +109,8 @@ impl<T: Real> Depthwise for Cpu<T> {
     }
 
     fn depthwise_backward_input(&self, du: &Vec<T>, w: &Vec<T>, grid: Grid, channels: usize, dh: &mut Vec<T>) {
-        vectorised(|| {
-            convolve(du, w, grid, channels, true, |at, _, sums| {
+        vectorised(#[inline(always)] || {
+            convolve(du, w, grid, channels, true, #[inline(always)] |at, _, sums| {
                 dh[at..][..sums.len()].copy_from_slice(sums);
             });
         });
@@ -126,7 +126,7 @@ impl<T: Real> Depthwise for Cpu<T> {
         db: &mut Vec<T>,
     ) {
         let Grid { images, height, width } = grid;
-        vectorised(|| {
+        vectorised(#[inline(always)] || {
             for c in (0..channels).step_by(LANES) {
                 let lanes = LANES.min(channels - c);
                 for row in 0..images * height {

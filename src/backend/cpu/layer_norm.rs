@@ -40,7 +40,7 @@ impl<T: Real> LayerNorm for Cpu<T> {
     ) {
         let share = T::of(1.0 / channels as f64);
         let (gamma, beta) = (&gamma[..channels], &beta[..channels]);
-        vectorised(|| {
+        vectorised(#[inline(always)] || {
             for row in 0..rows {
                 let x = &x[row * channels..][..channels];
                 let y = &mut y[row * channels..][..channels];
@@ -69,7 +69,7 @@ impl<T: Real> LayerNorm for Cpu<T> {
     ) {
         let share = T::of(1.0 / channels as f64);
         let gamma = &gamma[..channels];
-        vectorised(|| {
+        vectorised(#[inline(always)] || {
             for row in 0..rows {
                 let dy = &dy[row * channels..][..channels];
                 let x = &x[row * channels..][..channels];
@@ -100,7 +100,7 @@ impl<T: Real> LayerNorm for Cpu<T> {
         dgamma: &mut Vec<T>,
         dbeta: &mut Vec<T>,
     ) {
-        vectorised(|| {
+        vectorised(#[inline(always)] || {
             let mut partial = vec![T::ZERO; 2 * channels];
             for start in (0..rows).step_by(128) {
                 partial.fill(T::ZERO);

@@ -76,7 +76,7 @@ impl<T: Real> Linear for Cpu<T> {
     fn linear(&self, x: &Vec<T>, w: &Vec<T>, bias: Option<&Vec<T>>, p: Product, y: &mut Vec<T>, add: bool) {
         if let Some(bias) = bias {
             let y = &mut y[..p.rows * p.outputs];
-            vectorised(|| {
+            vectorised(#[inline(always)] || {
                 for row in y.chunks_exact_mut(p.outputs) {
                     if add {
                         for (y, b) in row.iter_mut().zip(bias) {
@@ -104,7 +104,7 @@ impl<T: Real> Linear for Cpu<T> {
     }
 
     fn linear_backward_bias(&self, dy: &Vec<T>, rows: usize, outputs: usize, db: &mut Vec<T>) {
-        vectorised(|| {
+        vectorised(#[inline(always)] || {
             // Sums of 128 rows first: the error grows with the square of neither.
             let mut partial = vec![T::ZERO; outputs];
             for block in dy[..rows * outputs].chunks(128 * outputs) {

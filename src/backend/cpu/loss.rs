@@ -68,7 +68,7 @@ impl<T: Real> Loss for Cpu<T> {
         for (image, sample) in samples.iter().enumerate() {
             let mut total = 0.0f64;
             for oy in 0..size {
-                vectorised(|| {
+                vectorised(#[inline(always)] || {
                     upsample_line(logits, from, labels, image, oy, size, &columns, (&mut blend, &mut line));
                     let mut line_total = T::ZERO;
                     for (x, logits) in line.chunks_exact_mut(labels).enumerate() {
@@ -132,7 +132,7 @@ impl<T: Real> Loss for Cpu<T> {
         for (image, sample) in samples.iter().enumerate() {
             let counts = &mut counts[image * labels * labels..][..labels * labels];
             for oy in 0..size {
-                vectorised(|| {
+                vectorised(#[inline(always)] || {
                     upsample_line(logits, from, labels, image, oy, size, &columns, (&mut blend, &mut line));
                 });
                 for (x, logits) in line.chunks_exact(labels).enumerate() {

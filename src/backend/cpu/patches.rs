@@ -40,8 +40,8 @@ impl<T: Real> Patches for Cpu<T> {
                 })
             });
             let grid = Grid { images: 1, height: size, width: size };
-            vectorised(|| {
-                each_tap(grid, window, |number, tap, token| {
+            vectorised(#[inline(always)] || {
+                each_tap(grid, window, #[inline(always)] |number, tap, token| {
                     let to = &mut out[number * row + tap * 3..][..3];
                     match token {
                         Some(token) => {
@@ -61,8 +61,8 @@ impl<T: Real> Patches for Cpu<T> {
 
     fn patches(&self, x: &Vec<T>, grid: Grid, channels: usize, window: Window, out: &mut Vec<T>) {
         let row = window.side * window.side * channels;
-        vectorised(|| {
-            each_tap(grid, window, |number, tap, token| {
+        vectorised(#[inline(always)] || {
+            each_tap(grid, window, #[inline(always)] |number, tap, token| {
                 let to = &mut out[number * row + tap * channels..][..channels];
                 match token {
                     Some(token) => to.copy_from_slice(&x[token * channels..][..channels]),
@@ -77,8 +77,8 @@ impl<T: Real> Patches for Cpu<T> {
         if !add {
             dx[..grid.rows() * channels].fill(T::ZERO);
         }
-        vectorised(|| {
-            each_tap(grid, window, |number, tap, token| {
+        vectorised(#[inline(always)] || {
+            each_tap(grid, window, #[inline(always)] |number, tap, token| {
                 if let Some(token) = token {
                     let from = &dout[number * row + tap * channels..][..channels];
                     for (dx, d) in dx[token * channels..][..channels].iter_mut().zip(from) {

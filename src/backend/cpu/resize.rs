@@ -18,7 +18,7 @@ impl<T: Real> Resize for Cpu<T> {
         if from == to {
             let (x, y) = (&x[..n], &mut y[..n]);
             if add {
-                vectorised(|| {
+                vectorised(#[inline(always)] || {
                     for i in 0..n {
                         y[i] += x[i];
                     }
@@ -33,7 +33,7 @@ impl<T: Real> Resize for Cpu<T> {
             let (y0, y1, wy) = source(oy, from.height, to.height);
             let line = |y: usize| &x[(image * from.height + y) * from.width * channels..][..from.width * channels];
             let (upper, lower) = (line(y0), line(y1));
-            vectorised(|| {
+            vectorised(#[inline(always)] || {
                 for ox in 0..to.width {
                     let (x0, x1, wx) = source(ox, from.width, to.width);
                     let weights = [(1.0 - wy) * (1.0 - wx), (1.0 - wy) * wx, wy * (1.0 - wx), wy * wx].map(T::of);
@@ -60,7 +60,7 @@ impl<T: Real> Resize for Cpu<T> {
         for row in 0..to.images * to.height {
             let (image, oy) = (row / to.height, row % to.height);
             let (y0, y1, wy) = source(oy, from.height, to.height);
-            vectorised(|| {
+            vectorised(#[inline(always)] || {
                 for ox in 0..to.width {
                     let (x0, x1, wx) = source(ox, from.width, to.width);
                     let d = &dy[(row * to.width + ox) * channels..][..channels];
