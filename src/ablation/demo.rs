@@ -16,12 +16,12 @@ use crate::train::options::{Method, TrainOptions};
 pub const FOLDER: &str = "segpeft-demo";
 
 /// Side of the drawn images, pixels.
-const SIZE: usize = 128;
+const SIZE: usize = 96;
 /// Drawn images to pretrain on, and to adapt to.
-const SOURCE_IMAGES: usize = 80;
-const TARGET_IMAGES: usize = 60;
-const SOURCE_EPOCHS: usize = 8;
-const TARGET_EPOCHS: usize = 6;
+const SOURCE_IMAGES: usize = 160;
+const TARGET_IMAGES: usize = 100;
+const SOURCE_EPOCHS: usize = 10;
+const TARGET_EPOCHS: usize = 12;
 const BATCH_SIZE: usize = 8;
 const SOURCE_LR: f64 = 2e-3;
 const TARGET_LR: f64 = 1e-3;
