@@ -109,7 +109,12 @@ impl Dropout {
     /// Calls `each(i, factor)` for the elements `start + i`, `i < count`, in order.
     #[inline(always)]
     pub fn factors(&self, start: u64, count: usize, mut each: impl FnMut(usize, f32)) {
-        self.stream.words(self.first + start, count, #[inline(always)] |i, word| each(i, self.of(word)));
+        self.stream.words(
+            self.first + start,
+            count,
+            #[inline(always)]
+            |i, word| each(i, self.of(word)),
+        );
     }
 
     #[inline(always)]

@@ -61,26 +61,29 @@ impl<T: Real> Attention for Cpu<T> {
                 );
                 product((count, keys, width), scale, qt, kt.t(), scores, 0, keys, false);
                 let lse = &mut lse[(image * heads + head) * queries + first..][..count];
-                vectorised(#[inline(always)] || {
-                    for (row, lse) in scores.chunks_exact_mut(keys).zip(lse) {
-                        let mut largest = [row[0]; 16];
-                        for part in row.chunks(16) {
-                            for (m, s) in largest.iter_mut().zip(part) {
-                                *m = (*m).max(*s);
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for (row, lse) in scores.chunks_exact_mut(keys).zip(lse) {
+                            let mut largest = [row[0]; 16];
+                            for part in row.chunks(16) {
+                                for (m, s) in largest.iter_mut().zip(part) {
+                                    *m = (*m).max(*s);
+                                }
                             }
+                            let most = largest.into_iter().fold(row[0], T::max);
+                            for s in row.iter_mut() {
+                                *s = (*s - most).exp();
+                            }
+                            let total = sum(keys, |i| row[i]);
+                            let share = T::ONE / total;
+                            for s in row.iter_mut() {
+                                *s *= share;
+                            }
+                            *lse = most + total.ln();
                         }
-                        let most = largest.into_iter().fold(row[0], T::max);
-                        for s in row.iter_mut() {
-                            *s = (*s - most).exp();
-                        }
-                        let total = sum(keys, |i| row[i]);
-                        let share = T::ONE / total;
-                        for s in row.iter_mut() {
-                            *s *= share;
-                        }
-                        *lse = most + total.ln();
-                    }
-                });
+                    },
+                );
                 let (start, p) = (token * channels + head * width, View::rows(scores, keys));
                 product((count, width, keys), T::ONE, p, vt, o, start, channels, false);
             });
@@ -117,20 +120,23 @@ impl<T: Real> Attention for Cpu<T> {
                 product((count, keys, width), scale, qt, kt.t(), p, 0, keys, false);
                 product((count, keys, width), T::ONE, dot, vt.t(), ds, 0, keys, false);
                 let lse = &lse[(image * heads + head) * queries + first..][..count];
-                vectorised(#[inline(always)] || {
-                    for row in 0..count {
-                        let at = (token + row) * channels + head * width;
-                        let (o, d_o) = (&o[at..][..width], &d_o[at..][..width]);
-                        // Σ_j p_j·dp_j = o·do (Dao et al., "FlashAttention", 2022).
-                        let mean = sum(width, |c| o[c] * d_o[c]);
-                        let p = &mut p[row * keys..][..keys];
-                        let ds = &mut ds[row * keys..][..keys];
-                        for (p, ds) in p.iter_mut().zip(ds) {
-                            *p = (*p - lse[row]).exp();
-                            *ds = *p * (*ds - mean);
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for row in 0..count {
+                            let at = (token + row) * channels + head * width;
+                            let (o, d_o) = (&o[at..][..width], &d_o[at..][..width]);
+                            // Σ_j p_j·dp_j = o·do (Dao et al., "FlashAttention", 2022).
+                            let mean = sum(width, |c| o[c] * d_o[c]);
+                            let p = &mut p[row * keys..][..keys];
+                            let ds = &mut ds[row * keys..][..keys];
+                            for (p, ds) in p.iter_mut().zip(ds) {
+                                *p = (*p - lse[row]).exp();
+                                *ds = *p * (*ds - mean);
+                            }
                         }
-                    }
-                });
+                    },
+                );
                 let (ds, p) = (View::rows(ds, keys), View::rows(p, keys));
                 let (start, key_start) = (token * channels + head * width, image * keys * channels + head * width);
                 product((count, width, keys), scale, ds, kt, dq, start, channels, false);

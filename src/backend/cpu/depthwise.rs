@@ -65,14 +65,25 @@ fn convolve<T: Real>(
 
 impl<T: Real> Depthwise for Cpu<T> {
     fn depthwise_gelu(&self, h: &Vec<T>, w: &Vec<T>, b: &Vec<T>, grid: Grid, channels: usize, g: &mut Vec<T>) {
-        vectorised(#[inline(always)] || {
-            convolve(h, w, grid, channels, false, #[inline(always)] |at, c, sums| {
-                let (g, b) = (&mut g[at..][..sums.len()], &b[c..][..sums.len()]);
-                for i in 0..sums.len() {
-                    g[i] = gelu(sums[i] + b[i]);
-                }
-            });
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                convolve(
+                    h,
+                    w,
+                    grid,
+                    channels,
+                    false,
+                    #[inline(always)]
+                    |at, c, sums| {
+                        let (g, b) = (&mut g[at..][..sums.len()], &b[c..][..sums.len()]);
+                        for i in 0..sums.len() {
+                            g[i] = gelu(sums[i] + b[i]);
+                        }
+                    },
+                );
+            },
+        );
     }
 
     fn depthwise_gelu_backward(
@@ -86,34 +97,67 @@ impl<T: Real> Depthwise for Cpu<T> {
         g: Option<&mut Vec<T>>,
     ) {
         match g {
-            Some(g) => vectorised(#[inline(always)] || {
-                convolve(h, w, grid, channels, false, #[inline(always)] |at, c, sums| {
-                    let n = sums.len();
-                    let (dg, g, b) = (&mut dg[at..][..n], &mut g[at..][..n], &b[c..][..n]);
-                    for i in 0..n {
-                        let (value, slope) = gelu_with_slope(sums[i] + b[i]);
-                        g[i] = value;
-                        dg[i] *= slope;
-                    }
-                });
-            }),
-            None => vectorised(#[inline(always)] || {
-                convolve(h, w, grid, channels, false, #[inline(always)] |at, c, sums| {
-                    let (dg, b) = (&mut dg[at..][..sums.len()], &b[c..][..sums.len()]);
-                    for i in 0..sums.len() {
-                        dg[i] *= gelu_with_slope(sums[i] + b[i]).1;
-                    }
-                });
-            }),
+            Some(g) => vectorised(
+                #[inline(always)]
+                || {
+                    convolve(
+                        h,
+                        w,
+                        grid,
+                        channels,
+                        false,
+                        #[inline(always)]
+                        |at, c, sums| {
+                            let n = sums.len();
+                            let (dg, g, b) = (&mut dg[at..][..n], &mut g[at..][..n], &b[c..][..n]);
+                            for i in 0..n {
+                                let (value, slope) = gelu_with_slope(sums[i] + b[i]);
+                                g[i] = value;
+                                dg[i] *= slope;
+                            }
+                        },
+                    );
+                },
+            ),
+            None => vectorised(
+                #[inline(always)]
+                || {
+                    convolve(
+                        h,
+                        w,
+                        grid,
+                        channels,
+                        false,
+                        #[inline(always)]
+                        |at, c, sums| {
+                            let (dg, b) = (&mut dg[at..][..sums.len()], &b[c..][..sums.len()]);
+                            for i in 0..sums.len() {
+                                dg[i] *= gelu_with_slope(sums[i] + b[i]).1;
+                            }
+                        },
+                    );
+                },
+            ),
         }
     }
 
     fn depthwise_backward_input(&self, du: &Vec<T>, w: &Vec<T>, grid: Grid, channels: usize, dh: &mut Vec<T>) {
-        vectorised(#[inline(always)] || {
-            convolve(du, w, grid, channels, true, #[inline(always)] |at, _, sums| {
-                dh[at..][..sums.len()].copy_from_slice(sums);
-            });
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                convolve(
+                    du,
+                    w,
+                    grid,
+                    channels,
+                    true,
+                    #[inline(always)]
+                    |at, _, sums| {
+                        dh[at..][..sums.len()].copy_from_slice(sums);
+                    },
+                );
+            },
+        );
     }
 
     fn depthwise_backward_params(
@@ -126,41 +170,44 @@ impl<T: Real> Depthwise for Cpu<T> {
         db: &mut Vec<T>,
     ) {
         let Grid { images, height, width } = grid;
-        vectorised(#[inline(always)] || {
-            for c in (0..channels).step_by(LANES) {
-                let lanes = LANES.min(channels - c);
-                for row in 0..images * height {
-                    // One row of tokens at a time: short sums first, then the sum of the sums.
-                    let (image, y) = (row / height, row % height);
-                    let mut shift = [T::ZERO; LANES];
-                    for x in 0..width {
-                        let d = &du[(row * width + x) * channels + c..][..lanes];
-                        for i in 0..lanes {
-                            shift[i] += d[i];
-                        }
-                    }
-                    for i in 0..lanes {
-                        db[c + i] += shift[i];
-                    }
-                    for ky in (0..3).filter(|ky| (1..=height).contains(&(y + ky))) {
-                        for kx in 0..3 {
-                            let mut total = [T::ZERO; LANES];
-                            for x in (0..width).filter(|x| (1..=width).contains(&(x + kx))) {
-                                let d = &du[(row * width + x) * channels + c..][..lanes];
-                                let at = ((image * height + y + ky - 1) * width + x + kx - 1) * channels + c;
-                                let h = &h[at..][..lanes];
-                                for i in 0..lanes {
-                                    total[i] += d[i] * h[i];
-                                }
-                            }
-                            let dw = &mut dw[(ky * 3 + kx) * channels + c..][..lanes];
+        vectorised(
+            #[inline(always)]
+            || {
+                for c in (0..channels).step_by(LANES) {
+                    let lanes = LANES.min(channels - c);
+                    for row in 0..images * height {
+                        // One row of tokens at a time: short sums first, then the sum of the sums.
+                        let (image, y) = (row / height, row % height);
+                        let mut shift = [T::ZERO; LANES];
+                        for x in 0..width {
+                            let d = &du[(row * width + x) * channels + c..][..lanes];
                             for i in 0..lanes {
-                                dw[i] += total[i];
+                                shift[i] += d[i];
+                            }
+                        }
+                        for i in 0..lanes {
+                            db[c + i] += shift[i];
+                        }
+                        for ky in (0..3).filter(|ky| (1..=height).contains(&(y + ky))) {
+                            for kx in 0..3 {
+                                let mut total = [T::ZERO; LANES];
+                                for x in (0..width).filter(|x| (1..=width).contains(&(x + kx))) {
+                                    let d = &du[(row * width + x) * channels + c..][..lanes];
+                                    let at = ((image * height + y + ky - 1) * width + x + kx - 1) * channels + c;
+                                    let h = &h[at..][..lanes];
+                                    for i in 0..lanes {
+                                        total[i] += d[i] * h[i];
+                                    }
+                                }
+                                let dw = &mut dw[(ky * 3 + kx) * channels + c..][..lanes];
+                                for i in 0..lanes {
+                                    dw[i] += total[i];
+                                }
                             }
                         }
                     }
                 }
-            }
-        });
+            },
+        );
     }
 }

@@ -30,18 +30,33 @@ impl<T: Real> Head for Cpu<T> {
         moments[..2 * channels].fill(T::ZERO);
         let (mean, square) = moments[..2 * channels].split_at_mut(channels);
         let z = &z[..rows * channels];
-        vectorised(#[inline(always)] || {
-            column_sums(rows, channels, mean, #[inline(always)] |row, c| z[row * channels + c]);
-            let share = T::of(1.0 / rows as f64);
-            for mean in mean.iter_mut() {
-                *mean *= share;
-            }
-            let mean = &*mean;
-            column_sums(rows, channels, square, #[inline(always)] |row, c| {
-                let d = z[row * channels + c] - mean[c];
-                d * d
-            });
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                column_sums(
+                    rows,
+                    channels,
+                    mean,
+                    #[inline(always)]
+                    |row, c| z[row * channels + c],
+                );
+                let share = T::of(1.0 / rows as f64);
+                for mean in mean.iter_mut() {
+                    *mean *= share;
+                }
+                let mean = &*mean;
+                column_sums(
+                    rows,
+                    channels,
+                    square,
+                    #[inline(always)]
+                    |row, c| {
+                        let d = z[row * channels + c] - mean[c];
+                        d * d
+                    },
+                );
+            },
+        );
     }
 
     fn batch_stats(
@@ -91,20 +106,28 @@ impl<T: Real> Head for Cpu<T> {
     ) {
         let (mean, scale) = norm.stats[..2 * channels].split_at(channels);
         let (gamma, beta) = (&norm.gamma[..channels], &norm.beta[..channels]);
-        vectorised(#[inline(always)] || {
-            for row in 0..rows {
-                let z = &z[row * channels..][..channels];
-                let a = &mut a[row * channels..][..channels];
-                for c in 0..channels {
-                    let after = (z[c] - mean[c]) * scale[c] * gamma[c] + beta[c];
-                    // Written so that a NaN passes through and shows in the loss.
-                    a[c] = if after < T::ZERO { T::ZERO } else { after };
+        vectorised(
+            #[inline(always)]
+            || {
+                for row in 0..rows {
+                    let z = &z[row * channels..][..channels];
+                    let a = &mut a[row * channels..][..channels];
+                    for c in 0..channels {
+                        let after = (z[c] - mean[c]) * scale[c] * gamma[c] + beta[c];
+                        // Written so that a NaN passes through and shows in the loss.
+                        a[c] = if after < T::ZERO { T::ZERO } else { after };
+                    }
+                    if let Some(drop) = drop {
+                        drop.factors(
+                            (row * channels) as u64,
+                            channels,
+                            #[inline(always)]
+                            |c, f| a[c] *= T::of(f64::from(f)),
+                        );
+                    }
                 }
-                if let Some(drop) = drop {
-                    drop.factors((row * channels) as u64, channels, #[inline(always)] |c, f| a[c] *= T::of(f64::from(f)));
-                }
-            }
-        });
+            },
+        );
     }
 
     fn head_backward(
@@ -127,23 +150,41 @@ impl<T: Real> Head for Cpu<T> {
             let count = BLOCK.min(rows - start);
             let z = &z[start * channels..][..count * channels];
             let da = &mut da[start * channels..][..count * channels];
-            vectorised(#[inline(always)] || {
-                for (row, (z, da)) in z.chunks_exact(channels).zip(da.chunks_exact_mut(channels)).enumerate() {
-                    for c in 0..channels {
-                        let after = (z[c] - mean[c]) * scale[c] * gamma[c] + beta[c];
-                        da[c] = if after > T::ZERO { da[c] } else { T::ZERO };
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (row, (z, da)) in z.chunks_exact(channels).zip(da.chunks_exact_mut(channels)).enumerate() {
+                        for c in 0..channels {
+                            let after = (z[c] - mean[c]) * scale[c] * gamma[c] + beta[c];
+                            da[c] = if after > T::ZERO { da[c] } else { T::ZERO };
+                        }
+                        if let Some(drop) = drop {
+                            let first = ((start + row) * channels) as u64;
+                            drop.factors(
+                                first,
+                                channels,
+                                #[inline(always)]
+                                |c, f| da[c] *= T::of(f64::from(f)),
+                            );
+                        }
                     }
-                    if let Some(drop) = drop {
-                        let first = ((start + row) * channels) as u64;
-                        drop.factors(first, channels, #[inline(always)] |c, f| da[c] *= T::of(f64::from(f)));
-                    }
-                }
-                let da = &*da;
-                column_sums(count, channels, shift_sums, #[inline(always)] |row, c| da[row * channels + c]);
-                column_sums(count, channels, scale_sums, #[inline(always)] |row, c| {
-                    da[row * channels + c] * ((z[row * channels + c] - mean[c]) * scale[c])
-                });
-            });
+                    let da = &*da;
+                    column_sums(
+                        count,
+                        channels,
+                        shift_sums,
+                        #[inline(always)]
+                        |row, c| da[row * channels + c],
+                    );
+                    column_sums(
+                        count,
+                        channels,
+                        scale_sums,
+                        #[inline(always)]
+                        |row, c| da[row * channels + c] * ((z[row * channels + c] - mean[c]) * scale[c]),
+                    );
+                },
+            );
         }
     }
 
@@ -170,15 +211,18 @@ impl<T: Real> Head for Cpu<T> {
         let (mean, scale) = norm.stats[..2 * channels].split_at(channels);
         let gamma = &norm.gamma[..channels];
         let (shift_sums, scale_sums) = total[..2 * channels].split_at(channels);
-        vectorised(#[inline(always)] || {
-            for row in 0..rows {
-                let (z, dy) = (&z[row * channels..][..channels], &mut dy[row * channels..][..channels]);
-                for c in 0..channels {
-                    let normalised = (z[c] - mean[c]) * scale[c];
-                    let centred = dy[c] - share * (shift_sums[c] + normalised * scale_sums[c]);
-                    dy[c] = gamma[c] * scale[c] * centred;
+        vectorised(
+            #[inline(always)]
+            || {
+                for row in 0..rows {
+                    let (z, dy) = (&z[row * channels..][..channels], &mut dy[row * channels..][..channels]);
+                    for c in 0..channels {
+                        let normalised = (z[c] - mean[c]) * scale[c];
+                        let centred = dy[c] - share * (shift_sums[c] + normalised * scale_sums[c]);
+                        dy[c] = gamma[c] * scale[c] * centred;
+                    }
                 }
-            }
-        });
+            },
+        );
     }
 }

@@ -76,17 +76,20 @@ impl<T: Real> Linear for Cpu<T> {
     fn linear(&self, x: &Vec<T>, w: &Vec<T>, bias: Option<&Vec<T>>, p: Product, y: &mut Vec<T>, add: bool) {
         if let Some(bias) = bias {
             let y = &mut y[..p.rows * p.outputs];
-            vectorised(#[inline(always)] || {
-                for row in y.chunks_exact_mut(p.outputs) {
-                    if add {
-                        for (y, b) in row.iter_mut().zip(bias) {
-                            *y += *b;
+            vectorised(
+                #[inline(always)]
+                || {
+                    for row in y.chunks_exact_mut(p.outputs) {
+                        if add {
+                            for (y, b) in row.iter_mut().zip(bias) {
+                                *y += *b;
+                            }
+                        } else {
+                            row.copy_from_slice(bias);
                         }
-                    } else {
-                        row.copy_from_slice(bias);
                     }
-                }
-            });
+                },
+            );
         }
         let add = add || bias.is_some();
         let size = (p.rows, p.outputs, p.inputs);
@@ -104,20 +107,23 @@ impl<T: Real> Linear for Cpu<T> {
     }
 
     fn linear_backward_bias(&self, dy: &Vec<T>, rows: usize, outputs: usize, db: &mut Vec<T>) {
-        vectorised(#[inline(always)] || {
-            // Sums of 128 rows first: the error grows with the square of neither.
-            let mut partial = vec![T::ZERO; outputs];
-            for block in dy[..rows * outputs].chunks(128 * outputs) {
-                partial.fill(T::ZERO);
-                for row in block.chunks_exact(outputs) {
-                    for (p, d) in partial.iter_mut().zip(row) {
-                        *p += *d;
+        vectorised(
+            #[inline(always)]
+            || {
+                // Sums of 128 rows first: the error grows with the square of neither.
+                let mut partial = vec![T::ZERO; outputs];
+                for block in dy[..rows * outputs].chunks(128 * outputs) {
+                    partial.fill(T::ZERO);
+                    for row in block.chunks_exact(outputs) {
+                        for (p, d) in partial.iter_mut().zip(row) {
+                            *p += *d;
+                        }
+                    }
+                    for (db, p) in db.iter_mut().zip(&partial) {
+                        *db += *p;
                     }
                 }
-                for (db, p) in db.iter_mut().zip(&partial) {
-                    *db += *p;
-                }
-            }
-        });
+            },
+        );
     }
 }

@@ -68,50 +68,53 @@ impl<T: Real> Loss for Cpu<T> {
         for (image, sample) in samples.iter().enumerate() {
             let mut total = 0.0f64;
             for oy in 0..size {
-                vectorised(#[inline(always)] || {
-                    upsample_line(logits, from, labels, image, oy, size, &columns, (&mut blend, &mut line));
-                    let mut line_total = T::ZERO;
-                    for (x, logits) in line.chunks_exact_mut(labels).enumerate() {
-                        let truth = label(sample, oy, x, size);
-                        if truth >= labels {
-                            logits.fill(T::ZERO);
-                            continue;
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        upsample_line(logits, from, labels, image, oy, size, &columns, (&mut blend, &mut line));
+                        let mut line_total = T::ZERO;
+                        for (x, logits) in line.chunks_exact_mut(labels).enumerate() {
+                            let truth = label(sample, oy, x, size);
+                            if truth >= labels {
+                                logits.fill(T::ZERO);
+                                continue;
+                            }
+                            let most = logits.iter().copied().fold(logits[0], T::max);
+                            let own = logits[truth];
+                            let mut sum = T::ZERO;
+                            for l in logits.iter_mut() {
+                                *l = (*l - most).exp();
+                                sum += *l;
+                            }
+                            line_total += sum.ln() + most - own;
+                            // The logits become their gradient: softmax - one-hot.
+                            let share = T::ONE / sum;
+                            for l in logits.iter_mut() {
+                                *l *= share;
+                            }
+                            logits[truth] -= T::ONE;
                         }
-                        let most = logits.iter().copied().fold(logits[0], T::max);
-                        let own = logits[truth];
-                        let mut sum = T::ZERO;
-                        for l in logits.iter_mut() {
-                            *l = (*l - most).exp();
-                            sum += *l;
-                        }
-                        line_total += sum.ln() + most - own;
-                        // The logits become their gradient: softmax - one-hot.
-                        let share = T::ONE / sum;
-                        for l in logits.iter_mut() {
-                            *l *= share;
-                        }
-                        logits[truth] -= T::ONE;
-                    }
-                    total += line_total.f64();
-                    if let Some(gradient) = &mut gradient {
-                        // The way back: columns first, then the two lines.
-                        blend.fill(T::ZERO);
-                        for (d, &(x0, x1, w)) in line.chunks_exact(labels).zip(&columns) {
-                            for l in 0..labels {
-                                blend[x0 * labels + l] += (T::ONE - w) * d[l];
-                                blend[x1 * labels + l] += w * d[l];
+                        total += line_total.f64();
+                        if let Some(gradient) = &mut gradient {
+                            // The way back: columns first, then the two lines.
+                            blend.fill(T::ZERO);
+                            for (d, &(x0, x1, w)) in line.chunks_exact(labels).zip(&columns) {
+                                for l in 0..labels {
+                                    blend[x0 * labels + l] += (T::ONE - w) * d[l];
+                                    blend[x1 * labels + l] += w * d[l];
+                                }
+                            }
+                            let (y0, y1, wy) = source(oy, from.height, size);
+                            let stride = from.width * labels;
+                            for (y, weight) in [(y0, T::of(scale * (1.0 - wy))), (y1, T::of(scale * wy))] {
+                                let to = &mut gradient[(image * from.height + y) * stride..][..stride];
+                                for (to, d) in to.iter_mut().zip(&blend) {
+                                    *to += weight * *d;
+                                }
                             }
                         }
-                        let (y0, y1, wy) = source(oy, from.height, size);
-                        let stride = from.width * labels;
-                        for (y, weight) in [(y0, T::of(scale * (1.0 - wy))), (y1, T::of(scale * wy))] {
-                            let to = &mut gradient[(image * from.height + y) * stride..][..stride];
-                            for (to, d) in to.iter_mut().zip(&blend) {
-                                *to += weight * *d;
-                            }
-                        }
-                    }
-                });
+                    },
+                );
             }
             out[image] += T::of(scale * total);
         }
@@ -132,9 +135,12 @@ impl<T: Real> Loss for Cpu<T> {
         for (image, sample) in samples.iter().enumerate() {
             let counts = &mut counts[image * labels * labels..][..labels * labels];
             for oy in 0..size {
-                vectorised(#[inline(always)] || {
-                    upsample_line(logits, from, labels, image, oy, size, &columns, (&mut blend, &mut line));
-                });
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        upsample_line(logits, from, labels, image, oy, size, &columns, (&mut blend, &mut line));
+                    },
+                );
                 for (x, logits) in line.chunks_exact(labels).enumerate() {
                     let truth = label(sample, oy, x, size);
                     if truth < labels {

@@ -26,13 +26,16 @@ impl<T: Real> Optimizer for Cpu<T> {
         let keep = T::of(1.0 - update.lr * update.weight_decay);
         let (b1, b2, c1, c2) = (T::of(beta1), T::of(beta2), T::of(1.0 - beta1), T::of(1.0 - beta2));
         let epsilon = T::of(update.epsilon);
-        vectorised(#[inline(always)] || {
-            for ((p, g), (m, v)) in parameter.iter_mut().zip(gradient).zip(m.iter_mut().zip(v)) {
-                let g = *g * clip;
-                *m = b1 * *m + c1 * g;
-                *v = b2 * *v + c2 * (g * g);
-                *p = *p * keep - step_size * *m / (v.sqrt() / root + epsilon);
-            }
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                for ((p, g), (m, v)) in parameter.iter_mut().zip(gradient).zip(m.iter_mut().zip(v)) {
+                    let g = *g * clip;
+                    *m = b1 * *m + c1 * g;
+                    *v = b2 * *v + c2 * (g * g);
+                    *p = *p * keep - step_size * *m / (v.sqrt() / root + epsilon);
+                }
+            },
+        );
     }
 }

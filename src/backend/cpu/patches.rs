@@ -40,36 +40,52 @@ impl<T: Real> Patches for Cpu<T> {
                 })
             });
             let grid = Grid { images: 1, height: size, width: size };
-            vectorised(#[inline(always)] || {
-                each_tap(grid, window, #[inline(always)] |number, tap, token| {
-                    let to = &mut out[number * row + tap * 3..][..3];
-                    match token {
-                        Some(token) => {
-                            let (y, x) = (token / size, token % size);
-                            let x = if sample.augment.flip { size - 1 - x } else { x };
-                            let from = &sample.pixels[(y * size + x) * 3..][..3];
-                            for c in 0..3 {
-                                to[c] = table[c][usize::from(from[c])];
+            vectorised(
+                #[inline(always)]
+                || {
+                    each_tap(
+                        grid,
+                        window,
+                        #[inline(always)]
+                        |number, tap, token| {
+                            let to = &mut out[number * row + tap * 3..][..3];
+                            match token {
+                                Some(token) => {
+                                    let (y, x) = (token / size, token % size);
+                                    let x = if sample.augment.flip { size - 1 - x } else { x };
+                                    let from = &sample.pixels[(y * size + x) * 3..][..3];
+                                    for c in 0..3 {
+                                        to[c] = table[c][usize::from(from[c])];
+                                    }
+                                }
+                                None => to.fill(T::ZERO),
                             }
-                        }
-                        None => to.fill(T::ZERO),
-                    }
-                });
-            });
+                        },
+                    );
+                },
+            );
         }
     }
 
     fn patches(&self, x: &Vec<T>, grid: Grid, channels: usize, window: Window, out: &mut Vec<T>) {
         let row = window.side * window.side * channels;
-        vectorised(#[inline(always)] || {
-            each_tap(grid, window, #[inline(always)] |number, tap, token| {
-                let to = &mut out[number * row + tap * channels..][..channels];
-                match token {
-                    Some(token) => to.copy_from_slice(&x[token * channels..][..channels]),
-                    None => to.fill(T::ZERO),
-                }
-            });
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                each_tap(
+                    grid,
+                    window,
+                    #[inline(always)]
+                    |number, tap, token| {
+                        let to = &mut out[number * row + tap * channels..][..channels];
+                        match token {
+                            Some(token) => to.copy_from_slice(&x[token * channels..][..channels]),
+                            None => to.fill(T::ZERO),
+                        }
+                    },
+                );
+            },
+        );
     }
 
     fn patches_backward(&self, dout: &Vec<T>, grid: Grid, channels: usize, window: Window, dx: &mut Vec<T>, add: bool) {
@@ -77,15 +93,23 @@ impl<T: Real> Patches for Cpu<T> {
         if !add {
             dx[..grid.rows() * channels].fill(T::ZERO);
         }
-        vectorised(#[inline(always)] || {
-            each_tap(grid, window, #[inline(always)] |number, tap, token| {
-                if let Some(token) = token {
-                    let from = &dout[number * row + tap * channels..][..channels];
-                    for (dx, d) in dx[token * channels..][..channels].iter_mut().zip(from) {
-                        *dx += *d;
-                    }
-                }
-            });
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                each_tap(
+                    grid,
+                    window,
+                    #[inline(always)]
+                    |number, tap, token| {
+                        if let Some(token) = token {
+                            let from = &dout[number * row + tap * channels..][..channels];
+                            for (dx, d) in dx[token * channels..][..channels].iter_mut().zip(from) {
+                                *dx += *d;
+                            }
+                        }
+                    },
+                );
+            },
+        );
     }
 }
