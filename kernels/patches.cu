@@ -75,13 +75,14 @@ __device__ void gather_back(const bf16* dout, int images, int height, int width,
     size_t i = thread_number();
     if (i >= size_t(images) * height * width * packs) return;
     int c = int(i % packs) * V;
-    size_t token = i / packs;
-    int x = int(token % width), y = int(token / width % height);
+    unsigned token = unsigned(i / packs);
+    int x = token % width, y = token / width % height;
     size_t image = token / width / height;
     Pack<V> sum = {};
     for (int ky = 0; ky < side; ky++) {
         int top = y + padding - ky;
         if (top < 0 || top % stride != 0 || top / stride >= out_height) continue;
+#pragma unroll 1  // unrolled, it spills
         for (int kx = 0; kx < side; kx++) {
             int left = x + padding - kx;
             if (left < 0 || left % stride != 0 || left / stride >= out_width) continue;

@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use super::{Context, args, output};
 use crate::backend::cpu::simd_level;
+use crate::backend::cuda::{self, Cuda, Driver};
 use crate::error::Result;
 use crate::system::{available_memory, proc_bytes};
 use crate::train::{self, StepKind};
@@ -113,13 +114,26 @@ impl Machine {
         let optimised_build = !cfg!(debug_assertions);
         let vector_code = simd_level();
         let mut notes = Vec::new();
-        if nvidia_gpus > 0 {
-            notes.push("an NVIDIA GPU is here, but this build has no CUDA backend: training runs on the CPU".into());
-        } else {
-            notes.push(
-                "no GPU in use: this build has no CUDA backend; try `ablate --demo`, or --size 128 and fewer epochs"
-                    .into(),
-            );
+        let gpu = Driver::open(0).and_then(|driver| {
+            let description = driver.describe()?;
+            cuda::self_test(&Cuda::new(driver))?;
+            Ok(description)
+        });
+        match &gpu {
+            Ok(gpu) => notes.push(format!(
+                "GPU 0 ({}, compute capability {}.{}, {:.1} of {:.1} GB free, cuBLASLt {}) passes its self-test, but \
+                 training runs on the CPU so far",
+                gpu.name,
+                gpu.capability.0,
+                gpu.capability.1,
+                gpu.memory.0 as f64 / 1e9,
+                gpu.memory.1 as f64 / 1e9,
+                gpu.cublas
+            )),
+            Err(error) => notes.push(format!("no GPU in use: {error}")),
+        }
+        if nvidia_gpus == 0 {
+            notes.push("on a CPU, try `ablate --demo`, or --size 128 and fewer epochs".into());
         }
         if !optimised_build {
             notes.push("this is a debug build, many times slower: build with `cargo build --release`".into());
@@ -136,7 +150,7 @@ impl Machine {
             vector_code,
             memory_bytes: proc_bytes("/proc/meminfo", "MemTotal:"),
             memory_available_bytes: available_memory(),
-            cuda_backend: false,
+            cuda_backend: gpu.is_ok(),
             nvidia_gpus,
             notes,
         }
@@ -151,7 +165,7 @@ impl Machine {
             ("threads", format!("{} (--threads N to change)", self.threads)),
             ("vector code", self.vector_code.into()),
             ("memory", format!("{}, {available} available", gigabytes(self.memory_bytes))),
-            ("CUDA backend", "none in this build".into()),
+            ("CUDA backend", if self.cuda_backend { "works" } else { "not usable, see below" }.into()),
             ("NVIDIA GPUs", self.nvidia_gpus.to_string()),
         ]);
         for note in &self.notes {

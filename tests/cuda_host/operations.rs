@@ -233,7 +233,7 @@ case!(
         let shape = AttentionShape { images, heads, head, queries, keys };
         let (nq, nk) = (images * queries * heads * head, images * keys * heads * head);
         let n_lse = images * heads * queries;
-        let q = lab.act_of(&numbers(nq, 1).iter().map(|x| 3.0 * x).collect::<Vec<_>>());
+        let q = lab.act_of(&numbers(nq, 1).iter().map(|x| 4.0 * x).collect::<Vec<_>>());
         let (k, v, d_o) = (lab.act(nk, 2), lab.act(nk, 3), lab.act(nq, 4));
         let (mut o, mut lse) = (lab.act(nq, 5), lab.full(n_lse, 6));
         lab.0.attention(&q, &k, &v, shape, &mut o, &mut lse);
@@ -484,4 +484,14 @@ fn a_failure_is_kept_and_what_follows_is_skipped() {
     assert!(backend.scalars(&full, 3).iter().all(|x| x.is_nan()), "a failed device has no answers");
     drop(too_large);
     assert_eq!(backend.check().expect_err("the failure stays").to_string(), error.to_string());
+}
+
+#[test]
+fn the_self_test_passes_and_notices_a_failed_device() {
+    use segpeft_native::backend::Memory;
+    use segpeft_native::backend::cuda::self_test;
+    let backend = Cuda::new(Host(Order::Forward));
+    self_test(&backend).expect("right numbers");
+    let _too_large = backend.full(usize::MAX / 8);
+    self_test(&backend).expect_err("a failed device");
 }

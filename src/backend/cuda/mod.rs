@@ -10,6 +10,7 @@
 mod attention;
 mod depthwise;
 mod device;
+mod driver;
 mod head;
 mod layer_norm;
 mod linear;
@@ -20,6 +21,9 @@ mod optimizer;
 mod patches;
 mod residual;
 mod resize;
+mod self_test;
 
 pub use device::{Argument, Device, Element, MatrixProduct};
+pub use driver::{Description, DeviceMemory, Driver};
 pub use memory::{Array, Cuda};
+pub use self_test::self_test;

@@ -1,0 +1,441 @@
+//! A GPU through the CUDA driver and cuBLASLt, both opened at run time.
+//!
+//! cuBLASLt is called through cudarc's raw bindings: the crate named `cublas-sys` binds CUDA 7.5, which knows neither bf16
+//! nor cuBLASLt, and links at build time.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::ptr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::cublaslt::{result as blas, sys as lt};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result as cuda, sys};
+
+use super::{Argument, Device, Element, MatrixProduct};
+use crate::error::Kind;
+use crate::{Error, Result};
+
+/// The kernels as build.rs compiled them; none in a build without nvcc.
+#[cfg(cuda_kernels)]
+const KERNELS: Option<&[u8]> = Some(include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
+/// The kernels as build.rs compiled them; none in a build without nvcc.
+#[cfg(not(cuda_kernels))]
+const KERNELS: Option<&[u8]> = None;
+
+/// Oldest compute capability with bf16 tensor cores and asynchronous copies.
+const OLDEST_GPU: (i32, i32) = (8, 0);
+/// Oldest cuBLASLt, as it numbers itself: 12.0.
+const OLDEST_BLAS: usize = 120_000;
+/// Bytes that products may use; the size NVIDIA recommends for Hopper.
+const WORKSPACE: usize = 32 << 20;
+
+/// One GPU.
+pub struct Driver {
+    ordinal: usize,
+    // Dropped before the stream and the context they belong to.
+    products: Mutex<Products>,
+    workspace: DeviceMemory,
+    functions: Mutex<HashMap<&'static str, Function>>,
+    module: Module,
+    stream: Arc<CudaStream>,
+    context: Arc<CudaContext>,
+}
+
+/// Memory on a GPU.
+pub struct DeviceMemory {
+    address: u64,
+    stream: Arc<CudaStream>,
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // A device that has failed cannot free, and need not: errors say nothing new here.
+        let _ = self.stream.context().bind_to_thread();
+        let _ = self.stream.synchronize();
+        // SAFETY: allocated by Driver::allocate, and freed once; no work on it is left.
+        let _ = unsafe { cuda::free_sync(self.address) };
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Function(sys::CUfunction);
+struct Module(sys::CUmodule);
+
+// SAFETY: handles of the driver, which serves any thread that has the context bound.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+
+/// A GPU in words.
+#[derive(Clone, Debug)]
+pub struct Description {
+    /// As the vendor calls it.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// Bytes of memory, free and in all.
+    pub memory: (usize, usize),
+    /// Version of cuBLASLt, as it numbers itself.
+    pub cublas: usize,
+}
+
+fn device_error(message: impl Into<String>) -> Error {
+    Error::new(Kind::Device, message)
+}
+
+impl Driver {
+    /// Opens GPU number `ordinal`, with everything the backend needs.
+    ///
+    /// # Errors
+    /// What is missing, with its remedy: kernels in this build, the driver, the GPU, cuBLASLt, or one too old.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        let Some(image) = KERNELS else {
+            return Err(device_error(
+                "this build has no CUDA kernels: run tools/get-nvcc.sh and build again, or use --device cpu",
+            ));
+        };
+        // SAFETY: these open libraries and look for symbols.
+        let (has_driver, has_blas) = unsafe { (sys::is_culib_present(), lt::is_culib_present()) };
+        if !has_driver {
+            return Err(device_error("no NVIDIA driver (libcuda) here: install it, or use --device cpu"));
+        }
+        if !has_blas {
+            return Err(device_error(
+                "no cuBLASLt (libcublasLt.so) here: install CUDA 13 or the nvidia-cublas wheel, and name its folder in \
+                 LD_LIBRARY_PATH",
+            ));
+        }
+        // SAFETY: the library is there.
+        let version = unsafe { lt::cublasLtGetVersion() };
+        if version < OLDEST_BLAS {
+            return Err(device_error(format!(
+                "cuBLASLt {version} is too old, 12.0 is needed: install CUDA 13, and name its folder in LD_LIBRARY_PATH"
+            )));
+        }
+        let count = CudaContext::device_count()
+            .map_err(|e| device_error(format!("the NVIDIA driver finds no GPU ({e}): use --device cpu")))?;
+        if ordinal as i64 >= i64::from(count) {
+            return Err(device_error(format!("there is no GPU {ordinal}: {count} found, numbered from 0")));
+        }
+        let failed = |what: &str| {
+            let what = what.to_string();
+            move |e: DriverError| device_error(format!("GPU {ordinal}: {what}: {e}"))
+        };
+        let context = CudaContext::new(ordinal).map_err(failed("cannot be opened"))?;
+        let capability = context.compute_capability().map_err(failed("does not say what it is"))?;
+        if capability < OLDEST_GPU {
+            return Err(device_error(format!(
+                "GPU {ordinal} has compute capability {}.{}, 8.0 (Ampere) is needed: use --device cpu",
+                capability.0, capability.1
+            )));
+        }
+        let stream = context.new_stream().map_err(failed("has no room for a stream"))?;
+        // SAFETY: the image is a fatbin that nvcc made.
+        let module = unsafe { cuda::module::load_data(image.as_ptr().cast()) }
+            .map(Module)
+            .map_err(failed("refuses the kernels; the driver may be too old (580 or newer is needed)"))?;
+        let products = Products::new().map_err(|e| device_error(format!("GPU {ordinal}: cuBLASLt: {e}")))?;
+        let workspace = allocate(&stream, ordinal, WORKSPACE)?;
+        Ok(Self {
+            ordinal,
+            products: Mutex::new(products),
+            workspace,
+            functions: Mutex::default(),
+            module,
+            stream,
+            context,
+        })
+    }
+
+    /// What this GPU is.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    pub fn describe(&self) -> Result<Description> {
+        let failed = |e| self.failed("does not say what it is", e);
+        Ok(Description {
+            name: self.context.name().map_err(failed)?,
+            capability: self.context.compute_capability().map_err(failed)?,
+            memory: self.context.mem_get_info().map_err(failed)?,
+            // SAFETY: the library was there when the device was opened.
+            cublas: unsafe { lt::cublasLtGetVersion() },
+        })
+    }
+
+    fn failed(&self, what: &str, error: DriverError) -> Error {
+        device_error(format!("GPU {}: {what}: {error}", self.ordinal))
+    }
+
+    /// Makes the context that of the calling thread.
+    fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(|e| self.failed("is lost", e))
+    }
+
+    fn function(&self, kernel: &'static str) -> Result<Function> {
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = functions.get(kernel) {
+            return Ok(*function);
+        }
+        let name = CString::new(kernel).map_err(|e| device_error(e.to_string()))?;
+        // SAFETY: the module is loaded and lives as long as the device.
+        let function = unsafe { cuda::module::get_function(self.module.0, name) }
+            .map_err(|e| self.failed(&format!("kernel {kernel}"), e))?;
+        functions.insert(kernel, Function(function));
+        Ok(Function(function))
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        let _ = self.context.bind_to_thread();
+        let _ = self.stream.synchronize();
+        // SAFETY: loaded once by `open`; nothing runs any more.
+        let _ = unsafe { cuda::module::unload(self.module.0) };
+    }
+}
+
+fn allocate(stream: &Arc<CudaStream>, ordinal: usize, bytes: usize) -> Result<DeviceMemory> {
+    // SAFETY: the context is bound; what comes back is owned by DeviceMemory.
+    match unsafe { cuda::malloc_sync(bytes) } {
+        Ok(address) => Ok(DeviceMemory { address, stream: Arc::clone(stream) }),
+        Err(e) => {
+            let free = cuda::mem_get_info().map_or(0, |(free, _)| free);
+            Err(device_error(format!(
+                "GPU {ordinal}: no room for {:.0} MB more, {:.0} MB are free ({e}): use a smaller --batch-size",
+                bytes as f64 / 1e6,
+                free as f64 / 1e6
+            )))
+        }
+    }
+}
+
+impl Device for Driver {
+    type Memory = DeviceMemory;
+
+    fn allocate(&self, bytes: usize) -> Result<DeviceMemory> {
+        self.bind()?;
+        allocate(&self.stream, self.ordinal, bytes)
+    }
+
+    fn address(memory: &DeviceMemory) -> u64 {
+        memory.address
+    }
+
+    unsafe fn write(&self, from: &[u8], to: u64) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller's; a copy from pageable memory returns when that has been read.
+        unsafe { cuda::memcpy_htod_async(to, from, self.stream.cu_stream()) }
+            .map_err(|e| self.failed("cannot copy to it", e))
+    }
+
+    unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<()> {
+        self.bind()?;
+        self.stream.synchronize().map_err(|e| self.failed("failed at its work", e))?;
+        // SAFETY: the caller's.
+        unsafe { cuda::memcpy_dtoh_sync(to, from) }.map_err(|e| self.failed("cannot copy from it", e))
+    }
+
+    unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller's.
+        unsafe { cuda::memset_d8_async(at, 0, bytes, self.stream.cu_stream()) }
+            .map_err(|e| self.failed("cannot clear memory", e))
+    }
+
+    unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: [usize; 3],
+        threads: usize,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        self.bind()?;
+        let function = self.function(kernel)?;
+        let mut values: Vec<*mut c_void> = arguments
+            .iter()
+            .map(|argument| {
+                let value: *const c_void = match argument {
+                    Argument::Pointer(x) | Argument::U64(x) => ptr::from_ref(x).cast(),
+                    Argument::I32(x) => ptr::from_ref(x).cast(),
+                    Argument::U32(x) => ptr::from_ref(x).cast(),
+                    Argument::F32(x) => ptr::from_ref(x).cast(),
+                };
+                value.cast_mut()
+            })
+            .collect();
+        let [x, y, z] = grid.map(|n| n as u32);
+        // SAFETY: the caller's; the driver only reads the values, and has done so when it returns.
+        unsafe {
+            cuda::launch_kernel(function.0, (x, y, z), (threads as u32, 1, 1), 0, self.stream.cu_stream(), &mut values)
+        }
+        .map_err(|e| self.failed(&format!("kernel {kernel}"), e))
+    }
+
+    unsafe fn product(&self, product: &MatrixProduct) -> Result<()> {
+        self.bind()?;
+        let mut products = self.products.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the caller's, and the workspace is the device's own.
+        unsafe { products.run(product, self.workspace.address, self.stream.cu_stream().cast()) }.map_err(|e| {
+            device_error(format!("GPU {}: product of {:?}: cuBLASLt says {e}", self.ordinal, product.size))
+        })
+    }
+}
+
+/// What sets one kind of product apart from another.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Shape {
+    size: (usize, usize, usize),
+    transposes: (bool, bool),
+    elements: (Element, Element),
+    add: bool,
+    bias: bool,
+}
+
+/// A kind of product with the algorithm chosen for it.
+struct Plan {
+    description: lt::cublasLtMatmulDesc_t,
+    left: lt::cublasLtMatrixLayout_t,
+    right: lt::cublasLtMatrixLayout_t,
+    result: lt::cublasLtMatrixLayout_t,
+    algorithm: lt::cublasLtMatmulAlgo_t,
+}
+
+/// The library's handle, and the plans made so far: each shape is looked up in the library's heuristic once.
+struct Products {
+    handle: lt::cublasLtHandle_t,
+    plans: HashMap<Shape, Plan>,
+}
+
+// SAFETY: handles of the library, used by one thread at a time (behind a mutex).
+unsafe impl Send for Products {}
+
+impl Drop for Products {
+    fn drop(&mut self) {
+        for plan in self.plans.values() {
+            // SAFETY: made by `plan`, destroyed once.
+            unsafe {
+                let _ = blas::destroy_matmul_desc(plan.description);
+                for layout in [plan.left, plan.right, plan.result] {
+                    let _ = blas::destroy_matrix_layout(layout);
+                }
+            }
+        }
+        // SAFETY: made by `new`, destroyed once.
+        let _ = unsafe { blas::destroy_handle(self.handle) };
+    }
+}
+
+impl Products {
+    fn new() -> std::result::Result<Self, blas::CublasError> {
+        Ok(Self { handle: blas::create_handle()?, plans: HashMap::new() })
+    }
+
+    /// # Safety
+    /// As [`Device::product`]; `workspace` has [`WORKSPACE`] bytes.
+    unsafe fn run(
+        &mut self,
+        product: &MatrixProduct,
+        workspace: u64,
+        stream: lt::cudaStream_t,
+    ) -> std::result::Result<(), blas::CublasError> {
+        let shape = Shape {
+            size: product.size,
+            transposes: (product.transpose_a, product.transpose_b),
+            elements: (product.inputs, product.output),
+            add: product.add,
+            bias: product.bias.is_some(),
+        };
+        if !self.plans.contains_key(&shape) {
+            let plan = plan(self.handle, shape)?;
+            self.plans.insert(shape, plan);
+        }
+        let plan = &self.plans[&shape];
+        let (alpha, beta) = (product.alpha, f32::from(product.add));
+        // SAFETY: the plan is alive; addresses are the caller's.
+        unsafe {
+            if let Some(bias) = product.bias {
+                set(plan.description, lt::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
+            }
+            blas::matmul(
+                self.handle,
+                plan.description,
+                ptr::from_ref(&alpha).cast(),
+                ptr::from_ref(&beta).cast(),
+                // Row-major matrices are column-major transposes: cᵀ = op(b)ᵀ·op(a)ᵀ.
+                product.b as *const c_void,
+                plan.left,
+                product.a as *const c_void,
+                plan.right,
+                product.c as *const c_void,
+                plan.result,
+                product.c as *mut c_void,
+                plan.result,
+                &plan.algorithm,
+                workspace as *mut c_void,
+                WORKSPACE,
+                stream,
+            )
+        }
+    }
+}
+
+/// Sets an attribute of a product's description.
+///
+/// # Safety
+/// `value` must be of the attribute's type.
+unsafe fn set<T>(
+    description: lt::cublasLtMatmulDesc_t,
+    attribute: lt::cublasLtMatmulDescAttributes_t,
+    value: &T,
+) -> std::result::Result<(), blas::CublasError> {
+    // SAFETY: the caller's.
+    unsafe { blas::set_matmul_desc_attribute(description, attribute, ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+/// Describes a kind of product and asks the library for its best algorithm.
+fn plan(handle: lt::cublasLtHandle_t, shape: Shape) -> std::result::Result<Plan, blas::CublasError> {
+    use lt::cublasLtMatmulDescAttributes_t as Attribute;
+    let kind = |element| match element {
+        Element::Bf16 => lt::cudaDataType::CUDA_R_16BF,
+        Element::F32 => lt::cudaDataType::CUDA_R_32F,
+    };
+    // CUBLAS_OP_N is 0, CUBLAS_OP_T 1; the bindings of cuBLASLt leave the type to those of cuBLAS.
+    let operation = i32::from;
+    // A row-major matrix of `rows` and `columns`, as the library's column-major transpose.
+    let layout = |element, rows: usize, columns: usize| {
+        blas::create_matrix_layout(kind(element), columns as u64, rows as u64, columns as i64)
+    };
+    let ((m, n, k), (transpose_a, transpose_b)) = (shape.size, shape.transposes);
+    let (inputs, output) = shape.elements;
+    let (b_rows, b_columns) = if transpose_b { (n, k) } else { (k, n) };
+    let (a_rows, a_columns) = if transpose_a { (k, m) } else { (m, k) };
+    let compute = lt::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+    let description = blas::create_matmul_desc(compute, lt::cudaDataType::CUDA_R_32F)?;
+    let (left, right) = (layout(inputs, b_rows, b_columns)?, layout(inputs, a_rows, a_columns)?);
+    let result = layout(output, m, n)?;
+    let preference = blas::create_matmul_pref()?;
+    // SAFETY: everything has just been made, and each value is of its attribute's type.
+    let found = unsafe {
+        set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &operation(transpose_b))?;
+        set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &operation(transpose_a))?;
+        if shape.bias {
+            set(
+                description,
+                Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE,
+                &lt::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
+            )?;
+        }
+        blas::set_matmul_pref_attribute(
+            preference,
+            lt::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+            ptr::from_ref(&WORKSPACE).cast(),
+            size_of::<usize>(),
+        )?;
+        let found = blas::get_matmul_algo_heuristic(handle, description, left, right, result, result, preference);
+        let _ = blas::destroy_matmul_pref(preference);
+        found?
+    };
+    Ok(Plan { description, left, right, result, algorithm: found.algo })
+}

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Brings nvcc without a CUDA installation: NVIDIA's wheels, all pinned (their own dependencies are not, and mixed versions
+# do not work), into the folder build.rs looks in. About 105 MB to download, 271 MB on disk.
+#
+# usage: tools/get-nvcc.sh [folder]     (default: .cuda in the repository)
+set -euo pipefail
+folder=${1:-$(dirname "$0")/../.cuda}
+mkdir -p "$folder"
+folder=$(realpath "$folder")
+nvcc=$folder/nvidia/cu13/bin/nvcc
+if [[ ! -x $nvcc ]]; then
+    python3 -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" \
+        nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 \
+        nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
+fi
+"$nvcc" --version | tail -2
+echo "NVCC=$nvcc"
+# Cargo looks for nvcc again when its build script has changed.
+touch "$(dirname "$0")/../build.rs"
