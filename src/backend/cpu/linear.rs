@@ -1,6 +1,7 @@
 //! Products of tokens with weights, on the `gemm` crate.
 
-use super::{Cpu, Real, simd::vectorised};
+use super::simd::{each, vectorised};
+use super::{Cpu, Real};
 use crate::backend::{Linear, Product};
 
 /// A matrix inside a slice: where it starts and the distance between its rows and columns.
@@ -76,17 +77,20 @@ impl<T: Real> Linear for Cpu<T> {
     fn linear(&self, x: &Vec<T>, w: &Vec<T>, bias: Option<&Vec<T>>, p: Product, y: &mut Vec<T>, add: bool) {
         if let Some(bias) = bias {
             let y = &mut y[..p.rows * p.outputs];
-            vectorised(#[inline(always)] || {
-                for row in y.chunks_exact_mut(p.outputs) {
-                    if add {
-                        for (y, b) in row.iter_mut().zip(bias) {
-                            *y += *b;
+            vectorised(
+                #[inline(always)]
+                |_| {
+                    for row in y.chunks_exact_mut(p.outputs) {
+                        if add {
+                            for (y, b) in row.iter_mut().zip(bias) {
+                                *y += *b;
+                            }
+                        } else {
+                            row.copy_from_slice(bias);
                         }
-                    } else {
-                        row.copy_from_slice(bias);
                     }
-                }
-            });
+                },
+            );
         }
         let add = add || bias.is_some();
         let size = (p.rows, p.outputs, p.inputs);
@@ -104,20 +108,19 @@ impl<T: Real> Linear for Cpu<T> {
     }
 
     fn linear_backward_bias(&self, dy: &Vec<T>, rows: usize, outputs: usize, db: &mut Vec<T>) {
-        vectorised(#[inline(always)] || {
-            // Sums of 128 rows first: the error grows with the square of neither.
-            let mut partial = vec![T::ZERO; outputs];
-            for block in dy[..rows * outputs].chunks(128 * outputs) {
-                partial.fill(T::ZERO);
-                for row in block.chunks_exact(outputs) {
-                    for (p, d) in partial.iter_mut().zip(row) {
-                        *p += *d;
+        let mut partial = vec![T::ZERO; outputs];
+        vectorised(
+            #[inline(always)]
+            |_| {
+                // Sums of 128 rows first: the error grows with the square of neither.
+                for block in dy[..rows * outputs].chunks(128 * outputs) {
+                    partial.fill(T::ZERO);
+                    for row in block.chunks_exact(outputs) {
+                        each([row], &mut partial, |[d], sum| sum + d);
                     }
+                    each([&partial], &mut db[..outputs], |[part], sum| sum + part);
                 }
-                for (db, p) in db.iter_mut().zip(&partial) {
-                    *db += *p;
-                }
-            }
-        });
+            },
+        );
     }
 }

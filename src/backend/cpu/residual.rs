@@ -17,11 +17,14 @@ impl<T: Real> Residual for Cpu<T> {
         for image in 0..grid.images {
             let factor = drop.map_or(T::ONE, |drop| T::of(f64::from(drop.factor(image as u64))));
             let (x, branch, y) = (&x[image * n..][..n], &branch[image * n..][..n], &mut y[image * n..][..n]);
-            vectorised(#[inline(always)] || {
-                for i in 0..n {
-                    y[i] = x[i] + factor * branch[i];
-                }
-            });
+            vectorised(
+                #[inline(always)]
+                |_| {
+                    for i in 0..n {
+                        y[i] = x[i] + factor * branch[i];
+                    }
+                },
+            );
         }
     }
 
@@ -30,26 +33,44 @@ impl<T: Real> Residual for Cpu<T> {
         for image in 0..grid.images {
             let factor = T::of(f64::from(drop.factor(image as u64)));
             let (x, y) = (&x[image * n..][..n], &mut y[image * n..][..n]);
-            vectorised(#[inline(always)] || {
-                for i in 0..n {
-                    y[i] = factor * x[i];
-                }
-            });
+            vectorised(
+                #[inline(always)]
+                |_| {
+                    for i in 0..n {
+                        y[i] = factor * x[i];
+                    }
+                },
+            );
         }
     }
 
     fn dropout(&self, x: &Vec<T>, drop: Dropout, len: usize, y: &mut Vec<T>) {
-        vectorised(#[inline(always)] || {
-            let (x, y) = (&x[..len], &mut y[..len]);
-            drop.factors(0, len, #[inline(always)] |i, factor| y[i] = T::of(f64::from(factor)) * x[i]);
-        });
+        let (x, y) = (&x[..len], &mut y[..len]);
+        vectorised(
+            #[inline(always)]
+            |_| {
+                drop.factors(
+                    0,
+                    len,
+                    #[inline(always)]
+                    |start, factors| {
+                        for ((x, y), f) in x[start..].iter().zip(&mut y[start..]).zip(factors) {
+                            *y = T::of(f64::from(*f)) * *x;
+                        }
+                    },
+                );
+            },
+        );
     }
 
     fn accumulate(&self, x: &Vec<T>, len: usize, y: &mut Vec<T>) {
-        vectorised(#[inline(always)] || {
-            for (x, y) in x[..len].iter().zip(&mut y[..len]) {
-                *y += *x;
-            }
-        });
+        vectorised(
+            #[inline(always)]
+            |_| {
+                for (x, y) in x[..len].iter().zip(&mut y[..len]) {
+                    *y += *x;
+                }
+            },
+        );
     }
 }
