@@ -21,12 +21,12 @@ NAMES = {"fft": "training step, full fine-tuning", "lora": "training step, LoRA 
 
 
 def run(command: list[str], threads: int) -> dict:
-    """Runs a measuring process and reads the last line of its standard output."""
+    """Runs a measuring process and reads the JSON document on its standard output."""
     environment = os.environ | {"RAYON_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if result.returncode:
         sys.exit(f"{' '.join(command)}: exit code {result.returncode}")
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    return json.loads(result.stdout[result.stdout.index("{") :])
 
 
 def machine(threads: int) -> str:
