@@ -783,7 +783,8 @@ mod tests {
             };
             for at in 0..256 {
                 let (below, above) = (dice(&mut counts[..at].iter()), dice(&mut counts[at..].iter()));
-                eprintln!("{at} {below} {above}"); assert!(below < 0.95 && above < 0.95, "a threshold at {at} reaches Dice {below} or {above}");
+                eprintln!("{at} {below} {above}");
+                assert!(below < 0.95 && above < 0.95, "a threshold at {at} reaches Dice {below} or {above}");
             }
         }
     }
