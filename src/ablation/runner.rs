@@ -56,6 +56,14 @@ impl Setup {
         Ok(Self { data: packed, data_identity, source })
     }
 
+    /// Says what a run with `options` trains; `grid`: for all ranks at once.
+    ///
+    /// # Errors
+    /// Those of [`train::Start::announce`].
+    pub fn announce(&self, options: &TrainOptions, grid: bool, progress: &Progress) -> Result<()> {
+        self.source.start.announce(options, grid, progress)
+    }
+
     fn config(&self, name: &str, options: &TrainOptions, split: &Split) -> RunConfig {
         RunConfig {
             name: name.into(),
@@ -219,6 +227,11 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
         setup.config(name, &options(index), &split).check(&out.join(name))?;
     }
     warn_of_strangers(setup, plan, progress)?;
+    // LoRA's if there is one: it says more.
+    let adapted = plan.selected.iter().find(|&&index| plan.runs[index].1 != Method::Fft).or(plan.selected.first());
+    if let Some(&index) = adapted {
+        setup.announce(&options(index), true, progress)?;
+    }
     if plan.options.protocol == Protocol::Strict || plan.split != SplitPlan::Seeded {
         let _lock = Lock::wait(out, ".summary.lock", "write the split", progress)?;
         plan.split.split(&plan.options, 0, &setup.data)?.write(out, &setup.data)?;
@@ -229,11 +242,13 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
     for (position, &index) in plan.selected.iter().enumerate() {
         let (name, _) = &plan.runs[index];
         let label = format!("[{}/{}] {name}", position + 1, plan.selected.len());
-        progress.info(format!("{label}: {}", out.join(name).display()));
-        match run_one(setup, name, &options(index), &plan.split, index, &out.join(name), progress) {
+        let before = if out.join(name).join(RESULT).exists() { "finished before, kept: " } else { "" };
+        let part = progress.part(format!("[{}/{}]", position + 1, plan.selected.len()));
+        match run_one(setup, name, &options(index), &plan.split, index, &out.join(name), &part) {
             Ok(record) => {
                 let dice = record.final_evaluation.eval_mean_dice.map_or("-".into(), |dice| format!("{dice:.4}"));
-                progress.info(format!("{label}: Dice {dice} in {}", duration(record.training_time)));
+                let (epoch, time) = (record.best_epoch, duration(record.training_time));
+                progress.info(format!("{label}: {before}Dice {dice} (epoch {epoch}), trained in {time}"));
             }
             Err(error) if error.kind == Kind::Busy => {
                 progress.info(format!("{label}: skipped: {error}"));

@@ -4,6 +4,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::{Context, args, output};
+use crate::backend::cpu::simd_level;
 use crate::error::Result;
 use crate::system::{available_memory, proc_bytes};
 use crate::train::{self, StepKind};
@@ -44,7 +45,7 @@ struct Machine {
     optimised_build: bool,
     cores: usize,
     threads: usize,
-    simd: Vec<&'static str>,
+    vector_code: &'static str,
     memory_bytes: Option<u64>,
     memory_available_bytes: Option<u64>,
     cuda_backend: bool,
@@ -110,7 +111,7 @@ impl Machine {
     fn look() -> Self {
         let nvidia_gpus = std::fs::read_dir("/proc/driver/nvidia/gpus").map_or(0, |entries| entries.count());
         let optimised_build = !cfg!(debug_assertions);
-        let simd = simd();
+        let vector_code = simd_level();
         let mut notes = Vec::new();
         if nvidia_gpus > 0 {
             notes.push("an NVIDIA GPU is here, but this build has no CUDA backend: training runs on the CPU".into());
@@ -123,7 +124,7 @@ impl Machine {
         if !optimised_build {
             notes.push("this is a debug build, many times slower: build with `cargo build --release`".into());
         }
-        if cfg!(target_arch = "x86_64") && !simd.contains(&"avx2") {
+        if cfg!(target_arch = "x86_64") && !vector_code.starts_with("AVX") {
             notes.push("this processor has no AVX2: training will be slow".into());
         }
         Self {
@@ -132,7 +133,7 @@ impl Machine {
             optimised_build,
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             threads: rayon::current_num_threads(),
-            simd,
+            vector_code,
             memory_bytes: proc_bytes("/proc/meminfo", "MemTotal:"),
             memory_available_bytes: available_memory(),
             cuda_backend: false,
@@ -148,7 +149,7 @@ impl Machine {
             ("version", format!("{} ({}, {build})", self.version, self.target)),
             ("cores", self.cores.to_string()),
             ("threads", format!("{} (--threads N to change)", self.threads)),
-            ("vector code", if self.simd.is_empty() { "portable".into() } else { self.simd.join(" ") }),
+            ("vector code", self.vector_code.into()),
             ("memory", format!("{}, {available} available", gigabytes(self.memory_bytes))),
             ("CUDA backend", "none in this build".into()),
             ("NVIDIA GPUs", self.nvidia_gpus.to_string()),
@@ -158,21 +159,6 @@ impl Machine {
         }
         text
     }
-}
-
-/// Vector extensions of this processor that matter here.
-fn simd() -> Vec<&'static str> {
-    #[cfg(target_arch = "x86_64")]
-    let found = [
-        ("avx2", is_x86_feature_detected!("avx2")),
-        ("fma", is_x86_feature_detected!("fma")),
-        ("avx512f", is_x86_feature_detected!("avx512f")),
-        ("avx512vl", is_x86_feature_detected!("avx512vl")),
-        ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
-    ];
-    #[cfg(not(target_arch = "x86_64"))]
-    let found = [("neon", cfg!(target_feature = "neon"))];
-    found.into_iter().filter_map(|(name, here)| here.then_some(name)).collect()
 }
 
 fn gigabytes(bytes: Option<u64>) -> String {

@@ -82,6 +82,7 @@ impl Train {
             &context.progress,
         )?;
         let split = self.files.split_plan();
+        setup.announce(&options, false, &context.progress)?;
         let record = ablation::run_one(&setup, &name, &options, &split, 0, &self.out, &context.progress)?;
         context.result(&record, || {
             format!("{}results: {}\n", results_table(std::slice::from_ref(&record)), self.out.display())

@@ -62,6 +62,19 @@ impl Start {
         config
     }
 
+    /// Says what a run with `options` will train, and what is missing or left over in the checkpoint. For a grid, whose
+    /// runs differ in rank, parameters are given per unit of rank.
+    ///
+    /// # Errors
+    /// Those that the run itself would end in: tensors that do not fit, patterns that match nothing.
+    pub fn announce(&self, options: &TrainOptions, grid: bool, progress: &Progress) -> Result<()> {
+        match (self.prepare(options, progress)?.trainable, &options.method) {
+            (Trainable::Adapters { matches, .. }, Method::Lora(lora)) => table(&matches, lora, grid, progress),
+            _ => progress.info("full fine-tuning: every parameter is trained"),
+        }
+        Ok(())
+    }
+
     /// Completes the weights for a run with `options`: fresh where the checkpoint has none that fit, the adapter's on top.
     ///
     /// # Errors
@@ -167,7 +180,6 @@ impl Start {
         if let Some(adapter) = &self.adapter {
             self.check_factors(adapter, &matches.iter().map(|m| &m.module).collect::<Vec<_>>())?;
         }
-        table(&matches, lora, progress);
         for m in &matches {
             let area = m.module.side() * m.module.side();
             let convolution = !matches!(m.module.kind, crate::segformer::ModuleKind::Linear);
@@ -278,27 +290,37 @@ fn fresh_factor(name: &str, factor: &str, len: usize, inputs: usize, seed: u64) 
     (0..len as u64).map(|i| (2.0 * stream.uniform(i) - 1.0) * bound).collect()
 }
 
-/// Shows which modules carry adapters.
-fn table(matches: &[Match], lora: &LoraOptions, progress: &Progress) {
+/// Shows which modules carry adapters, by pattern; with `-v` one by one. Parameters are those of the rank, or of each unit
+/// of it.
+fn table(matches: &[Match], lora: &LoraOptions, per_rank: bool, progress: &Progress) {
+    let (rank, unit) = if per_rank { (1, " x r") } else { (lora.rank, "") };
     let mut by_pattern: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
     for m in matches {
         let entry = by_pattern.entry(&m.pattern).or_default();
         entry.0 += 1;
-        entry.1 += m.parameters(lora.rank);
+        entry.1 += m.parameters(rank);
         progress.detail(format!(
-            "  {:<60} {:>5} x {:<5} {:>8} parameters",
+            "  {:<60} {:>5} x {:<5} {:>8}{unit} parameters",
             m.module.name,
             m.module.outputs,
             m.module.inputs * m.module.side() * m.module.side(),
-            m.parameters(lora.rank)
+            m.parameters(rank)
         ));
     }
-    progress.info(format!("adapters of rank {}, alpha {}:", lora.rank, lora.alpha));
+    progress.info(match per_rank {
+        true => "adapters of rank r sit on:".to_string(),
+        false => format!("adapters of rank {}, alpha {} sit on:", lora.rank, lora.alpha),
+    });
+    let row = |name: &str, modules: usize, parameters: usize| {
+        progress.info(format!("  {name:<24} {modules:>3} modules {parameters:>9}{unit} parameters"));
+    };
     for (pattern, (modules, parameters)) in &by_pattern {
-        progress.info(format!("  {pattern:<28} {modules:>3} modules {parameters:>9} parameters"));
+        row(pattern, *modules, *parameters);
     }
-    let total: usize = matches.iter().map(|m| m.parameters(lora.rank)).sum();
-    progress.info(format!("  {:<28} {:>3} modules {total:>9} parameters", "together", matches.len()));
+    row("together", matches.len(), matches.iter().map(|m| m.parameters(rank)).sum());
+    if lora.train_head {
+        progress.info("  and the decode head is trained whole");
+    }
 }
 
 /// Images for which buffers are reserved on trial where more are asked for.
