@@ -8,6 +8,10 @@ use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 
+/// How a temporary file's name begins and ends.
+const PREFIX: &str = ".segpeft-";
+const SUFFIX: &str = ".tmp";
+
 /// Fills a temporary file beside `path` and renames it to `path` once `fill` has succeeded. Whatever fails, the temporary
 /// file is removed and an older `path` stays as it was. Makes the folder if it is missing.
 ///
@@ -20,7 +24,7 @@ pub fn replace_with<T>(path: &Path, fill: impl FnOnce(&mut File) -> Result<T>) -
     };
     create_folder(folder)?;
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".segpeft-").suffix(".tmp");
+    builder.prefix(PREFIX).suffix(SUFFIX);
     #[cfg(unix)]
     {
         // An ordinary file's permissions (less the umask) in place of a private temporary file's.
@@ -66,6 +70,18 @@ pub fn json(path: &Path, value: &impl Serialize) -> Result<Vec<u8>> {
     Ok(text)
 }
 
+/// Removes what programs that were killed while they filled a file left in `folder`. Whoever calls it must be the only one to
+/// write there. What cannot be removed is harmless and stays.
+pub fn remove_unfinished(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(PREFIX) && name.ends_with(SUFFIX) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 /// Creates `folder` and its parents; one that exists will do.
 ///
 /// # Errors
@@ -101,6 +117,22 @@ mod tests {
         .unwrap_err();
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_a_killed_program_left_is_removed_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let others = ["a", ".segpeft-a", "segpeft-a.tmp"];
+        replace_with(&dir.path().join("a"), |_| {
+            let half = fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
+            fs::copy(&half, half.with_file_name(".segpeft-killed.tmp")).unwrap();
+            Ok(())
+        })
+        .unwrap();
+        others.iter().for_each(|name| fs::write(dir.path().join(name), "").unwrap());
+        remove_unfinished(dir.path());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), others.len());
+        remove_unfinished(&dir.path().join("none"));
     }
 
     #[test]

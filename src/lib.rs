@@ -16,6 +16,7 @@ pub mod progress;
 pub mod random;
 pub mod report;
 pub mod segformer;
+mod system;
 pub mod train;
 
 pub use error::{Error, Result};

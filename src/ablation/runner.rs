@@ -85,6 +85,9 @@ pub fn open_data(data: &Path, cache: &Path, size: Option<usize>, progress: &Prog
     // A packed file needs no cache; only what will be packed makes the folder.
     let packs = data.is_dir() || data.extension().is_some_and(|e| e.eq_ignore_ascii_case("zip"));
     let _lock = packs.then(|| Lock::wait(cache, ".lock", "prepare the data", progress)).transpose()?;
+    if packs {
+        files::remove_unfinished(cache);
+    }
     dataset::open_or_prepare(data, cache, size, progress)
 }
 
@@ -142,6 +145,8 @@ pub fn run_one(
     progress: &Progress,
 ) -> Result<RunRecord> {
     let _lock = Lock::folder(folder)?;
+    files::remove_unfinished(folder);
+    files::remove_unfinished(&folder.join("final"));
     let split = split.split(options, index, &setup.data)?;
     let config = setup.config(name, options, &split);
     config.check(folder)?;
@@ -288,6 +293,7 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
 /// Those of reading the results and writing the report.
 pub fn write_summary(out: &Path, progress: &Progress) -> Result<Vec<RunRecord>> {
     let _lock = Lock::wait(out, ".summary.lock", "write the summary", progress)?;
+    files::remove_unfinished(out);
     let records = report::read_records(out)?;
     if !records.is_empty() {
         report::grid::write(out, &records)?;

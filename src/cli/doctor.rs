@@ -6,6 +6,7 @@ use serde::Serialize;
 use super::{Context, args, output};
 use crate::backend::cpu::simd_level;
 use crate::error::Result;
+use crate::system::{available_memory, proc_bytes};
 use crate::train::{self, StepKind};
 
 /// Say what this machine and this build can do, or time training steps
@@ -22,7 +23,7 @@ pub struct Doctor {
     #[arg(long, value_name = "PIXELS", default_value = "512", value_parser = args::size, requires = "step")]
     size: usize,
     /// Images per step
-    #[arg(long, value_name = "IMAGES", default_value = "4", value_parser = args::count, requires = "step")]
+    #[arg(long, value_name = "IMAGES", default_value = "4", value_parser = args::images, requires = "step")]
     batch_size: usize,
     /// Steps to time, after one that is not counted
     #[arg(long, value_name = "N", default_value = "5", value_parser = args::count, requires = "step")]
@@ -134,7 +135,7 @@ impl Machine {
             threads: rayon::current_num_threads(),
             vector_code,
             memory_bytes: proc_bytes("/proc/meminfo", "MemTotal:"),
-            memory_available_bytes: proc_bytes("/proc/meminfo", "MemAvailable:"),
+            memory_available_bytes: available_memory(),
             cuda_backend: false,
             nvidia_gpus,
             notes,
@@ -158,13 +159,6 @@ impl Machine {
         }
         text
     }
-}
-
-/// A field of a file such as `/proc/meminfo`, which counts in kB. None on systems without such files.
-fn proc_bytes(file: &str, field: &str) -> Option<u64> {
-    let text = std::fs::read_to_string(file).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
-    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 fn gigabytes(bytes: Option<u64>) -> String {

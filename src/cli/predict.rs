@@ -60,12 +60,12 @@ impl Predict {
     pub fn run(&self, context: &Context) -> Result<()> {
         self.device.check()?;
         let pictures = pictures(&self.images)?;
+        let source = Source::open(&ModelSource::Path(self.model.clone()), self.adapter.as_deref())?;
+        let mut predictor = Predictor::new(&source.start, self.size, &context.progress)?;
         let (masks, overlays) = (self.out.join("masks"), self.out.join("overlays"));
         for folder in [&masks, &overlays] {
             files::create_folder(folder)?;
         }
-        let source = Source::open(&ModelSource::Path(self.model.clone()), self.adapter.as_deref())?;
-        let mut predictor = Predictor::new(&source.start, self.size)?;
         let (labels, side) = (predictor.labels(), self.size / 4);
         let mut kept = StateDict::new();
         let mut rows = Vec::new();

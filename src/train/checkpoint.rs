@@ -83,15 +83,14 @@ pub fn write_model<B: Backend>(model: &Model<B>, options: &TrainOptions, base_mo
                     (spec.name.clone(), HostTensor { shape: spec.shape.clone(), data })
                 })
                 .collect();
-            let in_head = |name: &str| name.starts_with("decode_head.");
-            if lora.train_head {
-                factors.extend(tensors(model, |name, role| in_head(name) && role != Role::Statistic));
-                factors.remove(BATCH_COUNTER);
-            }
-            // The classifier may have been made anew, and BatchNorm's statistics move: neither is in peft's file.
-            let sidecar = tensors(model, |name, role| {
-                in_head(name) && (lora.train_head || role == Role::Statistic || name.contains(".classifier."))
-            });
+            // peft's file holds a module that is trained as a whole with its buffers, and refuses to load without them. Of any
+            // other it loses BatchNorm's statistics, which move, and the classifier, which may have been made anew.
+            let sidecar = if lora.train_head {
+                factors.extend(tensors(model, |name, _| name.starts_with("decode_head.")));
+                StateDict::new()
+            } else {
+                tensors(model, |name, role| role == Role::Statistic || name.starts_with("decode_head.classifier."))
+            };
             let config = AdapterConfig {
                 r: lora.rank,
                 lora_alpha: lora.alpha,
@@ -109,7 +108,7 @@ pub fn write_model<B: Backend>(model: &Model<B>, options: &TrainOptions, base_mo
 /// Writes a whole checkpoint, which appears under its name only when complete.
 ///
 /// # Errors
-/// When it cannot be written.
+/// When it cannot be written; nothing is left of it then.
 pub fn save<B: Backend>(
     model: &Model<B>,
     moments: &Moments<B>,
@@ -122,19 +121,26 @@ pub fn save<B: Backend>(
     let unfinished = out.join(format!(".checkpoint-{}.unfinished", state.global_step));
     files::remove_folder(&unfinished)?;
     files::create_folder(&unfinished)?;
-    write_model(model, options, base_model, &unfinished)?;
-    let mut optimizer = StateDict::new();
-    for (i, (name, _)) in model.trained().enumerate() {
-        for (kind, moment) in [("exp_avg", &moments.first[i]), ("exp_avg_sq", &moments.second[i])] {
-            let data = model.backend().download(moment);
-            let tensor = HostTensor { shape: vec![data.len()], data: HostData::F32(data) };
-            optimizer.insert(format!("{kind}.{name}"), tensor);
+    let written = (|| {
+        write_model(model, options, base_model, &unfinished)?;
+        let mut optimizer = StateDict::new();
+        for (i, (name, _)) in model.trained().enumerate() {
+            for (kind, moment) in [("exp_avg", &moments.first[i]), ("exp_avg_sq", &moments.second[i])] {
+                let data = model.backend().download(moment);
+                let tensor = HostTensor { shape: vec![data.len()], data: HostData::F32(data) };
+                optimizer.insert(format!("{kind}.{name}"), tensor);
+            }
         }
+        write_safetensors(&unfinished.join(OPTIMIZER), &optimizer, &[])?;
+        files::replace_json(&unfinished.join(STATE), state)?;
+        files::remove_folder(&target)?;
+        fs::rename(&unfinished, &target).map_err(|e| Error::io(&target, "put the checkpoint in place", e))
+    })();
+    if written.is_err() {
+        // Room on a full disk; what went wrong is reported already.
+        let _ = files::remove_folder(&unfinished);
     }
-    write_safetensors(&unfinished.join(OPTIMIZER), &optimizer, &[])?;
-    files::replace_json(&unfinished.join(STATE), state)?;
-    files::remove_folder(&target)?;
-    fs::rename(&unfinished, &target).map_err(|e| Error::io(&target, "put the checkpoint in place", e))
+    written
 }
 
 /// Removes checkpoints beyond the newest and the best until `keep` are left.

@@ -10,8 +10,7 @@ use super::evaluate::{measure, sample};
 use super::options::{Method, Protocol, TrainOptions};
 use super::record::{HistoryRow, RunRecord};
 use super::schedule::Schedule;
-use super::start::{Start, load};
-use crate::backend::cpu::Cpu;
+use super::start::{Start, load, on_cpu};
 use crate::backend::{AdamW, Backend, Sample};
 use crate::dataset::{Augment, PackedDataset, Split};
 use crate::error::Kind;
@@ -67,8 +66,7 @@ pub fn run(
     let prepared = inputs.model.prepare(options, &Progress::silent())?;
     let batch = options.batch_size.min(inputs.split.train.len().max(1));
     let size = ModelOptions { size: inputs.data.size(), batch };
-    let mut model = Model::new(Cpu::<f32>::new(None)?, &prepared.config, size, &prepared.trainable);
-    load(&mut model, &prepared.tensors);
+    let model = on_cpu(&prepared.config, size, &prepared.trainable, &prepared.tensors)?;
     progress.detail(format!(
         "planned memory: {:.0} MB for micro-batches of {batch} images at {1} x {1}",
         model.planned_bytes() as f64 / 1e6,
@@ -313,7 +311,7 @@ impl<B: Backend> Run<'_, B> {
         let mut tensors = checkpoint::stored(&self.model);
         let mut best = checkpoint::read_tensors(self.out, self.state.best_step, self.options)?;
         if self.options.protocol == Protocol::Notebook {
-            if matches!(self.options.method, Method::Lora(_)) {
+            if matches!(&self.options.method, Method::Lora(lora) if !lora.train_head) {
                 best.retain(|name, _| !name.contains("running_") && name != BATCH_COUNTER);
             }
             tensors.extend(best);
