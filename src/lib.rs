@@ -9,12 +9,14 @@ pub mod backend;
 pub mod cli;
 pub mod dataset;
 pub mod error;
+pub mod files;
 pub mod formats;
 pub mod lora;
 pub mod progress;
 pub mod random;
 pub mod report;
 pub mod segformer;
+mod system;
 pub mod train;
 
 pub use error::{Error, Result};

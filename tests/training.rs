@@ -66,7 +66,7 @@ fn start(config: &SegformerConfig, lora: Option<&LoraOptions>) -> Start {
         Adapter { config, tensors: factors, sidecar: StateDict::new() }
     });
     let checkpoint = Checkpoint { config: config.clone(), tensors };
-    Start { name: "formula".into(), weights: Weights::Checkpoint(checkpoint), adapter }
+    Start { name: "formula".into(), weights: Weights::Checkpoint(checkpoint), adapter, adapter_name: String::new() }
 }
 
 fn lora_options(rank: usize, alpha: f64) -> LoraOptions {
@@ -277,7 +277,12 @@ fn a_resumed_run_is_bit_equal() {
     let lora = LoraOptions { dropout: 0.1, train_head: true, ..lora_options(4, 8.0) };
     for (name, method) in [("fft", Method::Fft), ("lora", Method::Lora(lora))] {
         let options = TrainOptions { method, ..fft.clone() };
-        let start = Start { name: "random".into(), weights: Weights::Random(config.clone()), adapter: None };
+        let start = Start {
+            name: "random".into(),
+            weights: Weights::Random(config.clone()),
+            adapter: None,
+            adapter_name: String::new(),
+        };
         let inputs = Inputs { data: &data, split: &split, model: &start };
         let whole = scratch.path().join(format!("{name}-whole"));
         let record = run(name, &options, &inputs, &whole, &Progress::quiet()).expect("trained");
@@ -314,7 +319,8 @@ fn threads_do_not_change_a_bit() {
     let data = packed(scratch.path(), 10, 64);
     let split = Split::seeded(data.len(), 0.8, 3);
     let (config, options) = small();
-    let start = Start { name: "random".into(), weights: Weights::Random(config), adapter: None };
+    let start =
+        Start { name: "random".into(), weights: Weights::Random(config), adapter: None, adapter_name: String::new() };
     let inputs = Inputs { data: &data, split: &split, model: &start };
     let results: Vec<_> = (1..=3)
         .map(|threads| {
@@ -368,7 +374,8 @@ fn divergence_is_an_error() {
     let split = Split::seeded(data.len(), 0.8, 3);
     let (config, options) = small();
     let options = TrainOptions { lr: 1e30, warmup_ratio: 0.0, ..options };
-    let start = Start { name: "random".into(), weights: Weights::Random(config), adapter: None };
+    let start =
+        Start { name: "random".into(), weights: Weights::Random(config), adapter: None, adapter_name: String::new() };
     let inputs = Inputs { data: &data, split: &split, model: &start };
     let error = run("run", &options, &inputs, &scratch.path().join("out"), &Progress::quiet()).expect_err("diverged");
     assert_eq!(error.kind, segpeft_native::error::Kind::Diverged, "{error}");

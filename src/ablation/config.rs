@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::source::Identity;
-use super::write_whole;
 use crate::dataset::{PackedDataset, Split};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::train::options::TrainOptions;
 
 const FILE: &str = "run_config.json";
@@ -90,9 +90,7 @@ impl RunConfig {
     /// # Errors
     /// [`Kind::Io`](crate::error::Kind::Io) if the file cannot be written.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        let path = folder.join(FILE);
-        let text = serde_json::to_string_pretty(self).map_err(|e| Error::io(&path, "write the file", e.into()))?;
-        write_whole(&path, (text + "\n").as_bytes())
+        files::replace_json(&folder.join(FILE), self)
     }
 
     /// Refuses a folder that holds a begun or finished run of another configuration. Paths and the program's version may

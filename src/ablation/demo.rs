@@ -16,12 +16,12 @@ use crate::train::options::{Method, TrainOptions};
 pub const FOLDER: &str = "segpeft-demo";
 
 /// Side of the drawn images, pixels.
-const SIZE: usize = 128;
+const SIZE: usize = 96;
 /// Drawn images to pretrain on, and to adapt to.
-const SOURCE_IMAGES: usize = 80;
-const TARGET_IMAGES: usize = 60;
-const SOURCE_EPOCHS: usize = 8;
-const TARGET_EPOCHS: usize = 6;
+const SOURCE_IMAGES: usize = 160;
+const TARGET_IMAGES: usize = 100;
+const SOURCE_EPOCHS: usize = 10;
+const TARGET_EPOCHS: usize = 12;
 const BATCH_SIZE: usize = 8;
 const SOURCE_LR: f64 = 2e-3;
 const TARGET_LR: f64 = 1e-3;
@@ -73,8 +73,11 @@ pub fn setup(out: &Path, size: Option<usize>, grid: &TrainOptions, progress: &Pr
     };
     let name = "source-model";
     let model = folder.join(name);
-    progress.info("demo: a small model is trained on the source images, so that there is something to adapt");
-    let setup = Setup::open(&source, &cache, Some(size), &random, None, progress)?;
-    run_one(&setup, name, &pretraining, &SplitPlan::Seeded, 0, &model, progress)?;
+    progress.info("demo: a small model is first trained on plainer pictures, so that there is something to adapt");
+    let part = progress.part("[demo]".into());
+    let setup = Setup::open(&source, &cache, Some(size), &random, None, &part)?;
+    let record = run_one(&setup, name, &pretraining, &SplitPlan::Seeded, 0, &model, &part)?;
+    let dice = record.final_evaluation.eval_mean_dice.unwrap_or(f64::NAN);
+    progress.info(format!("demo: it reaches Dice {dice:.4} there; now every configuration adapts it to drawn polyps"));
     Setup::open(&target, &cache, Some(size), &ModelSource::Path(model.join("final")), None, progress)
 }

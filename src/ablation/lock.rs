@@ -5,6 +5,7 @@ use std::io::{Read, Seek, Write};
 use std::path::Path;
 
 use crate::error::{Error, Kind, Result};
+use crate::files;
 use crate::progress::Progress;
 
 /// A held lock; let go when dropped or when the process ends, however it ends.
@@ -49,7 +50,7 @@ impl Lock {
 }
 
 fn open(folder: &Path, path: &Path) -> Result<File> {
-    std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, "create the folder", e))?;
+    files::create_folder(folder)?;
     OpenOptions::new()
         .read(true)
         .write(true)

@@ -5,16 +5,10 @@ pub mod demo;
 pub mod lock;
 mod runner;
 pub mod source;
-mod table;
 
 pub use config::RunConfig;
 pub use runner::{GridOutcome, GridPlan, Setup, SplitPlan, open_data, run_grid, run_one, write_summary};
-pub use table::{duration, results_table};
 
-use std::io::Write;
-use std::path::Path;
-
-use crate::error::{Error, Result};
 use crate::train::options::{LoraOptions, Method};
 
 /// Ranks of the published grid.
@@ -49,19 +43,6 @@ pub fn run_name(method: &Method) -> String {
     }
 }
 
-/// Writes `bytes` to `path` through a temporary file in the same folder, so that no reader ever sees half of it.
-pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = path.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
-    let written = std::fs::File::create(&temporary)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .and_then(|()| std::fs::rename(&temporary, path));
-    written.map_err(|e| {
-        let _ = std::fs::remove_file(&temporary);
-        Error::io(path, "write the file", e)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -84,14 +65,5 @@ mod tests {
         let runs = grid(&[4, 4], &[0.5, 0.375], false, &lora());
         let names: Vec<&str> = runs.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["lora_r4_alpha2", "lora_r4_alpha1.5"]);
-    }
-
-    #[test]
-    fn a_failed_write_leaves_nothing_behind() {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::create_dir(folder.path().join("a")).unwrap();
-        std::fs::write(folder.path().join("a/b"), "").unwrap();
-        assert!(write_whole(&folder.path().join("a"), b"x").is_err());
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 }

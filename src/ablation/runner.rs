@@ -7,10 +7,10 @@ use std::time::Instant;
 use super::config::{DataIdentity, RunConfig, SplitIdentity};
 use super::lock::Lock;
 use super::source::{ModelSource, Source};
-use super::{duration, write_whole};
 use crate::dataset::{self, PackedDataset, Split};
 use crate::error::{Error, Kind, Result};
-use crate::progress::{Progress, interrupted};
+use crate::files;
+use crate::progress::{Progress, duration, interrupted};
 use crate::report;
 use crate::train::options::{Method, Protocol, TrainOptions};
 use crate::train::record::RunRecord;
@@ -56,6 +56,14 @@ impl Setup {
         Ok(Self { data: packed, data_identity, source })
     }
 
+    /// Says what a run with `options` trains; `grid`: for all ranks at once.
+    ///
+    /// # Errors
+    /// Those of [`train::Start::announce`].
+    pub fn announce(&self, options: &TrainOptions, grid: bool, progress: &Progress) -> Result<()> {
+        self.source.start.announce(options, grid, progress)
+    }
+
     fn config(&self, name: &str, options: &TrainOptions, split: &Split) -> RunConfig {
         RunConfig {
             name: name.into(),
@@ -77,6 +85,9 @@ pub fn open_data(data: &Path, cache: &Path, size: Option<usize>, progress: &Prog
     // A packed file needs no cache; only what will be packed makes the folder.
     let packs = data.is_dir() || data.extension().is_some_and(|e| e.eq_ignore_ascii_case("zip"));
     let _lock = packs.then(|| Lock::wait(cache, ".lock", "prepare the data", progress)).transpose()?;
+    if packs {
+        files::remove_unfinished(cache);
+    }
     dataset::open_or_prepare(data, cache, size, progress)
 }
 
@@ -134,12 +145,14 @@ pub fn run_one(
     progress: &Progress,
 ) -> Result<RunRecord> {
     let _lock = Lock::folder(folder)?;
+    files::remove_unfinished(folder);
+    files::remove_unfinished(&folder.join("final"));
     let split = split.split(options, index, &setup.data)?;
     let config = setup.config(name, options, &split);
     config.check(folder)?;
     let result = folder.join(RESULT);
     if result.exists() {
-        let record = read_record(&result)?;
+        let record = report::read_record(&result)?;
         if !folder.join(format!("{name}_results.zip")).exists() {
             report::run::finish(folder, &record)?;
         }
@@ -155,7 +168,7 @@ pub fn run_one(
         Err(error) if error.kind == Kind::Diverged => {
             let report =
                 serde_json::json!({ "name": name, "error": error.to_string(), "exit_code": error.exit_code() });
-            write_whole(&failure, format!("{report:#}\n").as_bytes())?;
+            files::replace_json(&failure, &report)?;
         }
         Ok(_) if failure.exists() => {
             std::fs::remove_file(&failure).map_err(|e| Error::io(&failure, "remove the file", e))?;
@@ -166,12 +179,6 @@ pub fn run_one(
         Kind::Interrupted => Error::new(Kind::Interrupted, format!("{name}: interrupted; the same command continues")),
         _ => error,
     })
-}
-
-fn read_record(path: &Path) -> Result<RunRecord> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, "read the file", e))?;
-    serde_json::from_str(&text)
-        .map_err(|e| Error::input(path, format!("not a run's result ({e}); delete its folder to train the run anew")))
 }
 
 fn stop_if_interrupted() -> Result<()> {
@@ -220,6 +227,11 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
         setup.config(name, &options(index), &split).check(&out.join(name))?;
     }
     warn_of_strangers(setup, plan, progress)?;
+    // LoRA's if there is one: it says more.
+    let adapted = plan.selected.iter().find(|&&index| plan.runs[index].1 != Method::Fft).or(plan.selected.first());
+    if let Some(&index) = adapted {
+        setup.announce(&options(index), true, progress)?;
+    }
     if plan.options.protocol == Protocol::Strict || plan.split != SplitPlan::Seeded {
         let _lock = Lock::wait(out, ".summary.lock", "write the split", progress)?;
         plan.split.split(&plan.options, 0, &setup.data)?.write(out, &setup.data)?;
@@ -230,11 +242,13 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
     for (position, &index) in plan.selected.iter().enumerate() {
         let (name, _) = &plan.runs[index];
         let label = format!("[{}/{}] {name}", position + 1, plan.selected.len());
-        progress.info(format!("{label}: {}", out.join(name).display()));
-        match run_one(setup, name, &options(index), &plan.split, index, &out.join(name), progress) {
+        let before = if out.join(name).join(RESULT).exists() { "finished before, kept: " } else { "" };
+        let part = progress.part(format!("[{}/{}]", position + 1, plan.selected.len()));
+        match run_one(setup, name, &options(index), &plan.split, index, &out.join(name), &part) {
             Ok(record) => {
                 let dice = record.final_evaluation.eval_mean_dice.map_or("-".into(), |dice| format!("{dice:.4}"));
-                progress.info(format!("{label}: Dice {dice} in {}", duration(record.training_time)));
+                let (epoch, time) = (record.best_epoch, duration(record.training_time));
+                progress.info(format!("{label}: {before}Dice {dice} (epoch {epoch}), trained in {time}"));
             }
             Err(error) if error.kind == Kind::Busy => {
                 progress.info(format!("{label}: skipped: {error}"));
@@ -279,6 +293,7 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
 /// Those of reading the results and writing the report.
 pub fn write_summary(out: &Path, progress: &Progress) -> Result<Vec<RunRecord>> {
     let _lock = Lock::wait(out, ".summary.lock", "write the summary", progress)?;
+    files::remove_unfinished(out);
     let records = report::read_records(out)?;
     if !records.is_empty() {
         report::grid::write(out, &records)?;

@@ -57,7 +57,7 @@ impl Source {
         let model = Identity { path, fingerprint };
         let Some(path) = adapter else {
             return Ok(Self {
-                start: Start { name: model.path.clone(), weights, adapter: None },
+                start: Start { name: model.path.clone(), weights, adapter: None, adapter_name: String::new() },
                 model,
                 adapter: None,
             });
@@ -68,7 +68,12 @@ impl Source {
         let fingerprint = identify(&adapter.config.scale(), &tensors);
         let identity = Identity { path: path.display().to_string(), fingerprint };
         Ok(Self {
-            start: Start { name: model.path.clone(), weights, adapter: Some(adapter) },
+            start: Start {
+                name: model.path.clone(),
+                weights,
+                adapter: Some(adapter),
+                adapter_name: identity.path.clone(),
+            },
             model,
             adapter: Some(identity),
         })

@@ -62,6 +62,11 @@ pub fn count(text: &str) -> Parsed<usize> {
     integer(text, 1, 65_536)
 }
 
+/// Images of a batch that exists in memory, whatever the dataset.
+pub fn images(text: &str) -> Parsed<usize> {
+    integer(text, 1, 1024)
+}
+
 pub fn threads(text: &str) -> Parsed<usize> {
     integer(text, 1, 1024)
 }

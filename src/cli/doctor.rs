@@ -4,7 +4,9 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::{Context, args, output};
+use crate::backend::cpu::simd_level;
 use crate::error::Result;
+use crate::system::{available_memory, proc_bytes};
 use crate::train::{self, StepKind};
 
 /// Say what this machine and this build can do, or time training steps
@@ -21,7 +23,7 @@ pub struct Doctor {
     #[arg(long, value_name = "PIXELS", default_value = "512", value_parser = args::size, requires = "step")]
     size: usize,
     /// Images per step
-    #[arg(long, value_name = "IMAGES", default_value = "4", value_parser = args::count, requires = "step")]
+    #[arg(long, value_name = "IMAGES", default_value = "4", value_parser = args::images, requires = "step")]
     batch_size: usize,
     /// Steps to time, after one that is not counted
     #[arg(long, value_name = "N", default_value = "5", value_parser = args::count, requires = "step")]
@@ -43,7 +45,7 @@ struct Machine {
     optimised_build: bool,
     cores: usize,
     threads: usize,
-    simd: Vec<&'static str>,
+    vector_code: &'static str,
     memory_bytes: Option<u64>,
     memory_available_bytes: Option<u64>,
     cuda_backend: bool,
@@ -60,7 +62,7 @@ struct Timing {
     seconds: Vec<f64>,
     median_seconds: f64,
     images_per_second: f64,
-    peak_memory_bytes: Option<u64>,
+    peak_rss_bytes: Option<u64>,
 }
 
 impl Doctor {
@@ -92,13 +94,13 @@ impl Doctor {
             images_per_second: self.batch_size as f64 / median_seconds,
             median_seconds,
             seconds,
-            peak_memory_bytes: proc_bytes("/proc/self/status", "VmHWM:"),
+            peak_rss_bytes: proc_bytes("/proc/self/status", "VmHWM:"),
         };
         context.result(&timing, || {
             output::fields(&[
                 ("median step", format!("{:.3} s", timing.median_seconds)),
                 ("images/s", format!("{:.2}", timing.images_per_second)),
-                ("peak memory", gigabytes(timing.peak_memory_bytes)),
+                ("peak memory", gigabytes(timing.peak_rss_bytes)),
                 ("threads", timing.threads.to_string()),
             ])
         })
@@ -109,7 +111,7 @@ impl Machine {
     fn look() -> Self {
         let nvidia_gpus = std::fs::read_dir("/proc/driver/nvidia/gpus").map_or(0, |entries| entries.count());
         let optimised_build = !cfg!(debug_assertions);
-        let simd = simd();
+        let vector_code = simd_level();
         let mut notes = Vec::new();
         if nvidia_gpus > 0 {
             notes.push("an NVIDIA GPU is here, but this build has no CUDA backend: training runs on the CPU".into());
@@ -122,7 +124,7 @@ impl Machine {
         if !optimised_build {
             notes.push("this is a debug build, many times slower: build with `cargo build --release`".into());
         }
-        if cfg!(target_arch = "x86_64") && !simd.contains(&"avx2") {
+        if cfg!(target_arch = "x86_64") && !vector_code.starts_with("AVX") {
             notes.push("this processor has no AVX2: training will be slow".into());
         }
         Self {
@@ -131,9 +133,9 @@ impl Machine {
             optimised_build,
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             threads: rayon::current_num_threads(),
-            simd,
+            vector_code,
             memory_bytes: proc_bytes("/proc/meminfo", "MemTotal:"),
-            memory_available_bytes: proc_bytes("/proc/meminfo", "MemAvailable:"),
+            memory_available_bytes: available_memory(),
             cuda_backend: false,
             nvidia_gpus,
             notes,
@@ -147,7 +149,7 @@ impl Machine {
             ("version", format!("{} ({}, {build})", self.version, self.target)),
             ("cores", self.cores.to_string()),
             ("threads", format!("{} (--threads N to change)", self.threads)),
-            ("vector code", if self.simd.is_empty() { "portable".into() } else { self.simd.join(" ") }),
+            ("vector code", self.vector_code.into()),
             ("memory", format!("{}, {available} available", gigabytes(self.memory_bytes))),
             ("CUDA backend", "none in this build".into()),
             ("NVIDIA GPUs", self.nvidia_gpus.to_string()),
@@ -157,28 +159,6 @@ impl Machine {
         }
         text
     }
-}
-
-/// Vector extensions of this processor that matter here.
-fn simd() -> Vec<&'static str> {
-    #[cfg(target_arch = "x86_64")]
-    let found = [
-        ("avx2", is_x86_feature_detected!("avx2")),
-        ("fma", is_x86_feature_detected!("fma")),
-        ("avx512f", is_x86_feature_detected!("avx512f")),
-        ("avx512vl", is_x86_feature_detected!("avx512vl")),
-        ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
-    ];
-    #[cfg(not(target_arch = "x86_64"))]
-    let found = [("neon", cfg!(target_feature = "neon"))];
-    found.into_iter().filter_map(|(name, here)| here.then_some(name)).collect()
-}
-
-/// A field of a file such as `/proc/meminfo`, which counts in kB. None on systems without such files.
-fn proc_bytes(file: &str, field: &str) -> Option<u64> {
-    let text = std::fs::read_to_string(file).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
-    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 fn gigabytes(bytes: Option<u64>) -> String {

@@ -6,11 +6,11 @@ use clap::{Args, ValueEnum};
 
 use super::args::{self, DeviceArgs};
 use super::{Context, output};
-use crate::ablation::duration;
 use crate::ablation::open_data;
 use crate::ablation::source::{ModelSource, Source};
 use crate::dataset::Split;
 use crate::error::{Error, Result};
+use crate::progress::duration;
 use crate::train;
 
 /// Evaluate a model, with or without an adapter, on a dataset

@@ -52,7 +52,7 @@ impl Export {
         let what = match (&self.model, &self.adapter) {
             (Some(model), adapter) if self.merge || adapter.is_none() => {
                 let source = Source::open(&ModelSource::Path(model.clone()), adapter.as_deref())?;
-                let merged = train::merged(&source.start)?;
+                let merged = train::merged(&source.start, &context.progress)?;
                 formats::checkpoint::write(&self.out, &merged.config, &merged.tensors, self.size)?;
                 if self.merge { "merged model" } else { "model" }
             }

@@ -13,9 +13,9 @@ use super::args::{self, DeviceArgs};
 use super::output::path;
 use super::{Context, output};
 use crate::ablation::source::{ModelSource, Source};
-use crate::ablation::write_whole;
 use crate::dataset;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::formats::{self, HostData, HostTensor, StateDict};
 use crate::train::Predictor;
 
@@ -60,12 +60,12 @@ impl Predict {
     pub fn run(&self, context: &Context) -> Result<()> {
         self.device.check()?;
         let pictures = pictures(&self.images)?;
+        let source = Source::open(&ModelSource::Path(self.model.clone()), self.adapter.as_deref())?;
+        let mut predictor = Predictor::new(&source.start, self.size, &context.progress)?;
         let (masks, overlays) = (self.out.join("masks"), self.out.join("overlays"));
         for folder in [&masks, &overlays] {
-            std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, "create the folder", e))?;
+            files::create_folder(folder)?;
         }
-        let source = Source::open(&ModelSource::Path(self.model.clone()), self.adapter.as_deref())?;
-        let mut predictor = Predictor::new(&source.start, self.size)?;
         let (labels, side) = (predictor.labels(), self.size / 4);
         let mut kept = StateDict::new();
         let mut rows = Vec::new();
@@ -198,7 +198,7 @@ fn write_png(path: &Path, pixels: &[u8], (width, height): (usize, usize), kind: 
     PngEncoder::new(&mut bytes)
         .write_image(pixels, width as u32, height as u32, kind)
         .map_err(|e| Error::input(path, format!("cannot be encoded as PNG: {e}")))?;
-    write_whole(path, bytes.get_ref())
+    files::replace(path, bytes.get_ref())
 }
 
 #[cfg(test)]

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{Context, args, output};
-use crate::ablation::duration;
+use super::{Context, args, output, signals};
 use crate::dataset;
 use crate::error::Result;
+use crate::progress::duration;
 
 /// Pack an archive or folder of images and masks into one file for training
 ///
@@ -33,6 +33,7 @@ pub struct Prepare {
 
 impl Prepare {
     pub fn run(&self, context: &Context) -> Result<()> {
+        signals::install(&context.progress)?;
         let summary = dataset::prepare(&self.source, &self.out, self.size, &context.progress)?;
         context.result(&summary, || {
             output::fields(&[

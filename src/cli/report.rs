@@ -7,9 +7,9 @@ use serde_json::json;
 
 use super::Context;
 use super::output::path;
-use crate::ablation::{results_table, write_summary};
+use crate::ablation::write_summary;
 use crate::error::{Error, Result};
-use crate::report;
+use crate::report::{self, results_table};
 
 /// Rebuild tables, figures and page from the finished runs in a folder
 #[derive(Args)]

@@ -7,9 +7,11 @@ use clap::Args;
 use super::args::{self, FileArgs, LoraArgs, MethodName, TrainingArgs};
 use super::{Context, signals};
 use crate::ablation::source::ModelSource;
-use crate::ablation::{self, Setup, results_table};
+use crate::ablation::{self, Setup};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::formats;
+use crate::report::results_table;
 use crate::train::options::{LoraOptions, Method, TrainOptions};
 
 /// Train one configuration
@@ -67,7 +69,7 @@ impl Train {
         };
         signals::install(&context.progress)?;
         // Made first, so that its full name is known even for `--out .`.
-        std::fs::create_dir_all(&self.out).map_err(|e| Error::io(&self.out, "create the folder", e))?;
+        files::create_folder(&self.out)?;
         let full = self.out.canonicalize().map_err(|e| Error::io(&self.out, "find the folder", e))?;
         let name = full.file_name().map_or_else(|| "run".into(), |name| name.to_string_lossy().into_owned());
         let beside = self.out.parent().filter(|_| self.out.file_name().is_some()).unwrap_or(Path::new(".."));
@@ -80,6 +82,7 @@ impl Train {
             &context.progress,
         )?;
         let split = self.files.split_plan();
+        setup.announce(&options, false, &context.progress)?;
         let record = ablation::run_one(&setup, &name, &options, &split, 0, &self.out, &context.progress)?;
         context.result(&record, || {
             format!("{}results: {}\n", results_table(std::slice::from_ref(&record)), self.out.display())

@@ -1,6 +1,5 @@
 //! From images on disk to samples in memory: read a source, resize, pack, memory-map, split, augment.
 
-mod atomic;
 mod augment;
 mod decode;
 pub mod demo;

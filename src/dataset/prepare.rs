@@ -12,9 +12,10 @@ use serde::Serialize;
 use super::packed::{self, Writer, record_len};
 use super::resize::{resize_bilinear_into, resize_nearest_into};
 use super::source::{Pair, Source};
-use super::{PackedDataset, atomic, decode};
-use crate::progress::Progress;
-use crate::{Error, Result};
+use super::{PackedDataset, decode};
+use crate::error::Kind;
+use crate::progress::{Progress, interrupted};
+use crate::{Error, Result, files};
 
 /// Side of the packed images where none is asked for.
 const DEFAULT_SIZE: usize = 512;
@@ -43,7 +44,7 @@ pub struct PrepareSummary {
 /// # Errors
 /// [`crate::error::Kind::Usage`] for an impossible size or output; [`crate::error::Kind::Input`] for a source of another
 /// layout, unpaired or unequal images and masks, or an unreadable picture; [`crate::error::Kind::Io`] if `out` cannot be
-/// written.
+/// written; [`crate::error::Kind::Interrupted`] on a signal.
 pub fn prepare(source: &Path, out: &Path, size: usize, progress: &Progress) -> Result<PrepareSummary> {
     packed::check_size(size)?;
     if is_packed_file(source) {
@@ -114,7 +115,7 @@ fn cache_file(source: &Path, cache: &Path, size: usize) -> PathBuf {
 }
 
 fn pack_file(source: &Source, out: &Path, size: usize, progress: &Progress) -> Result<PrepareSummary> {
-    atomic::write(out, |file| pack(source, file, out, size, progress))
+    files::replace_with(out, |file| pack(source, file, out, size, progress))
 }
 
 /// Packs into `file`, which stands for `out` in messages.
@@ -138,6 +139,12 @@ fn pack<W: Write + Seek + Send>(
         .map_init(
             || vec![0; record_len(size)],
             |record, (i, pair)| {
+                if interrupted() {
+                    return Err(Error::new(
+                        Kind::Interrupted,
+                        "interrupted while packing; the same command begins again",
+                    ));
+                }
                 fill_record(source, pair, size, record)?;
                 let checksum = crc32fast::hash(record);
                 writer.lock().expect("no writer panics").record(i, record, checksum).map_err(full)?;
@@ -187,7 +194,6 @@ fn fill_record(source: &Source, pair: &Pair, size: usize, record: &mut [u8]) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Kind;
     use std::io::{self, SeekFrom};
 
     /// A disk with room for `room` bytes.

@@ -1,12 +1,12 @@
 //! Which images train and which validate.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::Path;
 
-use super::{PackedDataset, atomic};
+use super::PackedDataset;
 use crate::random::{Philox, Purpose};
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 /// Bytes of the longest list of names accepted.
 const MAX_LIST: u64 = 64 << 20;
@@ -78,9 +78,7 @@ impl Split {
         for (file, indices) in [(TRAIN, &self.train), (VAL, &self.val)] {
             let path = dir.join(file);
             let text: String = indices.iter().flat_map(|&i| [data.name(i), "\n"]).collect();
-            atomic::write(&path, |out| {
-                out.write_all(text.as_bytes()).map_err(|e| Error::io(&path, "write the list of images", e))
-            })?;
+            files::replace(&path, text.as_bytes())?;
         }
         Ok(())
     }

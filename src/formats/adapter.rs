@@ -12,6 +12,7 @@ use super::element::quoted;
 use super::names::{self, matches};
 use super::{HfNames, HostTensor, PT_METADATA, StateDict, file, read_safetensors, write_safetensors};
 use crate::error::{Error, Result};
+use crate::files;
 
 /// What every tensor's name begins with in peft's files.
 const PREFIX: &str = "base_model.model.";
@@ -91,7 +92,7 @@ pub fn read(dir: &Path) -> Result<Adapter> {
 /// # Errors
 /// `dir` cannot be written.
 pub fn write(dir: &Path, adapter: &Adapter, names: HfNames) -> Result<()> {
-    file::create_dir(dir)?;
+    files::create_folder(dir)?;
     type Rename = fn(&str) -> String;
     let (name, pattern): (Rename, Rename) = match names {
         HfNames::V4 => (names::to_v4, names::pattern_to_v4),
@@ -112,7 +113,7 @@ pub fn write(dir: &Path, adapter: &Adapter, names: HfNames) -> Result<()> {
     let config = &adapter.config;
     let targets = covering(config.target_modules.iter().map(|p| pattern(p)).collect(), &modules);
     let saved: Vec<String> = config.modules_to_save.iter().map(|p| pattern(p)).collect();
-    file::write_json(&dir.join(CONFIG), &config_file(config, &targets, &saved))
+    files::replace_json(&dir.join(CONFIG), &config_file(config, &targets, &saved))
 }
 
 /// The modules that have factors.

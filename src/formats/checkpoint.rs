@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use super::element::quoted;
-use super::{PT_METADATA, StateDict, config, file, names, read_safetensors, read_torch, write_safetensors};
+use super::{PT_METADATA, StateDict, config, names, read_safetensors, read_torch, write_safetensors};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::segformer::SegformerConfig;
 
 /// A full model.
@@ -37,15 +38,17 @@ pub fn read(path: &Path) -> Result<Checkpoint> {
 }
 
 /// Writes a model into `dir` (made if missing) as transformers 4 and 5 read it: `config.json`, `preprocessor_config.json` for
-/// images of `image_size` x `image_size` pixels, `model.safetensors`. Each file replaces its predecessor in one step.
+/// images of `image_size` x `image_size` pixels, `model.safetensors`. Each file replaces its predecessor in one step, `config.json`
+/// last.
 ///
 /// # Errors
 /// `dir` cannot be written.
 pub fn write(dir: &Path, config: &SegformerConfig, tensors: &StateDict, image_size: usize) -> Result<()> {
-    file::create_dir(dir)?;
-    config::write(&dir.join("config.json"), config)?;
+    files::create_folder(dir)?;
+    // The large file first: where the disk is full, nothing is left.
+    write_safetensors(&dir.join("model.safetensors"), tensors, PT_METADATA)?;
     config::write_preprocessor(&dir.join("preprocessor_config.json"), image_size)?;
-    write_safetensors(&dir.join("model.safetensors"), tensors, PT_METADATA)
+    config::write(&dir.join("config.json"), config)
 }
 
 /// The weights file of a model's folder.

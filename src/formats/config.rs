@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use super::element::quoted;
 use super::file;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::segformer::SegformerConfig;
 
 /// Reads and validates a SegFormer's `config.json`. Fields that do not shape the network are ignored.
@@ -60,7 +61,7 @@ pub(super) fn write(path: &Path, config: &SegformerConfig) -> Result<()> {
         dtype: &'a str,
     }
     let ids = config.id2label.iter().filter_map(|(id, name)| Some((name.as_str(), id.parse().ok()?)));
-    file::write_json(
+    files::replace_json(
         path,
         &ConfigFile {
             architectures: ["SegformerForSemanticSegmentation"],
@@ -76,7 +77,7 @@ pub(super) fn write(path: &Path, config: &SegformerConfig) -> Result<()> {
 
 /// Writes `preprocessor_config.json`: images resized to `size` x `size` pixels, rescaled to 0..1, ImageNet mean and deviation.
 pub(super) fn write_preprocessor(path: &Path, size: usize) -> Result<()> {
-    file::write_json(
+    files::replace_json(
         path,
         &json!({
             "image_processor_type": "SegformerImageProcessor",

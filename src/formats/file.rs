@@ -1,11 +1,10 @@
-//! Opening, mapping and replacing files.
+//! Opening, mapping and reading files.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::Path;
 
 use memmap2::Mmap;
-use serde::Serialize;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
@@ -51,34 +50,4 @@ pub(super) fn read_json(path: &Path) -> Result<serde_json::Map<String, Value>> {
         Ok(_) => Err(Error::input(path, "is not a JSON object; fetch the file again")),
         Err(e) => Err(Error::input(path, format!("is not valid JSON ({e}); fetch the file again"))),
     }
-}
-
-/// Writes `value` as indented JSON in place of `path`.
-pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let mut text = serde_json::to_vec_pretty(value)
-        .map_err(|e| Error::new(crate::error::Kind::Internal, format!("{}: {e}", path.display())))?;
-    text.push(b'\n');
-    replace(path, &text)
-}
-
-/// Puts `bytes` in place of `path` in one step: readers see the old contents or the new, and a failure leaves the old.
-pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut name = std::ffi::OsString::from(".");
-    name.push(path.file_name().unwrap_or_default());
-    name.push(format!(".{}.tmp", std::process::id()));
-    let temporary = path.with_file_name(name);
-    let written = File::create(&temporary).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.sync_all()
-    });
-    written.and_then(|()| fs::rename(&temporary, path)).map_err(|e| {
-        // Best effort: the write has failed already, and that is what is reported.
-        let _ = fs::remove_file(&temporary);
-        Error::io(path, "write", e)
-    })
-}
-
-/// Creates `dir` and its parents.
-pub(super) fn create_dir(dir: &Path) -> Result<()> {
-    fs::create_dir_all(dir).map_err(|e| Error::io(dir, "create this folder", e))
 }

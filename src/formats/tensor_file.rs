@@ -9,6 +9,7 @@ use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, View};
 use super::element::{Element, MOST_DIMENSIONS, check_name, quoted};
 use super::{HostData, HostTensor, StateDict, file};
 use crate::error::{Error, Kind, Result};
+use crate::files;
 
 /// The metadata that transformers and peft expect in their files.
 pub const PT_METADATA: &[(&str, &str)] = &[("format", "pt")];
@@ -58,7 +59,7 @@ pub fn write_safetensors(path: &Path, tensors: &StateDict, metadata: &[(&str, &s
     let metadata: HashMap<String, String> = metadata.iter().map(|&(k, v)| (k.into(), v.into())).collect();
     let bytes = safetensors::serialize(tensors, (!metadata.is_empty()).then_some(metadata))
         .map_err(|e| Error::new(Kind::Internal, format!("{}: cannot encode: {}", path.display(), describe(&e))))?;
-    file::replace(path, &bytes)
+    files::replace(path, &bytes)
 }
 
 impl View for &HostTensor {

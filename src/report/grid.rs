@@ -1,17 +1,16 @@
 //! The whole grid: `summary.csv`, `summary.json`, `summary.md`, four figures and `index.html`.
 
 use std::fmt::Write as _;
-use std::io;
 use std::path::Path;
 
 use plotters::style::RGBColor;
 
-use super::files::replace_bytes;
 use super::page;
 use super::plot::{self, Axis, Figure, Marker, Series};
 use super::run::over_epochs;
 use super::summary::{self, Row, Summary};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::train::record::{HistoryRow, RunRecord};
 
 /// Pixels of a figure.
@@ -38,16 +37,13 @@ pub fn write(out: &Path, records: &[RunRecord]) -> Result<()> {
     let mut records = records.to_vec();
     super::sort(&mut records);
     let summary = Summary::new(&records);
-    let json = out.join("summary.json");
-    let text = serde_json::to_string_pretty(&summary)
-        .map_err(|e| Error::io(&json, "express the summary as JSON", io::Error::other(e)))?;
-    replace_bytes(&json, (text + "\n").as_bytes())?;
-    replace_bytes(&out.join("summary.csv"), csv(&summary.runs)?.as_bytes())?;
-    replace_bytes(&out.join("summary.md"), markdown(&summary).as_bytes())?;
+    files::replace_json(&out.join("summary.json"), &summary)?;
+    files::replace(&out.join("summary.csv"), csv(&summary.runs)?.as_bytes())?;
+    files::replace(&out.join("summary.md"), markdown(&summary).as_bytes())?;
     for (name, figure) in figures(&records, &summary) {
         figure.write(&out.join(name), FIGURE)?;
     }
-    replace_bytes(&out.join("index.html"), page::html(&summary).as_bytes())
+    files::replace(&out.join("index.html"), page::html(&summary).as_bytes())
 }
 
 /// The rows with all digits, one column per field.

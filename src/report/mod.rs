@@ -1,11 +1,13 @@
 //! Results to look at: per run a history, two plots and an archive; over the grid tables, four figures and a page.
 
-mod files;
 pub mod grid;
 mod page;
 mod plot;
 pub mod run;
 mod summary;
+mod table;
+
+pub use table::results_table;
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -39,7 +41,11 @@ pub fn read_records(out: &Path) -> Result<Vec<RunRecord>> {
     Ok(records)
 }
 
-fn read_record(path: &Path) -> Result<RunRecord> {
+/// The record of one finished run.
+///
+/// # Errors
+/// `Io` if it cannot be read, `Input` if it is not one of this program's.
+pub fn read_record(path: &Path) -> Result<RunRecord> {
     let mut text = Vec::new();
     File::open(path)
         .and_then(|file| file.take(LONGEST_RECORD + 1).read_to_end(&mut text))

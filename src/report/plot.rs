@@ -11,8 +11,8 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{FontTransform, register_font};
 
-use super::files::replace_bytes;
 use crate::error::{Error, Kind, Result};
+use crate::files;
 
 pub(super) const BLUE: RGBColor = RGBColor(31, 99, 181);
 pub(super) const ORANGE: RGBColor = RGBColor(214, 94, 0);
@@ -188,7 +188,7 @@ impl Figure {
         PngEncoder::new_with_quality(&mut png, CompressionType::Default, FilterType::NoFilter)
             .write_image(&pixels, size.0, size.1, ExtendedColorType::Rgb8)
             .map_err(|e| Error::io(path, "encode this plot", std::io::Error::other(e)))?;
-        replace_bytes(path, &png)
+        files::replace(path, &png)
     }
 
     /// Pixels (height, width, 3) RGB.

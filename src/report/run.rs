@@ -2,15 +2,15 @@
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
-use super::files::{replace, replace_bytes};
 use super::plot::{self, Axis, Figure, Marker, Series};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::train::record::{ExtraMetrics, HistoryRow, RunRecord};
 
 /// Pixels of a run's plots.
@@ -22,7 +22,7 @@ const PLOT: (u32, u32) = (960, 640);
 /// # Errors
 /// `Io` if the folder cannot be written.
 pub fn refresh(out: &Path, name: &str, history: &[HistoryRow]) -> Result<()> {
-    replace_bytes(&out.join("training_history.csv"), csv(history).as_bytes())?;
+    files::replace(&out.join("training_history.csv"), csv(history).as_bytes())?;
     losses(name, history).write(&out.join("Losses_over_Epochs.png"), PLOT)?;
     dice(name, history).write(&out.join("Dice_over_Epochs.png"), PLOT)
 }
@@ -37,11 +37,9 @@ pub fn refresh(out: &Path, name: &str, history: &[HistoryRow]) -> Result<()> {
 pub fn finish(out: &Path, record: &RunRecord) -> Result<()> {
     refresh(out, &record.name, &record.training_history)?;
     let metrics = out.join("all_metrics.json");
-    let mut json = serde_json::to_vec_pretty(record)
-        .map_err(|e| Error::io(&metrics, "express this record as JSON", io::Error::other(e)))?;
-    json.push(b'\n');
+    let json = files::json(&metrics, record)?;
     archive(out, &record.name, &json)?;
-    replace_bytes(&metrics, &json)
+    files::replace(&metrics, &json)
 }
 
 /// The history as comma-separated values: the notebook's 17 columns, then this program's. Numbers are written so that
@@ -159,30 +157,34 @@ fn dice(name: &str, history: &[HistoryRow]) -> Figure {
 
 /// Packs the folder of a run into `<name>_results.zip` in it, with `metrics` as its `all_metrics.json`.
 fn archive(out: &Path, name: &str, metrics: &[u8]) -> Result<()> {
-    let mut files = Vec::new();
-    collect(out, &mut PathBuf::new(), &mut files)?;
-    files.sort();
-    replace(&out.join(format!("{name}_results.zip")), |file| {
-        let mut zip = ZipWriter::new(file);
-        let text = SimpleFileOptions::default().compression_method(CompressionMethod::Deflated);
-        zip.start_file(format!("{name}/all_metrics.json"), text)?;
-        zip.write_all(metrics)?;
-        for path in &files {
-            let inside: Vec<_> = path.iter().map(|part| part.to_string_lossy()).collect();
-            // Pictures are compressed already, and weights hardly compress.
-            let packed = path.extension().is_some_and(|e| e == "png" || e == "safetensors");
-            let method = if packed { CompressionMethod::Stored } else { CompressionMethod::Deflated };
-            let mut source = File::open(out.join(path))?;
-            let large = source.metadata()?.len() >= u64::from(u32::MAX);
-            zip.start_file(
-                format!("{name}/{}", inside.join("/")),
-                SimpleFileOptions::default().compression_method(method).large_file(large),
-            )?;
-            io::copy(&mut source, &mut zip)?;
-        }
-        zip.finish()?;
-        Ok(())
+    let mut found = Vec::new();
+    collect(out, &mut PathBuf::new(), &mut found)?;
+    found.sort();
+    let path = out.join(format!("{name}_results.zip"));
+    files::replace_with(&path, |file| {
+        pack(out, name, metrics, &found, BufWriter::new(file)).map_err(|e| Error::io(&path, "write this archive", e))
     })
+}
+
+fn pack(out: &Path, name: &str, metrics: &[u8], files: &[PathBuf], file: impl Write + Seek) -> io::Result<()> {
+    let mut zip = ZipWriter::new(file);
+    let text = SimpleFileOptions::default().compression_method(CompressionMethod::Deflated);
+    zip.start_file(format!("{name}/all_metrics.json"), text)?;
+    zip.write_all(metrics)?;
+    for path in files {
+        let inside: Vec<_> = path.iter().map(|part| part.to_string_lossy()).collect();
+        // Pictures are compressed already, and weights hardly compress.
+        let packed = path.extension().is_some_and(|e| e == "png" || e == "safetensors");
+        let method = if packed { CompressionMethod::Stored } else { CompressionMethod::Deflated };
+        let mut source = File::open(out.join(path))?;
+        let large = source.metadata()?.len() >= u64::from(u32::MAX);
+        zip.start_file(
+            format!("{name}/{}", inside.join("/")),
+            SimpleFileOptions::default().compression_method(method).large_file(large),
+        )?;
+        io::copy(&mut source, &mut zip)?;
+    }
+    zip.finish()?.flush()
 }
 
 /// The files under `root/inside` that belong into the archive, as paths below `root`.

@@ -9,12 +9,11 @@ use serde::{Deserialize, Serialize};
 use super::options::{Method, TrainOptions};
 use super::record::HistoryRow;
 use crate::backend::Backend;
-use crate::error::Kind;
 use crate::formats::{
     self, Adapter, AdapterConfig, HostData, HostTensor, StateDict, read_safetensors, write_safetensors,
 };
 use crate::segformer::{BATCH_COUNTER, Id, Model, Moments, Role};
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 const STATE: &str = "trainer_state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -84,15 +83,14 @@ pub fn write_model<B: Backend>(model: &Model<B>, options: &TrainOptions, base_mo
                     (spec.name.clone(), HostTensor { shape: spec.shape.clone(), data })
                 })
                 .collect();
-            let in_head = |name: &str| name.starts_with("decode_head.");
-            if lora.train_head {
-                factors.extend(tensors(model, |name, role| in_head(name) && role != Role::Statistic));
-                factors.remove(BATCH_COUNTER);
-            }
-            // The classifier may have been made anew, and BatchNorm's statistics move: neither is in peft's file.
-            let sidecar = tensors(model, |name, role| {
-                in_head(name) && (lora.train_head || role == Role::Statistic || name.contains(".classifier."))
-            });
+            // peft's file holds a module that is trained as a whole with its buffers, and refuses to load without them. Of any
+            // other it loses BatchNorm's statistics, which move, and the classifier, which may have been made anew.
+            let sidecar = if lora.train_head {
+                factors.extend(tensors(model, |name, _| name.starts_with("decode_head.")));
+                StateDict::new()
+            } else {
+                tensors(model, |name, role| role == Role::Statistic || name.starts_with("decode_head.classifier."))
+            };
             let config = AdapterConfig {
                 r: lora.rank,
                 lora_alpha: lora.alpha,
@@ -110,7 +108,7 @@ pub fn write_model<B: Backend>(model: &Model<B>, options: &TrainOptions, base_mo
 /// Writes a whole checkpoint, which appears under its name only when complete.
 ///
 /// # Errors
-/// When it cannot be written.
+/// When it cannot be written; nothing is left of it then.
 pub fn save<B: Backend>(
     model: &Model<B>,
     moments: &Moments<B>,
@@ -121,28 +119,28 @@ pub fn save<B: Backend>(
 ) -> Result<()> {
     let target = folder(out, state.global_step);
     let unfinished = out.join(format!(".checkpoint-{}.unfinished", state.global_step));
-    remove(&unfinished)?;
-    fs::create_dir_all(&unfinished).map_err(|e| Error::io(&unfinished, "create the folder", e))?;
-    write_model(model, options, base_model, &unfinished)?;
-    let mut optimizer = StateDict::new();
-    for (i, (name, _)) in model.trained().enumerate() {
-        for (kind, moment) in [("exp_avg", &moments.first[i]), ("exp_avg_sq", &moments.second[i])] {
-            let data = model.backend().download(moment);
-            let tensor = HostTensor { shape: vec![data.len()], data: HostData::F32(data) };
-            optimizer.insert(format!("{kind}.{name}"), tensor);
+    files::remove_folder(&unfinished)?;
+    files::create_folder(&unfinished)?;
+    let written = (|| {
+        write_model(model, options, base_model, &unfinished)?;
+        let mut optimizer = StateDict::new();
+        for (i, (name, _)) in model.trained().enumerate() {
+            for (kind, moment) in [("exp_avg", &moments.first[i]), ("exp_avg_sq", &moments.second[i])] {
+                let data = model.backend().download(moment);
+                let tensor = HostTensor { shape: vec![data.len()], data: HostData::F32(data) };
+                optimizer.insert(format!("{kind}.{name}"), tensor);
+            }
         }
+        write_safetensors(&unfinished.join(OPTIMIZER), &optimizer, &[])?;
+        files::replace_json(&unfinished.join(STATE), state)?;
+        files::remove_folder(&target)?;
+        fs::rename(&unfinished, &target).map_err(|e| Error::io(&target, "put the checkpoint in place", e))
+    })();
+    if written.is_err() {
+        // Room on a full disk; what went wrong is reported already.
+        let _ = files::remove_folder(&unfinished);
     }
-    write_safetensors(&unfinished.join(OPTIMIZER), &optimizer, &[])?;
-    write_state(&unfinished, state)?;
-    remove(&target)?;
-    fs::rename(&unfinished, &target).map_err(|e| Error::io(&target, "put the checkpoint in place", e))
-}
-
-fn write_state(dir: &Path, state: &State) -> Result<()> {
-    let path = dir.join(STATE);
-    let text = serde_json::to_string_pretty(state)
-        .map_err(|e| Error::new(Kind::Internal, format!("cannot write {}: {e}", path.display())))?;
-    fs::write(&path, text + "\n").map_err(|e| Error::io(&path, "write the file", e))
+    written
 }
 
 /// Removes checkpoints beyond the newest and the best until `keep` are left.
@@ -155,7 +153,7 @@ pub fn prune(out: &Path, state: &State, keep: usize) -> Result<()> {
     let held = if state.global_step == state.best_step { 1 } else { 2 };
     let excess = steps.len().saturating_sub(keep.max(2) - held);
     for step in &steps[..excess] {
-        remove(&folder(out, *step))?;
+        files::remove_folder(&folder(out, *step))?;
     }
     Ok(())
 }
@@ -172,13 +170,6 @@ fn steps(out: &Path) -> Result<Vec<u64>> {
         .collect();
     steps.sort_unstable();
     Ok(steps)
-}
-
-fn remove(dir: &Path) -> Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(dir, "remove the folder", e)),
-        _ => Ok(()),
-    }
 }
 
 /// The newest checkpoint's state, if there is one.

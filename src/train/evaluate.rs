@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::metrics::Confusion;
 use super::record::HistoryRow;
-use super::start::{Start, load, merged};
+use super::start::{Start, merged, on_cpu};
 use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, Sample};
 use crate::dataset::{Augment, PackedDataset};
@@ -63,12 +63,10 @@ pub(super) fn sample(data: &PackedDataset, index: usize, augment: Augment) -> Sa
     Sample { index, pixels: data.pixels(index), labels: data.mask(index), augment }
 }
 
-fn model(start: &Start, size: usize) -> Result<Model<Cpu<f32>>> {
-    let checkpoint = merged(start)?;
+fn model(start: &Start, size: usize, progress: &Progress) -> Result<Model<Cpu<f32>>> {
+    let checkpoint = merged(start, progress)?;
     let options = ModelOptions { size, batch: BATCH.max(rayon::current_num_threads()) };
-    let mut model = Model::new(Cpu::new(None)?, &checkpoint.config, options, &Trainable::Nothing);
-    load(&mut model, &checkpoint.tensors);
-    Ok(model)
+    on_cpu(&checkpoint.config, options, &Trainable::Nothing, &checkpoint.tensors)
 }
 
 /// Evaluates a model on the images `indices` of `data`, without augmentation.
@@ -82,7 +80,7 @@ pub fn evaluate(
     batch_size: usize,
     progress: &Progress,
 ) -> Result<HistoryRow> {
-    let mut model = model(start, data.size())?;
+    let mut model = model(start, data.size(), progress)?;
     if model.config().num_labels() != 2 {
         return Err(Error::usage(format!(
             "--model: it tells {} classes apart, the dataset has 2; fine-tune it first (train)",
@@ -103,8 +101,8 @@ impl Predictor {
     ///
     /// # Errors
     /// When model and adapter do not fit together.
-    pub fn new(start: &Start, size: usize) -> Result<Self> {
-        Ok(Self { model: model(start, size)? })
+    pub fn new(start: &Start, size: usize, progress: &Progress) -> Result<Self> {
+        Ok(Self { model: model(start, size, progress)? })
     }
 
     /// Number of classes.

@@ -4,15 +4,14 @@ use std::time::Instant;
 
 use super::options::{LoraOptions, Method, TrainOptions};
 use super::run::adamw;
-use super::start::{Start, Weights, load};
+use super::start::{Start, Weights, on_cpu};
 use crate::Result;
 use crate::backend::Sample;
-use crate::backend::cpu::Cpu;
 use crate::dataset::Augment;
 use crate::lora;
 use crate::progress::Progress;
 use crate::random::{Philox, Purpose};
-use crate::segformer::{Model, ModelOptions, SegformerConfig, StepRandom, Trainable};
+use crate::segformer::{ModelOptions, SegformerConfig, StepRandom, Trainable};
 
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,11 +39,15 @@ pub fn measure_step(kind: StepKind, size: usize, batch: usize, steps: usize) -> 
     };
     let method = if kind == StepKind::Lora { Method::Lora(lora) } else { Method::Fft };
     let options = TrainOptions { method, ..TrainOptions::default() };
-    let start = Start { name: String::new(), weights: Weights::Random(SegformerConfig::default()), adapter: None };
+    let start = Start {
+        name: String::new(),
+        weights: Weights::Random(SegformerConfig::default()),
+        adapter: None,
+        adapter_name: String::new(),
+    };
     let prepared = start.prepare(&options, &Progress::quiet())?;
     let trainable = if kind == StepKind::Eval { Trainable::Nothing } else { prepared.trainable };
-    let mut model = Model::new(Cpu::<f32>::new(None)?, &prepared.config, ModelOptions { size, batch }, &trainable);
-    load(&mut model, &prepared.tensors);
+    let mut model = on_cpu(&prepared.config, ModelOptions { size, batch }, &trainable, &prepared.tensors)?;
 
     let noise = Philox::new(0, Purpose::Demo, 0, 0);
     let pixels: Vec<u8> = (0..batch * size * size * 3).map(|i| noise.word(i as u64) as u8).collect();

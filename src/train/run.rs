@@ -10,13 +10,12 @@ use super::evaluate::{measure, sample};
 use super::options::{Method, Protocol, TrainOptions};
 use super::record::{HistoryRow, RunRecord};
 use super::schedule::Schedule;
-use super::start::{Start, load};
-use crate::backend::cpu::Cpu;
+use super::start::{Start, load, on_cpu};
 use crate::backend::{AdamW, Backend, Sample};
 use crate::dataset::{Augment, PackedDataset, Split};
 use crate::error::Kind;
 use crate::formats::{HostData, StateDict};
-use crate::progress::{Bar, Progress, interrupted};
+use crate::progress::{Bar, Progress, duration, interrupted};
 use crate::random::{Philox, Purpose};
 use crate::report;
 use crate::segformer::{BATCH_COUNTER, Model, ModelOptions, Moments, Role, StepRandom};
@@ -63,11 +62,11 @@ pub fn run(
     out: &Path,
     progress: &Progress,
 ) -> Result<RunRecord> {
-    let prepared = inputs.model.prepare(options, progress)?;
+    // What there is to say about the start has been said (`Start::announce`), once for a whole grid.
+    let prepared = inputs.model.prepare(options, &Progress::silent())?;
     let batch = options.batch_size.min(inputs.split.train.len().max(1));
     let size = ModelOptions { size: inputs.data.size(), batch };
-    let mut model = Model::new(Cpu::<f32>::new(None)?, &prepared.config, size, &prepared.trainable);
-    load(&mut model, &prepared.tensors);
+    let model = on_cpu(&prepared.config, size, &prepared.trainable, &prepared.tensors)?;
     progress.detail(format!(
         "planned memory: {:.0} MB for micro-batches of {batch} images at {1} x {1}",
         model.planned_bytes() as f64 / 1e6,
@@ -122,6 +121,9 @@ impl<B: Backend> Run<'_, B> {
             let images = self.inputs.split.train.len() + self.inputs.split.val.len();
             let label = format!("{} epoch {epoch}/{}", self.name, self.options.epochs);
             let bar = self.progress.bar(&label, images as u64, "images");
+            if let Some(dice) = self.state.log_history.last().and_then(|row| row.eval_mean_dice) {
+                bar.message(format!("Dice {dice:.4} so far"));
+            }
             let row = self.train_epoch(&schedule, &bar)?;
             let evaluation = self.evaluate(&self.inputs.split.val, epoch as u32, "eval_loss", &bar)?;
             drop(bar);
@@ -129,10 +131,11 @@ impl<B: Backend> Run<'_, B> {
             let seconds = started.elapsed().as_secs_f64();
             let (loss, dice) = (evaluation.eval_loss.unwrap_or(f64::NAN), evaluation.eval_mean_dice);
             self.progress.info(format!(
-                "{label}: loss {:.4}, validation loss {loss:.4}, Dice {:.4}, {:.1} images/s, {seconds:.0} s",
+                "{label}: loss {:.4}, validation loss {loss:.4}, Dice {:.4}, {:.1} images/s, {}",
                 row.loss.unwrap_or(f64::NAN),
                 dice.unwrap_or(f64::NAN),
                 images as f64 / seconds,
+                duration(seconds),
             ));
             self.state.epoch = epoch;
             self.state.log_history.push(row);
@@ -308,7 +311,7 @@ impl<B: Backend> Run<'_, B> {
         let mut tensors = checkpoint::stored(&self.model);
         let mut best = checkpoint::read_tensors(self.out, self.state.best_step, self.options)?;
         if self.options.protocol == Protocol::Notebook {
-            if matches!(self.options.method, Method::Lora(_)) {
+            if matches!(&self.options.method, Method::Lora(lora) if !lora.train_head) {
                 best.retain(|name, _| !name.contains("running_") && name != BATCH_COUNTER);
             }
             tensors.extend(best);

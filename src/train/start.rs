@@ -1,15 +1,18 @@
 //! Where a run starts: a checkpoint or fresh weights, perhaps with an adapter, and how they enter a model.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::options::{LoraOptions, Method, Protocol, TrainOptions};
 use crate::backend::Backend;
-use crate::error::Kind;
+use crate::backend::cpu::Cpu;
 use crate::formats::{Adapter, Checkpoint, HostData, HostTensor, StateDict};
 use crate::lora::{self, Match};
 use crate::progress::Progress;
 use crate::random::{Philox, Purpose};
-use crate::segformer::{BATCH_COUNTER, Id, Model, Module, Role, SegformerConfig, TensorSpec, Trainable, modules};
+use crate::segformer::{
+    BATCH_COUNTER, Id, Model, ModelOptions, Module, Role, SegformerConfig, TensorSpec, Trainable, modules,
+};
+use crate::system::check_memory;
 use crate::{Error, Result};
 
 /// Classes of the datasets this program reads: background and polyp.
@@ -33,6 +36,8 @@ pub struct Start {
     pub weights: Weights,
     /// An adapter on it.
     pub adapter: Option<Adapter>,
+    /// Name or path of the adapter, for messages; empty without one.
+    pub adapter_name: String,
 }
 
 /// A starting point made ready for training: every stored tensor by name, in the layout on disk.
@@ -57,6 +62,19 @@ impl Start {
         config
     }
 
+    /// Says what a run with `options` will train, and what is missing or left over in the checkpoint. For a grid, whose
+    /// runs differ in rank, parameters are given per unit of rank.
+    ///
+    /// # Errors
+    /// Those that the run itself would end in: tensors that do not fit, patterns that match nothing.
+    pub fn announce(&self, options: &TrainOptions, grid: bool, progress: &Progress) -> Result<()> {
+        match (self.prepare(options, progress)?.trainable, &options.method) {
+            (Trainable::Adapters { matches, .. }, Method::Lora(lora)) => table(&matches, lora, grid, progress),
+            _ => progress.info("full fine-tuning: every parameter is trained"),
+        }
+        Ok(())
+    }
+
     /// Completes the weights for a run with `options`: fresh where the checkpoint has none that fit, the adapter's on top.
     ///
     /// # Errors
@@ -67,12 +85,15 @@ impl Start {
         let specs: Vec<TensorSpec> = modules.iter().flat_map(Module::tensors).collect();
         let mut tensors = match &self.weights {
             Weights::Random(_) => StateDict::new(),
-            Weights::Checkpoint(checkpoint) => select(&specs, &checkpoint.tensors, progress)?,
+            Weights::Checkpoint(checkpoint) => {
+                let (tensors, anew) = select(&specs, &checkpoint.tensors, &self.name, progress)?;
+                if !anew.is_empty() {
+                    progress.info(format!("made anew, drawn from the seed: {}", anew.join(", ")));
+                }
+                tensors
+            }
         };
-        if let Some(adapter) = &self.adapter {
-            overlay(&specs, &adapter.sidecar, &mut tensors)?;
-            overlay(&specs, &adapter.tensors, &mut tensors)?;
-        }
+        self.overlay(&specs, &mut tensors, progress)?;
         for (site, spec) in specs.iter().enumerate() {
             if !tensors.contains_key(&spec.name) {
                 let data = fresh(spec, site, options.seed, config.initializer_range);
@@ -84,6 +105,44 @@ impl Start {
             Method::Lora(lora) => self.adapters(lora, options, &modules, &mut tensors, progress)?,
         };
         Ok(Prepared { config, tensors, trainable })
+    }
+
+    /// Puts what the adapter holds of whole tensors over the model's.
+    fn overlay(&self, specs: &[TensorSpec], to: &mut StateDict, progress: &Progress) -> Result<()> {
+        let Some(adapter) = &self.adapter else { return Ok(()) };
+        let sources = [&adapter.sidecar, &adapter.tensors];
+        if !sources.iter().any(|tensors| tensors.contains_key(BATCH_COUNTER)) {
+            progress.warn(format!(
+                "{}: comes without the classifier and BatchNorm statistics it was trained with (peft's files lose them, and \
+                 there is no segpeft_sidecar.safetensors); those of {} take their place",
+                self.adapter_name, self.name
+            ));
+        }
+        for from in sources {
+            for spec in specs {
+                if let Some(tensor) = from.get(&spec.name) {
+                    check_shape(&self.adapter_name, &spec.name, tensor, &spec.shape)?;
+                    to.insert(spec.name.clone(), tensor.clone());
+                }
+            }
+            if let Some(counter) = from.get(BATCH_COUNTER) {
+                to.insert(BATCH_COUNTER.into(), counter.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses an adapter that holds factors of other modules than `modules`.
+    fn check_factors(&self, adapter: &Adapter, modules: &[&Module]) -> Result<()> {
+        let known: BTreeSet<&str> = modules.iter().map(|m| m.name.as_str()).collect();
+        let factors = adapter.tensors.keys().filter_map(|name| name.strip_suffix(".lora_A.weight"));
+        match factors.into_iter().find(|module| !known.contains(module)) {
+            None => Ok(()),
+            Some(stranger) => Err(Error::input(
+                &self.adapter_name,
+                format!("has factors for {stranger}, which carries none in this model; it belongs to another"),
+            )),
+        }
     }
 
     fn adapters(
@@ -118,7 +177,9 @@ impl Start {
                 m.module.name
             )));
         }
-        table(&matches, lora, progress);
+        if let Some(adapter) = &self.adapter {
+            self.check_factors(adapter, &matches.iter().map(|m| &m.module).collect::<Vec<_>>())?;
+        }
         for m in &matches {
             let area = m.module.side() * m.module.side();
             let convolution = !matches!(m.module.kind, crate::segformer::ModuleKind::Linear);
@@ -132,7 +193,7 @@ impl Start {
                 let held = self.adapter.as_ref().map(|a| a.tensors.get(&name));
                 let data = match held {
                     Some(Some(tensor)) => {
-                        check_shape(&name, tensor, &shape)?;
+                        check_shape(&self.adapter_name, &name, tensor, &shape)?;
                         tensor.data.clone()
                     }
                     Some(None) => {
@@ -155,66 +216,53 @@ impl Start {
     }
 }
 
-/// The checkpoint's tensors that the model has. A head of another size, and a head that is missing altogether, are left to
-/// be made anew.
-fn select(specs: &[TensorSpec], from: &StateDict, progress: &Progress) -> Result<StateDict> {
+/// The tensors of the checkpoint `path` that the model has. A head of another size, and a head that is missing altogether, are left
+/// out; the second list names what is missing of it.
+fn select(specs: &[TensorSpec], from: &StateDict, path: &str, progress: &Progress) -> Result<(StateDict, Vec<String>)> {
     let headless = !from.keys().any(|name| name.starts_with("decode_head."));
     let mut result = StateDict::new();
     let mut anew = Vec::new();
     for spec in specs {
         match from.get(&spec.name) {
-            Some(tensor) if tensor.shape == spec.shape => {
+            Some(tensor) if tensor.shape != spec.shape && spec.name.starts_with("decode_head.classifier.") => {
+                anew.push(spec.name.clone());
+            }
+            Some(tensor) => {
+                check_shape(path, &spec.name, tensor, &spec.shape)?;
                 result.insert(spec.name.clone(), tensor.clone());
             }
-            Some(_) if spec.name.starts_with("decode_head.classifier.") => anew.push(spec.name.as_str()),
-            Some(tensor) => check_shape(&spec.name, tensor, &spec.shape)?,
-            None if headless && spec.name.starts_with("decode_head.") => anew.push(spec.name.as_str()),
+            None if headless && spec.name.starts_with("decode_head.") => anew.push(spec.name.clone()),
             None => {
-                return Err(Error::new(
-                    Kind::Input,
-                    format!("the checkpoint lacks {}; it is not a whole SegFormer of its config.json", spec.name),
-                ));
+                let remedy = "it is not a whole SegFormer of its config.json; fetch both again";
+                return Err(Error::input(path, format!("lacks {}: {remedy}", spec.name)));
             }
         }
     }
     if let Some(counter) = from.get(BATCH_COUNTER) {
         result.insert(BATCH_COUNTER.into(), counter.clone());
     }
-    if !anew.is_empty() {
-        progress.info(format!("made anew, drawn from the seed: {}", anew.join(", ")));
-    }
-    let strangers: Vec<&str> =
-        from.keys().map(String::as_str).filter(|name| !result.contains_key(*name) && !anew.contains(name)).collect();
+    let strangers: Vec<&str> = from
+        .keys()
+        .map(String::as_str)
+        .filter(|name| !result.contains_key(*name) && !anew.iter().any(|n| n == name))
+        .collect();
     if !strangers.is_empty() {
-        progress.warn(format!("the checkpoint holds tensors this model has no use for: {}", strangers.join(", ")));
+        progress.warn(format!("{path}: holds tensors this model has no use for: {}", strangers.join(", ")));
     }
-    Ok(result)
+    Ok((result, anew))
 }
 
-/// Puts those of `from` that the model stores over `to`.
-fn overlay(specs: &[TensorSpec], from: &StateDict, to: &mut StateDict) -> Result<()> {
-    for spec in specs {
-        if let Some(tensor) = from.get(&spec.name) {
-            check_shape(&spec.name, tensor, &spec.shape)?;
-            to.insert(spec.name.clone(), tensor.clone());
-        }
-    }
-    if let Some(counter) = from.get(BATCH_COUNTER) {
-        to.insert(BATCH_COUNTER.into(), counter.clone());
-    }
-    Ok(())
-}
-
-fn check_shape(name: &str, tensor: &HostTensor, shape: &[usize]) -> Result<()> {
-    if tensor.shape == shape {
-        return Ok(());
-    }
-    Err(Error::new(
-        Kind::Input,
-        format!(
-            "{name} has shape {:?}, this model needs {shape:?}; checkpoint, adapter and config.json do not fit",
-            tensor.shape
-        ),
+/// Compares a tensor of the file or folder `from` with the shape the model needs.
+fn check_shape(from: &str, name: &str, tensor: &HostTensor, shape: &[usize]) -> Result<()> {
+    let problem = match &tensor.data {
+        HostData::I64(_) => "holds integers".into(),
+        HostData::F32(_) if tensor.shape == shape => return Ok(()),
+        HostData::F32(_) => format!("has shape {:?}", tensor.shape),
+    };
+    let needed = format!("this model needs numbers of shape {shape:?}");
+    Err(Error::input(
+        from,
+        format!("{name} {problem}, {needed}; use the config.json and the adapter that belong to it"),
     ))
 }
 
@@ -242,27 +290,64 @@ fn fresh_factor(name: &str, factor: &str, len: usize, inputs: usize, seed: u64) 
     (0..len as u64).map(|i| (2.0 * stream.uniform(i) - 1.0) * bound).collect()
 }
 
-/// Shows which modules carry adapters.
-fn table(matches: &[Match], lora: &LoraOptions, progress: &Progress) {
+/// Shows which modules carry adapters, by pattern; with `-v` one by one. Parameters are those of the rank, or of each unit
+/// of it.
+fn table(matches: &[Match], lora: &LoraOptions, per_rank: bool, progress: &Progress) {
+    let (rank, unit) = if per_rank { (1, " x r") } else { (lora.rank, "") };
     let mut by_pattern: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
     for m in matches {
         let entry = by_pattern.entry(&m.pattern).or_default();
         entry.0 += 1;
-        entry.1 += m.parameters(lora.rank);
+        entry.1 += m.parameters(rank);
         progress.detail(format!(
-            "  {:<60} {:>5} x {:<5} {:>8} parameters",
+            "  {:<60} {:>5} x {:<5} {:>8}{unit} parameters",
             m.module.name,
             m.module.outputs,
             m.module.inputs * m.module.side() * m.module.side(),
-            m.parameters(lora.rank)
+            m.parameters(rank)
         ));
     }
-    progress.info(format!("adapters of rank {}, alpha {}:", lora.rank, lora.alpha));
+    progress.info(match per_rank {
+        true => "adapters of rank r sit on:".to_string(),
+        false => format!("adapters of rank {}, alpha {} sit on:", lora.rank, lora.alpha),
+    });
+    let row = |name: &str, modules: usize, parameters: usize| {
+        progress.info(format!("  {name:<24} {modules:>3} modules {parameters:>9}{unit} parameters"));
+    };
     for (pattern, (modules, parameters)) in &by_pattern {
-        progress.info(format!("  {pattern:<28} {modules:>3} modules {parameters:>9} parameters"));
+        row(pattern, *modules, *parameters);
     }
-    let total: usize = matches.iter().map(|m| m.parameters(lora.rank)).sum();
-    progress.info(format!("  {:<28} {:>3} modules {total:>9} parameters", "together", matches.len()));
+    row("together", matches.len(), matches.iter().map(|m| m.parameters(rank)).sum());
+    if lora.train_head {
+        progress.info("  and the decode head is trained whole");
+    }
+}
+
+/// Images for which buffers are reserved on trial where more are asked for.
+const TRIAL: usize = 32;
+
+/// A model on the CPU that holds `tensors`.
+///
+/// # Errors
+/// When the memory does not suffice.
+pub(super) fn on_cpu(
+    config: &SegformerConfig,
+    options: ModelOptions,
+    trainable: &Trainable,
+    tensors: &StateDict,
+) -> Result<Model<Cpu<f32>>> {
+    let planned = |batch: usize| {
+        let model = Model::new(Cpu::new(None)?, config, ModelOptions { batch, ..options }, trainable);
+        check_memory(model.planned_bytes(), options.batch, options.size)?;
+        Ok(model)
+    };
+    // An absurd number of buffers cannot even be reserved; a few tell that.
+    if options.batch > TRIAL {
+        planned(TRIAL)?;
+    }
+    let mut model = planned(options.batch)?;
+    load(&mut model, tensors);
+    Ok(model)
 }
 
 /// Puts tensors into a model and makes what is derived from them.
@@ -278,55 +363,43 @@ pub(super) fn load<B: Backend>(model: &mut Model<B>, tensors: &StateDict) {
     model.refresh();
 }
 
-/// The model with its adapter merged into the weights, `W + s·B·A`, as a full checkpoint.
+/// The model with its adapter, if there is one, merged into the weights, `W + s·B·A`, as a full checkpoint.
 ///
 /// # Errors
-/// When adapter and model do not fit together.
-pub fn merged(start: &Start) -> Result<Checkpoint> {
+/// When tensors are missing or of another shape, or adapter and model do not fit together.
+pub fn merged(start: &Start, progress: &Progress) -> Result<Checkpoint> {
     let Weights::Checkpoint(checkpoint) = &start.weights else {
         return Err(Error::usage("--model random: there are no weights to merge into"));
     };
-    let Some(adapter) = &start.adapter else { return Ok(checkpoint.clone()) };
     let mut config = checkpoint.config.clone();
-    let classifier = |tensors: &StateDict| tensors.get("decode_head.classifier.weight").map(|t| t.shape.clone());
-    let held = classifier(&adapter.tensors).or_else(|| classifier(&adapter.sidecar));
-    if held.is_some_and(|shape| shape.first() == Some(&LABELS)) && config.num_labels() != LABELS {
+    let held = start.adapter.iter().flat_map(|a| [&a.tensors, &a.sidecar]);
+    let classifier = held.filter_map(|tensors| tensors.get("decode_head.classifier.weight")).next();
+    if classifier.is_some_and(|t| t.shape.first() == Some(&LABELS)) && config.num_labels() != LABELS {
         config.id2label = SegformerConfig::default().id2label;
     }
     let modules = modules(&config);
     let specs: Vec<TensorSpec> = modules.iter().flat_map(Module::tensors).collect();
-    let mut tensors = select(&specs, &checkpoint.tensors, &Progress::quiet())?;
-    overlay(&specs, &adapter.sidecar, &mut tensors)?;
-    overlay(&specs, &adapter.tensors, &mut tensors)?;
+    let (mut tensors, _) = select(&specs, &checkpoint.tensors, &start.name, progress)?;
+    start.overlay(&specs, &mut tensors, progress)?;
     if let Some(spec) = specs.iter().find(|spec| !tensors.contains_key(&spec.name)) {
-        return Err(Error::new(
-            Kind::Input,
-            format!("neither model nor adapter holds {}; the adapter's sidecar file is missing", spec.name),
-        ));
+        let problem = format!("holds no {} for {} classes; fine-tune it first (train)", spec.name, config.num_labels());
+        return Err(Error::input(&start.name, problem));
     }
-    let mut used = 0;
+    let Some(adapter) = &start.adapter else { return Ok(Checkpoint { config, tensors }) };
+    start.check_factors(adapter, &modules.iter().collect::<Vec<_>>())?;
     for module in &modules {
         let factor = |f: &str| adapter.tensors.get(&format!("{}.{f}.weight", module.name));
         let (Some(a), Some(b)) = (factor("lora_A"), factor("lora_B")) else { continue };
-        used += 2;
         let name = format!("{}.weight", module.name);
         let Some(weight) = tensors.get_mut(&name) else { continue };
-        merge(&name, weight, a, b, adapter.config.scale())?;
-    }
-    let factors = adapter.tensors.keys().filter(|name| name.contains(".lora_")).count();
-    if used != factors {
-        return Err(Error::new(
-            Kind::Input,
-            format!(
-                "the adapter holds {factors} factors, {used} of which have a module in this model; it belongs to another"
-            ),
-        ));
+        merge(weight, a, b, adapter.config.scale())
+            .map_err(|problem| Error::input(&start.adapter_name, format!("{name}: {problem}")))?;
     }
     Ok(Checkpoint { config, tensors })
 }
 
 /// `weight += scale·B·A`, over flattened convolution kernels too.
-fn merge(name: &str, weight: &mut HostTensor, a: &HostTensor, b: &HostTensor, scale: f64) -> Result<()> {
+fn merge(weight: &mut HostTensor, a: &HostTensor, b: &HostTensor, scale: f64) -> std::result::Result<(), String> {
     let outputs = weight.shape.first().copied().unwrap_or(0);
     let inputs: usize = weight.shape.iter().skip(1).product();
     let rank = a.shape.first().copied().unwrap_or(0);
@@ -335,15 +408,12 @@ fn merge(name: &str, weight: &mut HostTensor, a: &HostTensor, b: &HostTensor, sc
     };
     let (HostData::F32(weight), HostData::F32(a_data), HostData::F32(b_data)) = (&mut weight.data, &a.data, &b.data)
     else {
-        return Err(Error::new(Kind::Input, format!("{name}: adapter and weight must be floating-point tensors")));
+        return Err("adapter and weight must be floating-point tensors".into());
     };
     if !fits(a, rank, inputs) || !fits(b, outputs, rank) {
-        return Err(Error::new(
-            Kind::Input,
-            format!(
-                "{name}: factors {:?} and {:?} do not fit its shape; the adapter belongs to another model",
-                a.shape, b.shape
-            ),
+        return Err(format!(
+            "factors of shapes {:?} and {:?} do not fit it; the adapter belongs to another model",
+            a.shape, b.shape
         ));
     }
     for o in 0..outputs {

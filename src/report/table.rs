@@ -1,5 +1,7 @@
 //! Results as plain text for a terminal.
 
+use super::summary::thousands;
+use crate::progress::duration;
 use crate::train::record::RunRecord;
 
 /// The finished runs as an aligned table, one line a run. Dice, IoU and image Dice are those of the restored best model on
@@ -42,42 +44,9 @@ fn metric(value: Option<f64>) -> String {
     value.map_or_else(|| "-".into(), |v| format!("{v:.4}"))
 }
 
-fn thousands(n: u64) -> String {
-    let digits = n.to_string();
-    let mut text = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-/// A time span for people: `0.42 s`, `12.3 s`, `4 min 05 s`, `1 h 02 min`.
-pub fn duration(seconds: f64) -> String {
-    let whole = seconds.round().max(0.0) as u64;
-    match whole {
-        0..60 if seconds < 9.995 => format!("{seconds:.2} s"),
-        0..60 => format!("{seconds:.1} s"),
-        60..3600 => format!("{} min {:02} s", whole / 60, whole % 60),
-        _ => format!("{} h {:02} min", whole / 3600, whole % 3600 / 60),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn durations_read_well() {
-        let spans =
-            [(0.421, "0.42 s"), (9.999, "10.0 s"), (59.4, "59.4 s"), (59.7, "1 min 00 s"), (245.2, "4 min 05 s")];
-        for (seconds, text) in spans {
-            assert_eq!(duration(seconds), text);
-        }
-        assert_eq!(duration(3725.0), "1 h 02 min");
-    }
 
     #[test]
     fn numbers_are_grouped() {
