@@ -30,7 +30,7 @@ pub enum Verbosity {
     Quiet,
     /// One line per milestone; bars on a terminal.
     Normal,
-    /// Also plans and tables.
+    /// Also plans, tables, and the milestones of parts.
     Verbose,
 }
 

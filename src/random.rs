@@ -65,52 +65,51 @@ impl Philox {
         self.block(index / 4)[(index % 4) as usize]
     }
 
-    /// Calls `each(i, word)` for the words `first..first + count` of the stream, a word at a time and in order; several
+    /// Most words that [`Philox::words`] hands out at once.
+    pub const PART: usize = 64;
+
+    /// Calls `each(i, words)` with the words from `first + i` on, part by part and in order, until `count` are done. Many
     /// blocks are computed side by side, so that inlined into vector code they fill its lanes.
     #[inline(always)]
-    pub fn words(&self, first: u64, count: usize, mut each: impl FnMut(usize, u32)) {
-        const BLOCKS: usize = 16;
+    pub fn words(&self, first: u64, count: usize, mut each: impl FnMut(usize, &[u32])) {
         let mut done = 0;
         while done < count {
             let at = first + done as u64;
             let skip = (at % 4) as usize;
-            if skip == 0 && count - done >= 4 * BLOCKS {
-                let words = self.blocks::<BLOCKS>(at / 4);
-                for b in 0..BLOCKS {
-                    for (k, words) in words.iter().enumerate() {
-                        each(done + 4 * b + k, words[b]);
-                    }
-                }
-                done += 4 * BLOCKS;
-            } else {
-                let block = self.block(at / 4);
-                for &word in block[skip..].iter().take(count - done) {
-                    each(done, word);
-                    done += 1;
-                }
-            }
+            let words = self.part(at / 4);
+            let n = (Self::PART - skip).min(count - done);
+            each(done, &words[skip..skip + n]);
+            done += n;
         }
     }
 
-    /// The blocks `counter..counter + N`, word by word: `[word][block]`.
+    /// The words of the blocks from `counter` on.
     #[inline(always)]
-    fn blocks<const N: usize>(&self, counter: u64) -> [[u32; N]; 4] {
-        let mut c = [[0; N], [0; N], [self.high[0]; N], [self.high[1]; N]];
-        for b in 0..N {
+    fn part(&self, counter: u64) -> [u32; Self::PART] {
+        const BLOCKS: usize = Philox::PART / 4;
+        const LOW: u64 = 0xFFFF_FFFF;
+        // 32-bit words in 64-bit lanes, as the vector instruction for widening products wants them.
+        let [mut c0, mut c1] = [[0u64; BLOCKS]; 2];
+        let (mut c2, mut c3) = ([u64::from(self.high[0]); BLOCKS], [u64::from(self.high[1]); BLOCKS]);
+        for b in 0..BLOCKS {
             let counter = counter + b as u64;
-            (c[0][b], c[1][b]) = (counter as u32, (counter >> 32) as u32);
+            (c0[b], c1[b]) = (counter & LOW, counter >> 32);
         }
         let mut k = self.key;
         for _ in 0..10 {
-            for b in 0..N {
-                let p0 = u64::from(c[0][b]) * 0xD251_1F53;
-                let p1 = u64::from(c[2][b]) * 0xCD9E_8D57;
-                (c[0][b], c[1][b], c[2][b], c[3][b]) =
-                    ((p1 >> 32) as u32 ^ c[1][b] ^ k[0], p1 as u32, (p0 >> 32) as u32 ^ c[3][b] ^ k[1], p0 as u32);
+            let [k0, k1] = k.map(u64::from);
+            for b in 0..BLOCKS {
+                let p0 = (c0[b] & LOW) * 0xD251_1F53;
+                let p1 = (c2[b] & LOW) * 0xCD9E_8D57;
+                (c0[b], c1[b], c2[b], c3[b]) = ((p1 >> 32) ^ c1[b] ^ k0, p1 & LOW, (p0 >> 32) ^ c3[b] ^ k1, p0 & LOW);
             }
             k = [k[0].wrapping_add(0x9E37_79B9), k[1].wrapping_add(0xBB67_AE85)];
         }
-        c
+        let mut words = [0; Self::PART];
+        for (b, block) in words.chunks_exact_mut(4).enumerate() {
+            block.copy_from_slice(&[c0[b] as u32, c1[b] as u32, c2[b] as u32, c3[b] as u32]);
+        }
+        words
     }
 
     /// Uniform in [0, 1), with 24 bits, number `index` of the stream.
@@ -164,9 +163,12 @@ mod tests {
         let stream = Philox::new(3, Purpose::HeadDropout, 1, 2);
         for (first, count) in [(0, 200), (3, 131), (8, 64), (5, 2)] {
             let mut seen = 0;
-            stream.words(first, count, |i, word| {
-                assert_eq!((i, word), (seen, stream.word(first + i as u64)));
-                seen += 1;
+            stream.words(first, count, |i, words| {
+                assert_eq!(i, seen);
+                for (k, word) in words.iter().enumerate() {
+                    assert_eq!(*word, stream.word(first + (i + k) as u64));
+                }
+                seen += words.len();
             });
             assert_eq!(seen, count);
         }

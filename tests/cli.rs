@@ -188,6 +188,7 @@ fn one_run_leaves_what_it_should_and_is_kept() {
     assert!(stdout(&first).contains("Dice") && stdout(&first).contains("results: runs/r4"), "{}", stdout(&first));
     let text = stderr(&first);
     assert!(!text.contains('\r') && !text.contains('\u{1b}'), "plain where there is no terminal: {text:?}");
+    assert!(text.contains("adapters of rank 4, alpha 8 sit on:") && text.contains("epoch 2/2"), "{text}");
     let run = folder.path().join("runs/r4");
     for file in [
         "run_config.json",
@@ -290,7 +291,9 @@ fn a_grid_runs_in_parts_and_ends_in_one_summary() {
     succeeds(folder.path(), &grid(&["--slice", "1/2"]));
     assert!(out.join("segformer_fft_baseline/all_metrics.json").exists());
     assert!(!out.join("lora_r2_alpha2").exists(), "belongs to part 2");
-    succeeds(folder.path(), &grid(&["--slice", "2/2"]));
+    let second = stderr(&succeeds(folder.path(), &grid(&["--slice", "2/2"])));
+    assert_eq!(second.matches("adapters of rank r sit on:").count(), 1, "{second}");
+    assert!(second.contains("[1/1] lora_r2_alpha2: Dice"), "{second}");
     let whole = succeeds(folder.path(), &grid(&["--json"]));
     assert_eq!(stderr(&whole).matches("kept").count(), 3, "{}", stderr(&whole));
     let json: Value = serde_json::from_slice(&whole.stdout).expect("one JSON document");

@@ -427,7 +427,7 @@ fn an_unwritable_output_is_named() {
     let fixture = Fixture::folder(&sample());
     let file = fixture.file("images/a.png");
     let e = prepare(&fixture.source(), &file.join("x.pack"), 32, &Progress::quiet()).unwrap_err();
-    one_line(&e, Kind::Io, &file, "cannot make the output folder");
+    one_line(&e, Kind::Io, &file, "cannot create this folder");
     assert_eq!(fs::read(&file).unwrap(), image_png(1, 50, 40));
 }
 

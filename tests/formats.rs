@@ -158,10 +158,10 @@ fn a_failed_write_leaves_what_was_there() {
     assert_eq!(error.kind, Kind::Io);
     assert!(target.is_dir());
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "a temporary file is left");
-    let error = write_safetensors(&dir.path().join("none/model.safetensors"), &model(), PT_METADATA).unwrap_err();
-    assert_eq!(error.kind, Kind::Io);
     let occupied = dir.path().join("file");
     fs::write(&occupied, "").unwrap();
+    let error = write_safetensors(&occupied.join("model.safetensors"), &model(), PT_METADATA).unwrap_err();
+    assert_eq!(error.kind, Kind::Io);
     assert_eq!(checkpoint::write(&occupied, &SegformerConfig::default(), &model(), 64).unwrap_err().kind, Kind::Io);
 }
 

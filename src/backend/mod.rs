@@ -107,14 +107,21 @@ impl Dropout {
         self.of(self.stream.word(self.first + i))
     }
 
-    /// Calls `each(i, factor)` for the elements `start + i`, `i < count`, in order.
+    /// Calls `each(i, factors)` with the factors of the elements from `start + i` on, part by part and in order, until
+    /// `count` are done.
     #[inline(always)]
-    pub fn factors(&self, start: u64, count: usize, mut each: impl FnMut(usize, f32)) {
+    pub fn factors(&self, start: u64, count: usize, mut each: impl FnMut(usize, &[f32])) {
         self.stream.words(
             self.first + start,
             count,
             #[inline(always)]
-            |i, word| each(i, self.of(word)),
+            |i, words| {
+                let mut factors = [0.0; Philox::PART];
+                for (factor, word) in factors.iter_mut().zip(words) {
+                    *factor = self.of(*word);
+                }
+                each(i, &factors[..words.len()]);
+            },
         );
     }
 

@@ -42,14 +42,15 @@ pub struct Ablate {
     /// Folder of the runs' folders and the summary [default with --demo: segpeft-demo]
     #[arg(long, value_name = "DIR", required_unless_present = "demo")]
     out: Option<PathBuf>,
-    /// Draw a dataset, train a small model to adapt, and run the grid on them: no download, no GPU, minutes
+    /// Draw a dataset, train a small model to adapt, and run the grid on them at reduced size and length: no download, no
+    /// GPU, minutes
     #[arg(long, conflicts_with_all = ["data", "model", "split", "cache"])]
     demo: bool,
-    /// Ranks r
-    #[arg(long, value_name = "R,...", value_delimiter = ',', default_values_t = RANKS, value_parser = args::rank, help_heading = "Grid")]
+    /// Ranks r [default: 4,8,16,32,64]
+    #[arg(long, value_name = "R,...", value_delimiter = ',', default_values_t = RANKS, hide_default_value = true, value_parser = args::rank, help_heading = "Grid")]
     ranks: Vec<usize>,
-    /// Ratios alpha / r
-    #[arg(long, value_name = "RATIO,...", value_delimiter = ',', default_values_t = RATIOS, value_parser = args::ratio, help_heading = "Grid")]
+    /// Ratios alpha / r [default: 1,2,4]
+    #[arg(long, value_name = "RATIO,...", value_delimiter = ',', default_values_t = RATIOS, hide_default_value = true, value_parser = args::ratio, help_heading = "Grid")]
     ratios: Vec<f64>,
     /// Leave out full fine-tuning
     #[arg(long, help_heading = "Grid")]

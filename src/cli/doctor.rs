@@ -63,7 +63,7 @@ struct Timing {
     seconds: Vec<f64>,
     median_seconds: f64,
     images_per_second: f64,
-    peak_memory_bytes: Option<u64>,
+    peak_rss_bytes: Option<u64>,
 }
 
 impl Doctor {
@@ -95,13 +95,13 @@ impl Doctor {
             images_per_second: self.batch_size as f64 / median_seconds,
             median_seconds,
             seconds,
-            peak_memory_bytes: proc_bytes("/proc/self/status", "VmHWM:"),
+            peak_rss_bytes: proc_bytes("/proc/self/status", "VmHWM:"),
         };
         context.result(&timing, || {
             output::fields(&[
                 ("median step", format!("{:.3} s", timing.median_seconds)),
                 ("images/s", format!("{:.2}", timing.images_per_second)),
-                ("peak memory", gigabytes(timing.peak_memory_bytes)),
+                ("peak memory", gigabytes(timing.peak_rss_bytes)),
                 ("threads", timing.threads.to_string()),
             ])
         })

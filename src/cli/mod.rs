@@ -66,7 +66,7 @@ struct Common {
     /// Warnings and errors only
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     quiet: bool,
-    /// Also plans and tables
+    /// Also every epoch of a grid, every adapted module, planned memory
     #[arg(short, long, global = true)]
     verbose: bool,
     /// Print the result as one JSON document

@@ -728,18 +728,16 @@ mod tests {
     /// The pixels are part of the demo's meaning: they are equal on every machine.
     #[test]
     fn drawings_are_fixed() {
-        for (domain, index, size, expected) in [
-            (Domain::Target, 0, 96, 623_210_277u32),
-            (Domain::Target, 7, 65, 973_524_616),
-            (Domain::Source, 3, 64, 1_868_430_793),
-        ] {
-            let (pixels, mask) = draw(domain, index, size);
-            assert_eq!((pixels.len(), mask.len()), (size * size * 3, size * size));
-            let mut sum = crc32fast::Hasher::new();
-            sum.update(&pixels);
-            sum.update(&mask);
-            assert_eq!(sum.finalize(), expected, "{domain:?} {index} at {size}");
-        }
+        let sums =
+            [(Domain::Target, 0, 96), (Domain::Target, 7, 65), (Domain::Source, 3, 64)].map(|(domain, i, size)| {
+                let (pixels, mask) = draw(domain, i, size);
+                assert_eq!((pixels.len(), mask.len()), (size * size * 3, size * size));
+                let mut sum = crc32fast::Hasher::new();
+                sum.update(&pixels);
+                sum.update(&mask);
+                sum.finalize()
+            });
+        assert_eq!(sums, [44_308_392u32, 1_112_462_517, 843_960_306]);
     }
 
     #[test]
@@ -758,9 +756,10 @@ mod tests {
         }
     }
 
-    /// The best threshold on any one colour channel or ratio, chosen with the truth in hand, finds little.
+    /// The best threshold on any one colour channel or ratio, chosen with the truth in hand, stays behind what training
+    /// reaches (Dice of the polyp class 0.88 in the demo's full fine-tuning).
     #[test]
-    fn polyps_are_not_a_matter_of_colour() {
+    fn polyps_are_not_a_matter_of_colour_alone() {
         let size = 48;
         let features: [fn(&[u8]) -> f32; 4] = [
             |p| f32::from(p[0]),

@@ -47,7 +47,7 @@ pub struct StageActs<B: Backend> {
     pub grid: Grid,
     from: Grid,
     embed: EmbedActs<B>,
-    /// The residual stream before each block and after the last.
+    /// The residual stream before each block and after the last; in evaluation, the first two take turns.
     stream: Vec<B::Act>,
     blocks: Vec<BlockActs<B>>,
     stats: B::Full,
@@ -71,13 +71,14 @@ impl Block {
 }
 
 impl Stage {
-    /// Zeroed storage for `from` input pictures.
-    pub fn acts<B: Backend>(&self, backend: &B, from: Grid) -> StageActs<B> {
+    /// Zeroed storage for `from` input pictures; with `keep`, each block has its own, as a backward pass needs it.
+    pub fn acts<B: Backend>(&self, backend: &B, from: Grid, keep: bool) -> StageActs<B> {
         let grid = from.through(self.embed.window);
         let (rows, channels) = (grid.rows(), self.channels);
         let tokens = || backend.act(rows * channels);
         let stats = || backend.full(2 * rows);
-        let blocks = (self.blocks.iter())
+        let held = if keep { self.blocks.len() } else { self.blocks.len().min(1) };
+        let blocks = (self.blocks[..held].iter())
             .map(|block| {
                 let keys = block.attention.keys(grid).rows();
                 BlockActs {
@@ -100,7 +101,7 @@ impl Stage {
             grid,
             from,
             embed: EmbedActs { raw: tokens(), stats: stats() },
-            stream: (0..=self.blocks.len()).map(|_| tokens()).collect(),
+            stream: (0..=if keep { held } else { 1 }).map(|_| tokens()).collect(),
             blocks,
             stats: stats(),
             out: tokens(),
@@ -122,22 +123,17 @@ impl Stage {
         scratch: &mut Scratch<B>,
     ) {
         self.embed.forward(pass, input, acts.from, &mut acts.embed, &mut acts.stream[0], scratch);
-        for (j, (block, saved)) in self.blocks.iter().zip(&mut acts.blocks).enumerate() {
-            let (before, after) = acts.stream.split_at_mut(j + 1);
-            let drop = block.drop(pass, 0);
-            block.attention.forward(
-                pass,
-                &before[j],
-                acts.grid,
-                drop,
-                &mut saved.attention,
-                &mut saved.middle,
-                scratch,
-            );
-            let drop = block.drop(pass, 1);
-            block.ffn.forward(pass, &saved.middle, acts.grid, drop, &mut saved.ffn, &mut after[0], scratch);
+        // Evaluation uses the first block's storage again and again, while it is in cache.
+        let (held, streams) = if pass.keeps() { (self.blocks.len(), acts.stream.len()) } else { (1, 2) };
+        for (j, block) in self.blocks.iter().enumerate() {
+            let BlockActs { attention, middle, ffn } = &mut acts.blocks[j % held];
+            let Ok([before, after]) = acts.stream.get_disjoint_mut([j % streams, (j + 1) % streams]) else {
+                unreachable!("a block reads and writes one buffer")
+            };
+            block.attention.forward(pass, before, acts.grid, block.drop(pass, 0), attention, middle, scratch);
+            block.ffn.forward(pass, middle, acts.grid, block.drop(pass, 1), ffn, after, scratch);
         }
-        let last = &acts.stream[self.blocks.len()];
+        let last = &acts.stream[self.blocks.len() % streams];
         self.norm.forward(pass, last, acts.grid.rows(), &mut acts.out, &mut acts.stats);
     }
 

@@ -58,6 +58,11 @@ impl<'a, B: Backend> Pass<'a, B> {
         Self { backend, tensors, images, random: Some((random, first)) }
     }
 
+    /// Whether a backward pass follows, which reads what layers store.
+    pub fn keeps(&self) -> bool {
+        self.random.is_some()
+    }
+
     /// The dropout of a site with `per_image` numbers per picture; none outside training or at rate 0.
     pub fn dropout(&self, purpose: Purpose, site: u32, rate: f32, per_image: usize) -> Option<Dropout> {
         let (random, first_image) = self.random?;
@@ -158,7 +163,11 @@ impl<B: Backend> Model<B> {
         let before = backend.allocated();
         let lengths = plan.lengths();
         let per_unit = backend.images_per_unit(options.batch).max(1);
-        let count = options.batch.div_ceil(per_unit);
+        let trains = !plan.trained.is_empty();
+        let threads = backend.workers().max(1);
+        // Without training, a unit is done with when the next begins.
+        let count =
+            if trains { options.batch.div_ceil(per_unit) } else { options.batch.div_ceil(per_unit).min(threads) };
         let pixels = Grid { images: per_unit, height: options.size, width: options.size };
         let width = plan.decoder.width;
 
@@ -167,7 +176,7 @@ impl<B: Backend> Model<B> {
                 let mut grid = pixels;
                 let stages: Vec<_> = (plan.stages.iter())
                     .map(|stage| {
-                        let acts = stage.acts(&backend, grid);
+                        let acts = stage.acts(&backend, grid, trains);
                         grid = acts.grid;
                         acts
                     })
@@ -195,7 +204,7 @@ impl<B: Backend> Model<B> {
         let with_side = plan.side_inputs() > 0;
         let side_len = if with_side { tokens.max(hidden).max(patches) } else { 0 };
         let low = if with_side { rows * plan.rank } else { 0 };
-        let workers = (0..backend.workers().min(count).max(1))
+        let workers = (0..threads.min(count).max(1))
             .map(|_| Worker {
                 scratch: Scratch {
                     tokens: std::array::from_fn(|_| backend.act(tokens)),
@@ -216,7 +225,6 @@ impl<B: Backend> Model<B> {
             })
             .collect();
 
-        let trains = !plan.trained.is_empty();
         let slot_count = count.min(SLOTS);
         let slots = (0..slot_count)
             .map(|slot| {
@@ -543,15 +551,17 @@ impl<B: Backend> Model<B> {
         inside: impl Fn(&B, &super::decoder::Decoder, usize, &[Sample<'_>], &mut Unit<B>) + Sync,
         mut collect: impl FnMut(&B, usize, &mut Unit<B>),
     ) {
-        let Self { backend, plan, tensors, slots, units, workers, options, stats, .. } = self;
+        let Self { backend, plan, tensors, units, workers, options, stats, .. } = self;
         let (backend, size, decoder) = (&*backend, options.size, &plan.decoder);
         let per_unit = backend.images_per_unit(options.batch);
         let (mean, var) = (tensors.value(decoder.running_mean), tensors.value(decoder.running_var));
         backend.running_stats(mean, var, decoder.width, stats);
-        for batch in samples.chunks(options.batch) {
+        // As many units as there are workers, so that each worker's unit stays in its cache.
+        let mut slots = vec![(); workers.len()];
+        for batch in samples.chunks(workers.len() * per_unit) {
             let part = |u: usize| &batch[u * per_unit..batch.len().min((u + 1) * per_unit)];
             let units = split(units, batch.len(), per_unit);
-            backend.each_unit(units, slots, workers, |u, unit, _, worker| {
+            backend.each_unit(units, &mut slots, workers, |u, unit, (), worker| {
                 let pass = Pass { backend, tensors, images: part(u).len(), random: None };
                 let (scratch, grid) = (&mut worker.scratch, unit.stages[0].grid);
                 encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, scratch);

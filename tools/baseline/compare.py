@@ -16,16 +16,17 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+MEMORY = {"ours": "peak_memory_bytes", "theirs": "peak_rss_bytes"}
 NAMES = {"fft": "training step, full fine-tuning", "lora": "training step, LoRA r=16", "eval": "evaluation"}
 
 
 def run(command: list[str], threads: int) -> dict:
-    """Runs a measuring process and reads the last line of its standard output."""
+    """Runs a measuring process and reads the JSON document on its standard output."""
     environment = os.environ | {"RAYON_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if result.returncode:
         sys.exit(f"{' '.join(command)}: exit code {result.returncode}")
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    return json.loads(result.stdout[result.stdout.index("{") :])
 
 
 def machine(threads: int) -> str:
@@ -77,7 +78,7 @@ def main():
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for step, sides in measured.items():
         rate = {s: [options.batch_size / statistics.median(r["seconds"]) for r in sides[s]] for s in sides}
-        peak = {s: statistics.median(r["peak_rss_bytes"] for r in sides[s]) / 2**20 for s in sides}
+        peak = {s: statistics.median(r[MEMORY[s]] for r in sides[s]) / 2**20 for s in sides}
         middle = {s: statistics.median(rate[s]) for s in sides}
         ratios = [a / b for a, b in zip(rate["ours"], rate["theirs"], strict=True)]
         print(

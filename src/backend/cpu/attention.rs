@@ -2,9 +2,10 @@
 
 use std::cell::RefCell;
 
-use super::layer_norm::sum;
+use super::layer_norm::{fold, sum};
 use super::linear::{View, product};
-use super::{Cpu, Real, simd::vectorised};
+use super::simd::{Level, vectorised};
+use super::{Cpu, Real};
 use crate::backend::{Attention, AttentionShape};
 
 /// Queries of a tile.
@@ -46,6 +47,37 @@ fn head_view<T>(data: &[T], shape: AttentionShape, first: usize, head: usize) ->
     View { data, start: first * channels + head * shape.head, row_stride: channels, column_stride: 1 }
 }
 
+/// The largest number.
+#[inline(always)]
+fn largest<T: Real>(row: &[T]) -> T {
+    let mut lanes = [row[0]; 16];
+    let (blocks, rest) = row.as_chunks::<16>();
+    for block in blocks {
+        for i in 0..16 {
+            lanes[i] = lanes[i].max(block[i]);
+        }
+    }
+    lanes.into_iter().chain(rest.iter().copied()).fold(row[0], T::max)
+}
+
+/// Replaces every x by `exp(x - shift)`; returns their sum.
+#[inline(always)]
+fn exponentials<T: Real>(row: &mut [T], shift: T, level: Level) -> T {
+    let mut lanes = [T::ZERO; 16];
+    let (blocks, rest) = row.as_chunks_mut::<16>();
+    for block in blocks {
+        for i in 0..16 {
+            block[i] = (block[i] - shift).exp(level);
+            lanes[i] += block[i];
+        }
+    }
+    for (x, lane) in rest.iter_mut().zip(&mut lanes) {
+        *x = (*x - shift).exp(level);
+        *lane += *x;
+    }
+    fold(lanes)
+}
+
 impl<T: Real> Attention for Cpu<T> {
     fn attention(&self, q: &Vec<T>, k: &Vec<T>, v: &Vec<T>, shape: AttentionShape, o: &mut Vec<T>, lse: &mut Vec<T>) {
         let AttentionShape { heads, head: width, queries, keys, .. } = shape;
@@ -61,31 +93,27 @@ impl<T: Real> Attention for Cpu<T> {
                 );
                 product((count, keys, width), scale, qt, kt.t(), scores, 0, keys, false);
                 let lse = &mut lse[(image * heads + head) * queries + first..][..count];
+                let start = token * channels + head * width;
+                let mut shares = [T::ZERO; TILE];
                 vectorised(
                     #[inline(always)]
-                    || {
-                        for (row, lse) in scores.chunks_exact_mut(keys).zip(lse) {
-                            let mut largest = [row[0]; 16];
-                            for part in row.chunks(16) {
-                                for (m, s) in largest.iter_mut().zip(part) {
-                                    *m = (*m).max(*s);
-                                }
-                            }
-                            let most = largest.into_iter().fold(row[0], T::max);
-                            for s in row.iter_mut() {
-                                *s = (*s - most).exp();
-                            }
-                            let total = sum(keys, |i| row[i]);
-                            let share = T::ONE / total;
-                            for s in row.iter_mut() {
-                                *s *= share;
-                            }
-                            *lse = most + total.ln();
+                    |level| {
+                        let rows = scores.chunks_exact_mut(keys).zip(shares.iter_mut().zip(lse));
+                        for (row, (share, lse)) in rows {
+                            let most = largest(row);
+                            let total = exponentials(row, most, level);
+                            *share = T::ONE / total;
+                            *lse = most + total.ln(level);
                         }
                     },
                 );
-                let (start, p) = (token * channels + head * width, View::rows(scores, keys));
-                product((count, width, keys), T::ONE, p, vt, o, start, channels, false);
+                product((count, width, keys), T::ONE, View::rows(scores, keys), vt, o, start, channels, false);
+                // The outputs are shorter than the scores, so they are what is divided by the denominators.
+                for (row, share) in shares[..count].iter().enumerate() {
+                    for o in &mut o[start + row * channels..][..width] {
+                        *o *= *share;
+                    }
+                }
             });
         });
     }
@@ -122,16 +150,16 @@ impl<T: Real> Attention for Cpu<T> {
                 let lse = &lse[(image * heads + head) * queries + first..][..count];
                 vectorised(
                     #[inline(always)]
-                    || {
+                    |level| {
                         for row in 0..count {
                             let at = (token + row) * channels + head * width;
-                            let (o, d_o) = (&o[at..][..width], &d_o[at..][..width]);
                             // Σ_j p_j·dp_j = o·do (Dao et al., "FlashAttention", 2022).
-                            let mean = sum(width, |c| o[c] * d_o[c]);
+                            let mean = sum([&o[at..][..width], &d_o[at..][..width]], |[o, d_o]| o * d_o);
+                            let lse = lse[row];
                             let p = &mut p[row * keys..][..keys];
                             let ds = &mut ds[row * keys..][..keys];
                             for (p, ds) in p.iter_mut().zip(ds) {
-                                *p = (*p - lse[row]).exp();
+                                *p = (*p - lse).exp(level);
                                 *ds = *p * (*ds - mean);
                             }
                         }

@@ -1,65 +1,233 @@
 //! Depth-wise 3x3 convolution, bias and GELU of the Mix-FFN.
+//!
+//! A block of [`LANES`] channels walks along a row of tokens. Each column of three tokens is loaded once and contributes
+//! to three outputs, whose sums stay in registers together with the nine weights.
 
-use super::{Cpu, Real, simd::vectorised};
+use super::simd::{LANES, Level, each, vectorised};
+use super::{Cpu, Real};
 use crate::backend::{Depthwise, Grid};
 
-/// Channels handled together, so that their sums stay in registers.
-const LANES: usize = 32;
+type Block<T> = [T; LANES];
+
+/// The channels from `at` on; past `lanes`, zeros.
+#[inline(always)]
+fn load<T: Real, const WHOLE: bool>(x: &[T], at: usize, lanes: usize) -> Block<T> {
+    if WHOLE {
+        let Some(block) = x[at..].first_chunk() else { unreachable!("a block of channels ends inside its row") };
+        *block
+    } else {
+        let mut block = [T::ZERO; LANES];
+        block[..lanes].copy_from_slice(&x[at..at + lanes]);
+        block
+    }
+}
+
+#[inline(always)]
+fn store<T: Real, const WHOLE: bool>(block: &Block<T>, x: &mut [T], at: usize, lanes: usize) {
+    if WHOLE {
+        x[at..at + LANES].copy_from_slice(block);
+    } else {
+        x[at..at + lanes].copy_from_slice(&block[..lanes]);
+    }
+}
+
+/// `sum += a·b`
+#[inline(always)]
+fn multiply_add<T: Real>(a: &Block<T>, b: &Block<T>, sum: &mut Block<T>, level: Level) {
+    for i in 0..LANES {
+        sum[i] = a[i].mul_add(b[i], sum[i], level);
+    }
+}
+
+/// Work on one block of channels of one row of tokens.
+trait Walk {
+    fn walk<const WHOLE: bool>(&mut self, row: usize, c: usize, lanes: usize);
+}
+
+/// Walks row by row, so that the three rows in use stay in the second-level cache from block to block.
+#[inline(always)]
+fn each_block(grid: Grid, channels: usize, mut work: impl Walk) {
+    let whole = channels / LANES * LANES;
+    for row in 0..grid.images * grid.height {
+        for c in (0..whole).step_by(LANES) {
+            work.walk::<true>(row, c, LANES);
+        }
+        if whole < channels {
+            work.walk::<false>(row, whole, channels - whole);
+        }
+    }
+}
+
+/// Where row `row - 1`, `row` and `row + 1` of a picture begin, and whether they exist: those that do not stand for
+/// themselves.
+#[inline(always)]
+fn neighbours(row: usize, grid: Grid, stride: usize) -> [(usize, bool); 3] {
+    let y = row % grid.height;
+    let (above, below) = (y > 0, y + 1 < grid.height);
+    let start = |row: usize| row * stride;
+    [
+        (if above { start(row - 1) } else { start(row) }, above),
+        (start(row), true),
+        (if below { start(row + 1) } else { start(row) }, below),
+    ]
+}
+
+/// The convolution of x by w, handed to `finish(channel block, offset of the block, sums, lanes)`.
+struct Convolution<'a, T, F> {
+    x: &'a [T],
+    w: &'a [T],
+    grid: Grid,
+    channels: usize,
+    /// Tap `t` reads weight row `8 - t`: the transpose of the convolution.
+    mirrored: bool,
+    level: Level,
+    finish: F,
+}
+
+/// What a convolution does with its sums.
+trait Finish<T> {
+    fn finish<const WHOLE: bool>(&mut self, at: usize, c: usize, lanes: usize, sums: &Block<T>, level: Level);
+}
+
+impl<T: Real, F: Finish<T>> Walk for Convolution<'_, T, F> {
+    #[inline(always)]
+    fn walk<const WHOLE: bool>(&mut self, row: usize, c: usize, lanes: usize) {
+        let (width, channels) = (self.grid.width, self.channels);
+        let stride = width * channels;
+        let rows = neighbours(row, self.grid, stride);
+        let lines = rows.map(|(start, _)| &self.x[start + c..start + stride - channels + c + lanes]);
+        let mut weights = [[T::ZERO; LANES]; 9];
+        for (tap, weights) in weights.iter_mut().enumerate() {
+            if rows[tap / 3].1 {
+                let tap = if self.mirrored { 8 - tap } else { tap };
+                *weights = load::<T, WHOLE>(self.w, tap * channels + c, lanes);
+            }
+        }
+        let here = row * stride + c;
+        // Sums of the token before the column, of the column's own and of the next.
+        let (mut before, mut own) = ([T::ZERO; LANES], [T::ZERO; LANES]);
+        for x in 0..width {
+            let mut next = [T::ZERO; LANES];
+            for ky in 0..3 {
+                let column = load::<T, WHOLE>(lines[ky], x * channels, lanes);
+                multiply_add(&column, &weights[3 * ky + 2], &mut before, self.level);
+                multiply_add(&column, &weights[3 * ky + 1], &mut own, self.level);
+                multiply_add(&column, &weights[3 * ky], &mut next, self.level);
+            }
+            if x > 0 {
+                self.finish.finish::<WHOLE>(here + (x - 1) * channels, c, lanes, &before, self.level);
+            }
+            (before, own) = (own, next);
+        }
+        self.finish.finish::<WHOLE>(here + (width - 1) * channels, c, lanes, &before, self.level);
+    }
+}
 
 /// GELU(u) = u·Φ(u), and its derivative Φ(u) + u·φ(u).
 #[inline(always)]
-fn gelu_with_slope<T: Real>(u: T) -> (T, T) {
+fn gelu_with_slope<T: Real>(u: T, level: Level) -> (T, T) {
     let half = T::of(0.5);
-    let cumulative = half * (T::ONE + (u * T::of(std::f64::consts::FRAC_1_SQRT_2)).erf());
-    let density = (-(half * u * u)).exp() * T::of(0.398_942_280_401_432_7);
-    (u * cumulative, cumulative + u * density)
+    let cumulative = half * (T::ONE + (u * T::of(std::f64::consts::FRAC_1_SQRT_2)).erf(level));
+    let density = (-(half * u * u)).exp(level) * T::of(0.398_942_280_401_432_7);
+    (u * cumulative, u.mul_add(density, cumulative, level))
 }
 
 /// GELU(u).
 #[inline(always)]
-fn gelu<T: Real>(u: T) -> T {
-    T::of(0.5) * u * (T::ONE + (u * T::of(std::f64::consts::FRAC_1_SQRT_2)).erf())
+fn gelu<T: Real>(u: T, level: Level) -> T {
+    T::of(0.5) * u * (T::ONE + (u * T::of(std::f64::consts::FRAC_1_SQRT_2)).erf(level))
 }
 
-/// Calls `finish(offset of the token's channel block, convolution sums, lanes)` for every token and block of channels.
-/// Tap `t` reads weight row `t`, or `8 - t` with `mirrored` (the transpose of the convolution).
-#[inline(always)]
-fn convolve<T: Real>(
-    x: &[T],
-    w: &[T],
+struct Gelu<'a, T> {
+    b: &'a [T],
+    g: &'a mut [T],
+}
+
+impl<T: Real> Finish<T> for Gelu<'_, T> {
+    #[inline(always)]
+    fn finish<const WHOLE: bool>(&mut self, at: usize, c: usize, lanes: usize, sums: &Block<T>, level: Level) {
+        let b = load::<T, WHOLE>(self.b, c, lanes);
+        let mut g = [T::ZERO; LANES];
+        for i in 0..LANES {
+            g[i] = gelu(sums[i] + b[i], level);
+        }
+        store::<T, WHOLE>(&g, self.g, at, lanes);
+    }
+}
+
+struct GeluBackward<'a, T, const FORWARD: bool> {
+    b: &'a [T],
+    dg: &'a mut [T],
+    g: &'a mut [T],
+}
+
+impl<T: Real, const FORWARD: bool> Finish<T> for GeluBackward<'_, T, FORWARD> {
+    #[inline(always)]
+    fn finish<const WHOLE: bool>(&mut self, at: usize, c: usize, lanes: usize, sums: &Block<T>, level: Level) {
+        let b = load::<T, WHOLE>(self.b, c, lanes);
+        let mut dg = load::<T, WHOLE>(self.dg, at, lanes);
+        let mut g = [T::ZERO; LANES];
+        for i in 0..LANES {
+            let (value, slope) = gelu_with_slope(sums[i] + b[i], level);
+            g[i] = value;
+            dg[i] *= slope;
+        }
+        store::<T, WHOLE>(&dg, self.dg, at, lanes);
+        if FORWARD {
+            store::<T, WHOLE>(&g, self.g, at, lanes);
+        }
+    }
+}
+
+struct Plain<'a, T>(&'a mut [T]);
+
+impl<T: Real> Finish<T> for Plain<'_, T> {
+    #[inline(always)]
+    fn finish<const WHOLE: bool>(&mut self, at: usize, _: usize, lanes: usize, sums: &Block<T>, _: Level) {
+        store::<T, WHOLE>(sums, self.0, at, lanes);
+    }
+}
+
+struct Parameters<'a, T> {
+    du: &'a [T],
+    h: &'a [T],
     grid: Grid,
     channels: usize,
-    mirrored: bool,
-    mut finish: impl FnMut(usize, usize, &[T]),
-) {
-    let Grid { images, height, width } = grid;
-    for image in 0..images {
-        for y in 0..height {
-            for xx in 0..width {
-                for c in (0..channels).step_by(LANES) {
-                    let lanes = LANES.min(channels - c);
-                    let mut sums = [T::ZERO; LANES];
-                    for ky in (0..3).filter(|ky| (1..=height).contains(&(y + ky))) {
-                        for kx in (0..3).filter(|kx| (1..=width).contains(&(xx + kx))) {
-                            let tap = if mirrored { 8 - (ky * 3 + kx) } else { ky * 3 + kx };
-                            let at = ((image * height + y + ky - 1) * width + xx + kx - 1) * channels + c;
-                            if lanes == LANES {
-                                let (x, w) = (&x[at..][..LANES], &w[tap * channels + c..][..LANES]);
-                                for i in 0..LANES {
-                                    sums[i] += x[i] * w[i];
-                                }
-                            } else {
-                                let (x, w) = (&x[at..][..lanes], &w[tap * channels + c..][..lanes]);
-                                for i in 0..lanes {
-                                    sums[i] += x[i] * w[i];
-                                }
-                            }
-                        }
-                    }
-                    finish(((image * height + y) * width + xx) * channels + c, c, &sums[..lanes]);
-                }
+    dw: &'a mut [T],
+    db: &'a mut [T],
+    level: Level,
+}
+
+impl<T: Real> Walk for Parameters<'_, T> {
+    #[inline(always)]
+    fn walk<const WHOLE: bool>(&mut self, row: usize, c: usize, lanes: usize) {
+        let (width, channels) = (self.grid.width, self.channels);
+        let stride = width * channels;
+        let rows = neighbours(row, self.grid, stride);
+        let lines = rows.map(|(start, _)| &self.h[start + c..start + stride - channels + c + lanes]);
+        let du = &self.du[row * stride + c..][..stride - channels + lanes];
+        // Column x of h meets du at x + 1 (tap 0), x (tap 1) and x - 1 (tap 2).
+        let mut sums = [[T::ZERO; LANES]; 9];
+        let mut shift = [T::ZERO; LANES];
+        let mut before = [T::ZERO; LANES];
+        let mut own = load::<T, WHOLE>(du, 0, lanes);
+        for x in 0..width {
+            let next = if x + 1 < width { load::<T, WHOLE>(du, (x + 1) * channels, lanes) } else { [T::ZERO; LANES] };
+            for ky in 0..3 {
+                let column = load::<T, WHOLE>(lines[ky], x * channels, lanes);
+                multiply_add(&column, &next, &mut sums[3 * ky], self.level);
+                multiply_add(&column, &own, &mut sums[3 * ky + 1], self.level);
+                multiply_add(&column, &before, &mut sums[3 * ky + 2], self.level);
             }
+            for i in 0..LANES {
+                shift[i] += own[i];
+            }
+            (before, own) = (own, next);
         }
+        for (tap, sums) in sums.iter().enumerate().filter(|(tap, _)| rows[tap / 3].1) {
+            each([&sums[..lanes]], &mut self.dw[tap * channels + c..][..lanes], |[part], sum| sum + part);
+        }
+        each([&shift[..lanes]], &mut self.db[c..][..lanes], |[part], sum| sum + part);
     }
 }
 
@@ -67,21 +235,9 @@ impl<T: Real> Depthwise for Cpu<T> {
     fn depthwise_gelu(&self, h: &Vec<T>, w: &Vec<T>, b: &Vec<T>, grid: Grid, channels: usize, g: &mut Vec<T>) {
         vectorised(
             #[inline(always)]
-            || {
-                convolve(
-                    h,
-                    w,
-                    grid,
-                    channels,
-                    false,
-                    #[inline(always)]
-                    |at, c, sums| {
-                        let (g, b) = (&mut g[at..][..sums.len()], &b[c..][..sums.len()]);
-                        for i in 0..sums.len() {
-                            g[i] = gelu(sums[i] + b[i]);
-                        }
-                    },
-                );
+            |level| {
+                let finish = Gelu { b, g };
+                each_block(grid, channels, Convolution { x: h, w, grid, channels, mirrored: false, level, finish });
             },
         );
     }
@@ -99,43 +255,16 @@ impl<T: Real> Depthwise for Cpu<T> {
         match g {
             Some(g) => vectorised(
                 #[inline(always)]
-                || {
-                    convolve(
-                        h,
-                        w,
-                        grid,
-                        channels,
-                        false,
-                        #[inline(always)]
-                        |at, c, sums| {
-                            let n = sums.len();
-                            let (dg, g, b) = (&mut dg[at..][..n], &mut g[at..][..n], &b[c..][..n]);
-                            for i in 0..n {
-                                let (value, slope) = gelu_with_slope(sums[i] + b[i]);
-                                g[i] = value;
-                                dg[i] *= slope;
-                            }
-                        },
-                    );
+                |level| {
+                    let finish = GeluBackward::<T, true> { b, dg, g };
+                    each_block(grid, channels, Convolution { x: h, w, grid, channels, mirrored: false, level, finish });
                 },
             ),
             None => vectorised(
                 #[inline(always)]
-                || {
-                    convolve(
-                        h,
-                        w,
-                        grid,
-                        channels,
-                        false,
-                        #[inline(always)]
-                        |at, c, sums| {
-                            let (dg, b) = (&mut dg[at..][..sums.len()], &b[c..][..sums.len()]);
-                            for i in 0..sums.len() {
-                                dg[i] *= gelu_with_slope(sums[i] + b[i]).1;
-                            }
-                        },
-                    );
+                |level| {
+                    let finish = GeluBackward::<T, false> { b, dg, g: &mut [] };
+                    each_block(grid, channels, Convolution { x: h, w, grid, channels, mirrored: false, level, finish });
                 },
             ),
         }
@@ -144,18 +273,9 @@ impl<T: Real> Depthwise for Cpu<T> {
     fn depthwise_backward_input(&self, du: &Vec<T>, w: &Vec<T>, grid: Grid, channels: usize, dh: &mut Vec<T>) {
         vectorised(
             #[inline(always)]
-            || {
-                convolve(
-                    du,
-                    w,
-                    grid,
-                    channels,
-                    true,
-                    #[inline(always)]
-                    |at, _, sums| {
-                        dh[at..][..sums.len()].copy_from_slice(sums);
-                    },
-                );
+            |level| {
+                let finish = Plain(dh);
+                each_block(grid, channels, Convolution { x: du, w, grid, channels, mirrored: true, level, finish });
             },
         );
     }
@@ -169,45 +289,9 @@ impl<T: Real> Depthwise for Cpu<T> {
         dw: &mut Vec<T>,
         db: &mut Vec<T>,
     ) {
-        let Grid { images, height, width } = grid;
         vectorised(
             #[inline(always)]
-            || {
-                for c in (0..channels).step_by(LANES) {
-                    let lanes = LANES.min(channels - c);
-                    for row in 0..images * height {
-                        // One row of tokens at a time: short sums first, then the sum of the sums.
-                        let (image, y) = (row / height, row % height);
-                        let mut shift = [T::ZERO; LANES];
-                        for x in 0..width {
-                            let d = &du[(row * width + x) * channels + c..][..lanes];
-                            for i in 0..lanes {
-                                shift[i] += d[i];
-                            }
-                        }
-                        for i in 0..lanes {
-                            db[c + i] += shift[i];
-                        }
-                        for ky in (0..3).filter(|ky| (1..=height).contains(&(y + ky))) {
-                            for kx in 0..3 {
-                                let mut total = [T::ZERO; LANES];
-                                for x in (0..width).filter(|x| (1..=width).contains(&(x + kx))) {
-                                    let d = &du[(row * width + x) * channels + c..][..lanes];
-                                    let at = ((image * height + y + ky - 1) * width + x + kx - 1) * channels + c;
-                                    let h = &h[at..][..lanes];
-                                    for i in 0..lanes {
-                                        total[i] += d[i] * h[i];
-                                    }
-                                }
-                                let dw = &mut dw[(ky * 3 + kx) * channels + c..][..lanes];
-                                for i in 0..lanes {
-                                    dw[i] += total[i];
-                                }
-                            }
-                        }
-                    }
-                }
-            },
+            |level| each_block(grid, channels, Parameters { du, h, grid, channels, dw, db, level }),
         );
     }
 }

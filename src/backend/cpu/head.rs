@@ -1,6 +1,7 @@
 //! BatchNorm, ReLU and dropout at the end of the decoder.
 
-use super::{Cpu, Real, simd::vectorised};
+use super::simd::{each, vectorised};
+use super::{Cpu, Real};
 use crate::backend::{BatchNormView, Dropout, Head};
 
 /// Added to the variance.
@@ -8,53 +9,59 @@ const EPSILON: f64 = 1e-5;
 /// Rows summed before the sum joins the total.
 const BLOCK: usize = 128;
 
-/// Adds `terms(row, channel)` over the rows to `total`, by blocks of rows.
+/// Multiplies row number `row` by its elements' factors.
 #[inline(always)]
-fn column_sums<T: Real>(rows: usize, channels: usize, total: &mut [T], term: impl Fn(usize, usize) -> T) {
-    let mut partial = vec![T::ZERO; channels];
-    for start in (0..rows).step_by(BLOCK) {
-        partial.fill(T::ZERO);
-        for row in start..rows.min(start + BLOCK) {
-            for (c, partial) in partial.iter_mut().enumerate() {
-                *partial += term(row, c);
+fn apply<T: Real>(drop: Dropout, row: usize, x: &mut [T]) {
+    drop.factors(
+        (row * x.len()) as u64,
+        x.len(),
+        #[inline(always)]
+        |start, factors| {
+            for (x, f) in x[start..].iter_mut().zip(factors) {
+                *x *= T::of(f64::from(*f));
             }
-        }
-        for (total, partial) in total.iter_mut().zip(&partial) {
-            *total += *partial;
-        }
-    }
+        },
+    );
 }
 
 impl<T: Real> Head for Cpu<T> {
     fn batch_moments(&self, z: &Vec<T>, rows: usize, channels: usize, moments: &mut Vec<T>) {
         moments[..2 * channels].fill(T::ZERO);
         let (mean, square) = moments[..2 * channels].split_at_mut(channels);
+        let mut own = vec![T::ZERO; 2 * channels];
+        let (own_mean, own_square) = own.split_at_mut(channels);
         let z = &z[..rows * channels];
         vectorised(
             #[inline(always)]
-            || {
-                column_sums(
-                    rows,
-                    channels,
-                    mean,
-                    #[inline(always)]
-                    |row, c| z[row * channels + c],
-                );
-                let share = T::of(1.0 / rows as f64);
-                for mean in mean.iter_mut() {
-                    *mean *= share;
+            |level| {
+                // Each block while it is in cache, then joined to the others (Chan, Golub, LeVeque, 1979).
+                let mut before = 0;
+                for block in z.chunks(BLOCK * channels) {
+                    let count = block.len() / channels;
+                    let share = T::of(1.0 / count as f64);
+                    own_mean.fill(T::ZERO);
+                    own_square.fill(T::ZERO);
+                    for z in block.chunks_exact(channels) {
+                        each([z], own_mean, |[z], sum| sum + z);
+                    }
+                    for mean in own_mean.iter_mut() {
+                        *mean *= share;
+                    }
+                    for z in block.chunks_exact(channels) {
+                        each([z, own_mean], own_square, |[z, mean], sum| {
+                            let d = z - mean;
+                            d.mul_add(d, sum, level)
+                        });
+                    }
+                    let (n, m) = (before as f64, count as f64);
+                    let (part, weight) = (T::of(m / (n + m)), T::of(n * m / (n + m)));
+                    for c in 0..channels {
+                        let delta = own_mean[c] - mean[c];
+                        mean[c] += part * delta;
+                        square[c] += own_square[c] + weight * (delta * delta);
+                    }
+                    before += count;
                 }
-                let mean = &*mean;
-                column_sums(
-                    rows,
-                    channels,
-                    square,
-                    #[inline(always)]
-                    |row, c| {
-                        let d = z[row * channels + c] - mean[c];
-                        d * d
-                    },
-                );
             },
         );
     }
@@ -106,24 +113,19 @@ impl<T: Real> Head for Cpu<T> {
     ) {
         let (mean, scale) = norm.stats[..2 * channels].split_at(channels);
         let (gamma, beta) = (&norm.gamma[..channels], &norm.beta[..channels]);
+        let z = z[..rows * channels].chunks_exact(channels);
+        let a = a[..rows * channels].chunks_exact_mut(channels);
         vectorised(
             #[inline(always)]
-            || {
-                for row in 0..rows {
-                    let z = &z[row * channels..][..channels];
-                    let a = &mut a[row * channels..][..channels];
-                    for c in 0..channels {
-                        let after = (z[c] - mean[c]) * scale[c] * gamma[c] + beta[c];
+            |level| {
+                for (row, (z, a)) in z.zip(a).enumerate() {
+                    each([z, mean, scale, gamma, beta], a, |[z, mean, scale, gamma, beta], _| {
+                        let after = ((z - mean) * scale).mul_add(gamma, beta, level);
                         // Written so that a NaN passes through and shows in the loss.
-                        a[c] = if after < T::ZERO { T::ZERO } else { after };
-                    }
+                        if after < T::ZERO { T::ZERO } else { after }
+                    });
                     if let Some(drop) = drop {
-                        drop.factors(
-                            (row * channels) as u64,
-                            channels,
-                            #[inline(always)]
-                            |c, f| a[c] *= T::of(f64::from(f)),
-                        );
+                        apply(drop, row, a);
                     }
                 }
             },
@@ -146,46 +148,35 @@ impl<T: Real> Head for Cpu<T> {
         let da = &mut da[..rows * channels];
         sums[..2 * channels].fill(T::ZERO);
         let (shift_sums, scale_sums) = sums[..2 * channels].split_at_mut(channels);
-        for start in (0..rows).step_by(BLOCK) {
-            let count = BLOCK.min(rows - start);
-            let z = &z[start * channels..][..count * channels];
-            let da = &mut da[start * channels..][..count * channels];
-            vectorised(
-                #[inline(always)]
-                || {
+        let mut partial = vec![T::ZERO; 2 * channels];
+        vectorised(
+            #[inline(always)]
+            |level| {
+                let (shift_part, scale_part) = partial.split_at_mut(channels);
+                let blocks = z.chunks(BLOCK * channels).zip(da.chunks_mut(BLOCK * channels));
+                for (block, (z, da)) in blocks.enumerate() {
+                    shift_part.fill(T::ZERO);
+                    scale_part.fill(T::ZERO);
                     for (row, (z, da)) in z.chunks_exact(channels).zip(da.chunks_exact_mut(channels)).enumerate() {
-                        for c in 0..channels {
-                            let after = (z[c] - mean[c]) * scale[c] * gamma[c] + beta[c];
-                            da[c] = if after > T::ZERO { da[c] } else { T::ZERO };
-                        }
                         if let Some(drop) = drop {
-                            let first = ((start + row) * channels) as u64;
-                            drop.factors(
-                                first,
-                                channels,
-                                #[inline(always)]
-                                |c, f| da[c] *= T::of(f64::from(f)),
-                            );
+                            apply(drop, block * BLOCK + row, da);
                         }
+                        each([z, mean, scale, gamma, beta], da, |[z, mean, scale, gamma, beta], da| {
+                            let after = ((z - mean) * scale).mul_add(gamma, beta, level);
+                            if after > T::ZERO { da } else { T::ZERO }
+                        });
+                        each([da], shift_part, |[da], sum| sum + da);
+                        each([da, z, mean, scale], scale_part, |[da, z, mean, scale], sum| {
+                            da.mul_add((z - mean) * scale, sum, level)
+                        });
                     }
-                    let da = &*da;
-                    column_sums(
-                        count,
-                        channels,
-                        shift_sums,
-                        #[inline(always)]
-                        |row, c| da[row * channels + c],
-                    );
-                    column_sums(
-                        count,
-                        channels,
-                        scale_sums,
-                        #[inline(always)]
-                        |row, c| da[row * channels + c] * ((z[row * channels + c] - mean[c]) * scale[c]),
-                    );
-                },
-            );
-        }
+                    for c in 0..channels {
+                        shift_sums[c] += shift_part[c];
+                        scale_sums[c] += scale_part[c];
+                    }
+                }
+            },
+        );
     }
 
     fn batch_sums(&self, sums: &[&Vec<T>], total: &mut Vec<T>) {
@@ -211,16 +202,19 @@ impl<T: Real> Head for Cpu<T> {
         let (mean, scale) = norm.stats[..2 * channels].split_at(channels);
         let gamma = &norm.gamma[..channels];
         let (shift_sums, scale_sums) = total[..2 * channels].split_at(channels);
+        let (shift_sums, scale_sums) = (&shift_sums[..channels], &scale_sums[..channels]);
+        let z = z[..rows * channels].chunks_exact(channels);
+        let dy = dy[..rows * channels].chunks_exact_mut(channels);
         vectorised(
             #[inline(always)]
-            || {
-                for row in 0..rows {
-                    let (z, dy) = (&z[row * channels..][..channels], &mut dy[row * channels..][..channels]);
-                    for c in 0..channels {
-                        let normalised = (z[c] - mean[c]) * scale[c];
-                        let centred = dy[c] - share * (shift_sums[c] + normalised * scale_sums[c]);
-                        dy[c] = gamma[c] * scale[c] * centred;
-                    }
+            |level| {
+                for (z, dy) in z.zip(dy) {
+                    let constants = [z, mean, scale, gamma, shift_sums, scale_sums];
+                    each(constants, dy, |[z, mean, scale, gamma, shift_sum, scale_sum], dy| {
+                        let normalised = (z - mean) * scale;
+                        let centred = dy - share * normalised.mul_add(scale_sum, shift_sum, level);
+                        gamma * scale * centred
+                    });
                 }
             },
         );

@@ -1,30 +1,35 @@
 //! LayerNorm over channels.
 
-use super::{Cpu, Real, simd::vectorised};
+use super::simd::{each, vectorised};
+use super::{Cpu, Real};
 use crate::backend::LayerNorm;
 
 /// Added to the variance.
 const EPSILON: f64 = 1e-5;
 
-/// Sum in a fixed order of 16 interleaved partial sums, which become vector lanes.
+/// Sum of 16 lanes, in a fixed order.
 #[inline(always)]
-pub(super) fn sum<T: Real>(n: usize, term: impl Fn(usize) -> T) -> T {
+pub(super) fn fold<T: Real>(lanes: [T; 16]) -> T {
+    let eight: [T; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
+    let four: [T; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
+}
+
+/// Sum of `term` over rows of equal length, in a fixed order of 16 interleaved partial sums, which become vector lanes.
+#[inline(always)]
+pub(super) fn sum<T: Real, const N: usize>(rows: [&[T]; N], term: impl Fn([T; N]) -> T) -> T {
     let mut lanes = [T::ZERO; 16];
-    let whole = n / 16 * 16;
-    for start in (0..whole).step_by(16) {
-        for (lane, total) in lanes.iter_mut().enumerate() {
-            *total += term(start + lane);
+    let parts = rows.map(|row| row.as_chunks::<16>());
+    for block in 0..parts[0].0.len() {
+        let blocks: [&[T; 16]; N] = std::array::from_fn(|k| &parts[k].0[block]);
+        for i in 0..16 {
+            lanes[i] += term(std::array::from_fn(|k| blocks[k][i]));
         }
     }
-    for i in whole..n {
-        lanes[i - whole] += term(i);
+    for i in 0..parts[0].1.len() {
+        lanes[i] += term(std::array::from_fn(|k| parts[k].1[i]));
     }
-    for width in [8, 4, 2, 1] {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-    }
-    lanes[0]
+    fold(lanes)
 }
 
 impl<T: Real> LayerNorm for Cpu<T> {
@@ -40,20 +45,19 @@ impl<T: Real> LayerNorm for Cpu<T> {
     ) {
         let share = T::of(1.0 / channels as f64);
         let (gamma, beta) = (&gamma[..channels], &beta[..channels]);
+        let x = x[..rows * channels].chunks_exact(channels);
+        let y = y[..rows * channels].chunks_exact_mut(channels);
+        let stats = stats[..2 * rows].chunks_exact_mut(2);
         vectorised(
             #[inline(always)]
-            || {
-                for row in 0..rows {
-                    let x = &x[row * channels..][..channels];
-                    let y = &mut y[row * channels..][..channels];
-                    let mean = sum(channels, |c| x[c]) * share;
-                    let variance = sum(channels, |c| (x[c] - mean) * (x[c] - mean)) * share;
+            |level| {
+                for ((x, y), stats) in x.zip(y).zip(stats) {
+                    let mean = sum([x], |[x]| x) * share;
+                    let variance = sum([x], |[x]| (x - mean) * (x - mean)) * share;
                     let scale = T::ONE / (variance + T::of(EPSILON)).sqrt();
-                    for c in 0..channels {
-                        y[c] = (x[c] - mean) * scale * gamma[c] + beta[c];
-                    }
-                    stats[2 * row] = mean;
-                    stats[2 * row + 1] = scale;
+                    each([x, gamma, beta], y, |[x, gamma, beta], _| ((x - mean) * scale).mul_add(gamma, beta, level));
+                    stats[0] = mean;
+                    stats[1] = scale;
                 }
             },
         );
@@ -72,24 +76,22 @@ impl<T: Real> LayerNorm for Cpu<T> {
     ) {
         let share = T::of(1.0 / channels as f64);
         let gamma = &gamma[..channels];
+        let dy = dy[..rows * channels].chunks_exact(channels);
+        let x = x[..rows * channels].chunks_exact(channels);
+        let dx = dx[..rows * channels].chunks_exact_mut(channels);
+        let stats = stats[..2 * rows].chunks_exact(2);
         vectorised(
             #[inline(always)]
-            || {
-                for row in 0..rows {
-                    let dy = &dy[row * channels..][..channels];
-                    let x = &x[row * channels..][..channels];
-                    let dx = &mut dx[row * channels..][..channels];
-                    let (mean, scale) = (stats[2 * row], stats[2 * row + 1]);
-                    let first = sum(channels, |c| dy[c] * gamma[c]) * share;
-                    let second = sum(channels, |c| dy[c] * gamma[c] * (x[c] - mean)) * share * scale * scale;
+            |_| {
+                for ((dy, x), (dx, stats)) in dy.zip(x).zip(dx.zip(stats)) {
+                    let (mean, scale) = (stats[0], stats[1]);
+                    let first = sum([dy, gamma], |[dy, gamma]| dy * gamma) * share;
+                    let second = sum([dy, gamma, x], |[dy, gamma, x]| dy * gamma * (x - mean)) * share * scale * scale;
+                    let gradient = |[dy, gamma, x]: [T; 3]| (dy * gamma - first - (x - mean) * second) * scale;
                     if add {
-                        for c in 0..channels {
-                            dx[c] += (dy[c] * gamma[c] - first - (x[c] - mean) * second) * scale;
-                        }
+                        each([dy, gamma, x], dx, |row, dx| dx + gradient(row));
                     } else {
-                        for c in 0..channels {
-                            dx[c] = (dy[c] * gamma[c] - first - (x[c] - mean) * second) * scale;
-                        }
+                        each([dy, gamma, x], dx, |row, _| gradient(row));
                     }
                 }
             },
@@ -106,26 +108,25 @@ impl<T: Real> LayerNorm for Cpu<T> {
         dgamma: &mut Vec<T>,
         dbeta: &mut Vec<T>,
     ) {
+        let mut partial = vec![T::ZERO; 2 * channels];
+        let (scale_part, shift_part) = partial.split_at_mut(channels);
         vectorised(
             #[inline(always)]
-            || {
-                let mut partial = vec![T::ZERO; 2 * channels];
-                for start in (0..rows).step_by(128) {
-                    partial.fill(T::ZERO);
-                    let (scale_sums, shift_sums) = partial.split_at_mut(channels);
-                    for row in start..rows.min(start + 128) {
+            |level| {
+                let blocks =
+                    dy[..rows * channels].chunks(128 * channels).zip(x[..rows * channels].chunks(128 * channels));
+                for ((dy, x), stats) in blocks.zip(stats.chunks(256)) {
+                    scale_part.fill(T::ZERO);
+                    shift_part.fill(T::ZERO);
+                    for row in 0..dy.len() / channels {
                         let dy = &dy[row * channels..][..channels];
                         let x = &x[row * channels..][..channels];
                         let (mean, scale) = (stats[2 * row], stats[2 * row + 1]);
-                        for c in 0..channels {
-                            scale_sums[c] += dy[c] * ((x[c] - mean) * scale);
-                            shift_sums[c] += dy[c];
-                        }
+                        each([dy, x], scale_part, |[dy, x], sum| dy.mul_add((x - mean) * scale, sum, level));
+                        each([dy], shift_part, |[dy], sum| sum + dy);
                     }
-                    for c in 0..channels {
-                        dgamma[c] += scale_sums[c];
-                        dbeta[c] += shift_sums[c];
-                    }
+                    each([scale_part], &mut dgamma[..channels], |[part], sum| sum + part);
+                    each([shift_part], &mut dbeta[..channels], |[part], sum| sum + part);
                 }
             },
         );

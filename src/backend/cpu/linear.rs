@@ -1,6 +1,7 @@
 //! Products of tokens with weights, on the `gemm` crate.
 
-use super::{Cpu, Real, simd::vectorised};
+use super::simd::{each, vectorised};
+use super::{Cpu, Real};
 use crate::backend::{Linear, Product};
 
 /// A matrix inside a slice: where it starts and the distance between its rows and columns.
@@ -78,7 +79,7 @@ impl<T: Real> Linear for Cpu<T> {
             let y = &mut y[..p.rows * p.outputs];
             vectorised(
                 #[inline(always)]
-                || {
+                |_| {
                     for row in y.chunks_exact_mut(p.outputs) {
                         if add {
                             for (y, b) in row.iter_mut().zip(bias) {
@@ -107,21 +108,17 @@ impl<T: Real> Linear for Cpu<T> {
     }
 
     fn linear_backward_bias(&self, dy: &Vec<T>, rows: usize, outputs: usize, db: &mut Vec<T>) {
+        let mut partial = vec![T::ZERO; outputs];
         vectorised(
             #[inline(always)]
-            || {
+            |_| {
                 // Sums of 128 rows first: the error grows with the square of neither.
-                let mut partial = vec![T::ZERO; outputs];
                 for block in dy[..rows * outputs].chunks(128 * outputs) {
                     partial.fill(T::ZERO);
                     for row in block.chunks_exact(outputs) {
-                        for (p, d) in partial.iter_mut().zip(row) {
-                            *p += *d;
-                        }
+                        each([row], &mut partial, |[d], sum| sum + d);
                     }
-                    for (db, p) in db.iter_mut().zip(&partial) {
-                        *db += *p;
-                    }
+                    each([&partial], &mut db[..outputs], |[part], sum| sum + part);
                 }
             },
         );

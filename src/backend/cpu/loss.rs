@@ -1,50 +1,136 @@
-//! Cross-entropy and confusion counts at label resolution, from logits at a quarter of it.
+//! Cross-entropy and confusion counts at label resolution, from logits at a quarter of it. A line of pixels at a time,
+//! class by class, so that loops run over pixels.
 
 use super::resize::source;
-use super::{Cpu, Real, simd::vectorised};
+use super::simd::{Level, vectorised};
+use super::{Cpu, Real};
 use crate::backend::{Grid, Loss, Sample};
 
-/// Interpolates one line of logits to label resolution: `line[x·labels + l]`.
-#[inline(always)]
-fn upsample_line<T: Real>(
-    logits: &[T],
-    from: Grid,
-    labels: usize,
-    image: usize,
-    oy: usize,
-    size: usize,
-    columns: &[(usize, usize, T)],
-    (blend, line): (&mut [T], &mut [T]),
-) {
-    let (y0, y1, wy) = source(oy, from.height, size);
-    let row = |y: usize| &logits[(image * from.height + y) * from.width * labels..][..from.width * labels];
-    let (upper, lower) = (row(y0), row(y1));
-    let (w0, w1) = (T::of(1.0 - wy), T::of(wy));
-    for i in 0..from.width * labels {
-        blend[i] = w0 * upper[i] + w1 * lower[i];
+/// How a line of logits is stretched to a line of pixels.
+struct Stretch<T> {
+    /// Per pixel: the two logits it lies between and the second one's weight.
+    pixels: Vec<(usize, usize, T)>,
+    /// Per logit: the first pixel it contributes to, and the weights from there on.
+    logits: Vec<(usize, Vec<T>)>,
+}
+
+impl<T: Real> Stretch<T> {
+    fn new(from: usize, to: usize) -> Self {
+        let mut logits: Vec<(usize, Vec<T>)> = vec![(0, Vec::new()); from];
+        let mut pixels = Vec::with_capacity(to);
+        for x in 0..to {
+            let (x0, x1, w) = source(x, from, to);
+            for (at, weight) in [(x0, 1.0 - w), (x1, w)] {
+                let (first, weights) = &mut logits[at];
+                if weights.is_empty() {
+                    *first = x;
+                }
+                weights.resize(x - *first + 1, T::ZERO);
+                weights[x - *first] += T::of(weight);
+            }
+            pixels.push((x0, x1, T::of(w)));
+        }
+        Self { pixels, logits }
     }
-    for (out, &(x0, x1, w)) in line.chunks_exact_mut(labels).zip(columns) {
-        for l in 0..labels {
-            out[l] = (T::ONE - w) * blend[x0 * labels + l] + w * blend[x1 * labels + l];
+}
+
+/// Room for one line of pixels.
+struct Line<T> {
+    stretch: Stretch<T>,
+    /// Logits of the line before stretching, `(width, labels)`.
+    blend: Vec<T>,
+    /// Logits of the line, `(labels, size)`.
+    classes: Vec<T>,
+    /// Labels of the line; what is no class is `u8::MAX`.
+    truth: Vec<u8>,
+    most: Vec<T>,
+    sum: Vec<T>,
+    own: Vec<T>,
+}
+
+impl<T: Real> Line<T> {
+    fn new(width: usize, labels: usize, size: usize) -> Self {
+        let zeros = |n: usize| vec![T::ZERO; n];
+        Self {
+            stretch: Stretch::new(width, size),
+            blend: zeros(width * labels),
+            classes: zeros(labels * size),
+            truth: vec![0; size],
+            most: zeros(size),
+            sum: zeros(size),
+            own: zeros(size),
         }
     }
-}
 
-/// The interpolation of every column.
-fn columns<T: Real>(from: usize, to: usize) -> Vec<(usize, usize, T)> {
-    (0..to)
-        .map(|x| {
-            let (x0, x1, w) = source(x, from, to);
-            (x0, x1, T::of(w))
-        })
-        .collect()
-}
+    /// Interpolates the logits of line `oy` of a picture, and finds its labels.
+    #[inline(always)]
+    fn read(&mut self, logits: &[T], from: Grid, labels: usize, sample: &Sample<'_>, image: usize, oy: usize) {
+        let size = self.truth.len();
+        let (y0, y1, wy) = source(oy, from.height, size);
+        let row = |y: usize| &logits[(image * from.height + y) * from.width * labels..][..from.width * labels];
+        let (w0, w1) = (T::of(1.0 - wy), T::of(wy));
+        for ((blend, upper), lower) in self.blend.iter_mut().zip(row(y0)).zip(row(y1)) {
+            *blend = w0 * *upper + w1 * *lower;
+        }
+        for (l, class) in self.classes.chunks_exact_mut(size).enumerate() {
+            for (out, &(x0, x1, w)) in class.iter_mut().zip(&self.stretch.pixels) {
+                *out = (T::ONE - w) * self.blend[x0 * labels + l] + w * self.blend[x1 * labels + l];
+            }
+        }
+        let line = &sample.labels[oy * size..][..size];
+        let class = |label: u8| if usize::from(label) < labels { label } else { u8::MAX };
+        if sample.augment.flip {
+            for (to, from) in self.truth.iter_mut().zip(line.iter().rev()) {
+                *to = class(*from);
+            }
+        } else {
+            for (to, from) in self.truth.iter_mut().zip(line) {
+                *to = class(*from);
+            }
+        }
+    }
 
-/// The label at `(y, x)` of a sample as the model sees it, flipped if it is.
-#[inline(always)]
-fn label(sample: &Sample<'_>, y: usize, x: usize, size: usize) -> usize {
-    let x = if sample.augment.flip { size - 1 - x } else { x };
-    usize::from(sample.labels[y * size + x])
+    /// Turns logits into the gradient of the loss, softmax - one-hot; returns the loss.
+    #[inline(always)]
+    fn cross_entropy(&mut self, level: Level) -> T {
+        let size = self.truth.len();
+        let Self { classes, truth, most, sum, own, .. } = self;
+        let (truth, most, sum, own) = (&truth[..size], &mut most[..size], &mut sum[..size], &mut own[..size]);
+        most.copy_from_slice(&classes[..size]);
+        for class in classes.chunks_exact(size).skip(1) {
+            for x in 0..size {
+                most[x] = most[x].max(class[x]);
+            }
+        }
+        sum.fill(T::ZERO);
+        own.fill(T::ZERO);
+        for (l, class) in classes.chunks_exact_mut(size).enumerate() {
+            for x in 0..size {
+                let logit = class[x] - most[x];
+                own[x] = if usize::from(truth[x]) == l { logit } else { own[x] };
+                class[x] = logit.exp(level);
+                sum[x] += class[x];
+            }
+        }
+        let mut lanes = [T::ZERO; 16];
+        for start in (0..size).step_by(16) {
+            let n = 16.min(size - start);
+            for i in 0..n {
+                let x = start + i;
+                let counts = truth[x] != u8::MAX;
+                let loss = sum[x].ln(level) - own[x];
+                lanes[i] += if counts { loss } else { T::ZERO };
+                sum[x] = if counts { T::ONE / sum[x] } else { T::ZERO };
+            }
+        }
+        for (l, class) in classes.chunks_exact_mut(size).enumerate() {
+            for x in 0..size {
+                let hit = if usize::from(truth[x]) == l { T::ONE } else { T::ZERO };
+                class[x] = class[x] * sum[x] - hit;
+            }
+        }
+        super::layer_norm::fold(lanes)
+    }
 }
 
 impl<T: Real> Loss for Cpu<T> {
@@ -59,9 +145,8 @@ impl<T: Real> Loss for Cpu<T> {
         out: &mut Vec<T>,
         mut gradient: Option<&mut Vec<T>>,
     ) {
-        let columns = columns::<T>(from.width, size);
-        let mut line = vec![T::ZERO; size * labels];
-        let mut blend = vec![T::ZERO; from.width * labels];
+        let mut line = Line::new(from.width, labels, size);
+        let stride = from.width * labels;
         if let Some(gradient) = &mut gradient {
             gradient[..from.rows() * labels].fill(T::ZERO);
         }
@@ -70,51 +155,30 @@ impl<T: Real> Loss for Cpu<T> {
             for oy in 0..size {
                 vectorised(
                     #[inline(always)]
-                    || {
-                        upsample_line(logits, from, labels, image, oy, size, &columns, (&mut blend, &mut line));
-                        let mut line_total = T::ZERO;
-                        for (x, logits) in line.chunks_exact_mut(labels).enumerate() {
-                            let truth = label(sample, oy, x, size);
-                            if truth >= labels {
-                                logits.fill(T::ZERO);
-                                continue;
-                            }
-                            let most = logits.iter().copied().fold(logits[0], T::max);
-                            let own = logits[truth];
-                            let mut sum = T::ZERO;
-                            for l in logits.iter_mut() {
-                                *l = (*l - most).exp();
-                                sum += *l;
-                            }
-                            line_total += sum.ln() + most - own;
-                            // The logits become their gradient: softmax - one-hot.
-                            let share = T::ONE / sum;
-                            for l in logits.iter_mut() {
-                                *l *= share;
-                            }
-                            logits[truth] -= T::ONE;
-                        }
-                        total += line_total.f64();
-                        if let Some(gradient) = &mut gradient {
-                            // The way back: columns first, then the two lines.
-                            blend.fill(T::ZERO);
-                            for (d, &(x0, x1, w)) in line.chunks_exact(labels).zip(&columns) {
-                                for l in 0..labels {
-                                    blend[x0 * labels + l] += (T::ONE - w) * d[l];
-                                    blend[x1 * labels + l] += w * d[l];
-                                }
-                            }
-                            let (y0, y1, wy) = source(oy, from.height, size);
-                            let stride = from.width * labels;
-                            for (y, weight) in [(y0, T::of(scale * (1.0 - wy))), (y1, T::of(scale * wy))] {
-                                let to = &mut gradient[(image * from.height + y) * stride..][..stride];
-                                for (to, d) in to.iter_mut().zip(&blend) {
-                                    *to += weight * *d;
-                                }
-                            }
-                        }
+                    |level| {
+                        line.read(logits, from, labels, sample, image, oy);
+                        total += line.cross_entropy(level).f64();
                     },
                 );
+                let Some(gradient) = &mut gradient else { continue };
+                // The way back: columns first, then the two lines.
+                let Line { stretch, blend, classes, .. } = &mut line;
+                for (l, class) in classes.chunks_exact(size).enumerate() {
+                    for (at, (first, weights)) in stretch.logits.iter().enumerate() {
+                        let mut sum = T::ZERO;
+                        for (d, w) in class[*first..].iter().zip(weights) {
+                            sum += *d * *w;
+                        }
+                        blend[at * labels + l] = sum;
+                    }
+                }
+                let (y0, y1, wy) = source(oy, from.height, size);
+                for (y, weight) in [(y0, T::of(scale * (1.0 - wy))), (y1, T::of(scale * wy))] {
+                    let to = &mut gradient[(image * from.height + y) * stride..][..stride];
+                    for (to, d) in to.iter_mut().zip(&*blend) {
+                        *to += weight * *d;
+                    }
+                }
             }
             out[image] += T::of(scale * total);
         }
@@ -129,23 +193,29 @@ impl<T: Real> Loss for Cpu<T> {
         size: usize,
         counts: &mut [u64],
     ) {
-        let columns = columns::<T>(from.width, size);
-        let mut line = vec![T::ZERO; size * labels];
-        let mut blend = vec![T::ZERO; from.width * labels];
+        let mut line = Line::new(from.width, labels, size);
+        let mut best = vec![0u8; size];
         for (image, sample) in samples.iter().enumerate() {
             let counts = &mut counts[image * labels * labels..][..labels * labels];
             for oy in 0..size {
                 vectorised(
                     #[inline(always)]
-                    || {
-                        upsample_line(logits, from, labels, image, oy, size, &columns, (&mut blend, &mut line));
+                    |_| {
+                        line.read(logits, from, labels, sample, image, oy);
+                        let (largest, others) = line.classes.split_at_mut(size);
+                        best.fill(0);
+                        for (l, class) in others.chunks_exact(size).enumerate() {
+                            for x in 0..size {
+                                let larger = class[x] > largest[x];
+                                best[x] = if larger { l as u8 + 1 } else { best[x] };
+                                largest[x] = if larger { class[x] } else { largest[x] };
+                            }
+                        }
                     },
                 );
-                for (x, logits) in line.chunks_exact(labels).enumerate() {
-                    let truth = label(sample, oy, x, size);
-                    if truth < labels {
-                        let best = (1..labels).fold(0, |best, l| if logits[l] > logits[best] { l } else { best });
-                        counts[truth * labels + best] += 1;
+                for (&truth, &best) in line.truth.iter().zip(&best) {
+                    if truth != u8::MAX {
+                        counts[usize::from(truth) * labels + usize::from(best)] += 1;
                     }
                 }
             }

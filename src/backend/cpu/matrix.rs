@@ -1,8 +1,13 @@
 //! Small products among parameters.
 
+use rayon::prelude::*;
+
 use super::linear::{View, product};
 use super::{Cpu, Real};
 use crate::backend::{Matrix, Transpose};
+
+/// Numbers of a tensor that one thread takes at a time.
+const PART: usize = 1 << 16;
 
 impl<T: Real> Matrix for Cpu<T> {
     fn matrix_product(
@@ -48,8 +53,12 @@ impl<T: Real> Matrix for Cpu<T> {
     }
 
     fn add(&self, x: &Vec<T>, y: &mut Vec<T>) {
-        for (x, y) in x.iter().zip(y) {
-            *y += *x;
-        }
+        self.install(|| {
+            y.par_chunks_mut(PART).zip(x.par_chunks(PART)).for_each(|(y, x)| {
+                for (x, y) in x.iter().zip(y) {
+                    *y += *x;
+                }
+            });
+        });
     }
 }

@@ -1,11 +1,16 @@
 //! Clipping and AdamW.
 
+use rayon::prelude::*;
+
 use super::{Cpu, Real, simd::vectorised};
 use crate::backend::{AdamW, Optimizer};
 
+/// Numbers of a tensor that one thread takes at a time.
+const PART: usize = 1 << 14;
+
 impl<T: Real> Optimizer for Cpu<T> {
     fn gradient_norm(&self, gradients: &[&Vec<T>], norm: &mut Vec<T>) {
-        let total: f64 = gradients.iter().flat_map(|g| g.iter()).map(|g| g.f64() * g.f64()).sum();
+        let total: f64 = gradients.iter().map(|gradient| self.square_norm(gradient)).sum();
         norm[0] = T::of(total.sqrt());
     }
 
@@ -26,16 +31,47 @@ impl<T: Real> Optimizer for Cpu<T> {
         let keep = T::of(1.0 - update.lr * update.weight_decay);
         let (b1, b2, c1, c2) = (T::of(beta1), T::of(beta2), T::of(1.0 - beta1), T::of(1.0 - beta2));
         let epsilon = T::of(update.epsilon);
-        vectorised(
-            #[inline(always)]
-            || {
-                for ((p, g), (m, v)) in parameter.iter_mut().zip(gradient).zip(m.iter_mut().zip(v)) {
-                    let g = *g * clip;
-                    *m = b1 * *m + c1 * g;
-                    *v = b2 * *v + c2 * (g * g);
-                    *p = *p * keep - step_size * *m / (v.sqrt() / root + epsilon);
-                }
-            },
-        );
+        let parts = (parameter.par_chunks_mut(PART).zip(gradient.par_chunks(PART)))
+            .zip(m.par_chunks_mut(PART).zip(v.par_chunks_mut(PART)));
+        self.install(|| {
+            parts.for_each(|((p, g), (m, v))| {
+                vectorised(
+                    #[inline(always)]
+                    |_| {
+                        for ((p, g), (m, v)) in p.iter_mut().zip(g).zip(m.iter_mut().zip(v)) {
+                            let g = *g * clip;
+                            *m = b1 * *m + c1 * g;
+                            *v = b2 * *v + c2 * (g * g);
+                            *p = *p * keep - step_size * *m / (v.sqrt() / root + epsilon);
+                        }
+                    },
+                );
+            });
+        });
+    }
+}
+
+impl<T: Real> Cpu<T> {
+    /// Sum of squares: of parts by themselves, then of the parts in order.
+    fn square_norm(&self, x: &[T]) -> f64 {
+        let part = |x: &[T]| {
+            vectorised(
+                #[inline(always)]
+                |_| {
+                    let mut lanes = [0.0; 16];
+                    let (blocks, rest) = x.as_chunks::<16>();
+                    for block in blocks {
+                        for i in 0..16 {
+                            lanes[i] += block[i].f64() * block[i].f64();
+                        }
+                    }
+                    lanes.iter().sum::<f64>() + rest.iter().map(|x| x.f64() * x.f64()).sum::<f64>()
+                },
+            )
+        };
+        if x.len() <= PART {
+            return part(x);
+        }
+        self.install(|| x.par_chunks(PART).map(part).collect::<Vec<f64>>()).iter().sum()
     }
 }

@@ -29,9 +29,13 @@ fn each_tap(grid: Grid, window: Window, mut visit: impl FnMut(usize, usize, Opti
 
 impl<T: Real> Patches for Cpu<T> {
     fn pixel_patches(&self, samples: &[Sample<'_>], size: usize, window: Window, out: &mut Vec<T>) {
-        let row = window.side * window.side * 3;
-        let per_image = Grid { images: 1, height: size, width: size }.through(window).area() * row;
-        for (sample, out) in samples.iter().zip(out.chunks_exact_mut(per_image)) {
+        let Window { side, stride, padding } = window;
+        let grid = Grid { images: 1, height: size, width: size }.through(window);
+        let row = side * side * 3;
+        // A line of normalised pixels with its padding, for each line of a window.
+        let line = (size + 2 * padding) * 3;
+        let mut lines = vec![T::ZERO; side * line];
+        for (sample, out) in samples.iter().zip(out.chunks_exact_mut(grid.area() * row)) {
             let levels = sample.augment.table();
             let table: [[T; 256]; 3] = std::array::from_fn(|c| {
                 std::array::from_fn(|v| {
@@ -39,31 +43,37 @@ impl<T: Real> Patches for Cpu<T> {
                     T::of((level - f64::from(IMAGENET_MEAN[c])) / f64::from(IMAGENET_STD[c]))
                 })
             });
-            let grid = Grid { images: 1, height: size, width: size };
-            vectorised(
-                #[inline(always)]
-                || {
-                    each_tap(
-                        grid,
-                        window,
-                        #[inline(always)]
-                        |number, tap, token| {
-                            let to = &mut out[number * row + tap * 3..][..3];
-                            match token {
-                                Some(token) => {
-                                    let (y, x) = (token / size, token % size);
-                                    let x = if sample.augment.flip { size - 1 - x } else { x };
-                                    let from = &sample.pixels[(y * size + x) * 3..][..3];
-                                    for c in 0..3 {
-                                        to[c] = table[c][usize::from(from[c])];
-                                    }
-                                }
-                                None => to.fill(T::ZERO),
-                            }
-                        },
-                    );
-                },
-            );
+            let mut done = 0;
+            for (oy, out) in out.chunks_exact_mut(grid.width * row).enumerate() {
+                // Lines count from the first one of padding.
+                for y in done.max(oy * stride)..oy * stride + side {
+                    let to = &mut lines[y % side * line..][..line];
+                    let inside = (padding..size + padding).contains(&y);
+                    if !inside {
+                        to.fill(T::ZERO);
+                        continue;
+                    }
+                    let from = &sample.pixels[(y - padding) * size * 3..][..size * 3];
+                    let to = &mut to[padding * 3..][..size * 3];
+                    let normalise = |to: &mut [T], from: &[u8]| {
+                        for c in 0..3 {
+                            to[c] = table[c][usize::from(from[c])];
+                        }
+                    };
+                    if sample.augment.flip {
+                        to.chunks_exact_mut(3).zip(from.rchunks_exact(3)).for_each(|(to, from)| normalise(to, from));
+                    } else {
+                        to.chunks_exact_mut(3).zip(from.chunks_exact(3)).for_each(|(to, from)| normalise(to, from));
+                    }
+                }
+                done = oy * stride + side;
+                for (ox, out) in out.chunks_exact_mut(row).enumerate() {
+                    for (ky, out) in out.chunks_exact_mut(side * 3).enumerate() {
+                        let at = (oy * stride + ky) % side * line + ox * stride * 3;
+                        out.copy_from_slice(&lines[at..][..side * 3]);
+                    }
+                }
+            }
         }
     }
 
@@ -71,7 +81,7 @@ impl<T: Real> Patches for Cpu<T> {
         let row = window.side * window.side * channels;
         vectorised(
             #[inline(always)]
-            || {
+            |_| {
                 each_tap(
                     grid,
                     window,
@@ -95,7 +105,7 @@ impl<T: Real> Patches for Cpu<T> {
         }
         vectorised(
             #[inline(always)]
-            || {
+            |_| {
                 each_tap(
                     grid,
                     window,

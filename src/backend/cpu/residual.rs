@@ -19,7 +19,7 @@ impl<T: Real> Residual for Cpu<T> {
             let (x, branch, y) = (&x[image * n..][..n], &branch[image * n..][..n], &mut y[image * n..][..n]);
             vectorised(
                 #[inline(always)]
-                || {
+                |_| {
                     for i in 0..n {
                         y[i] = x[i] + factor * branch[i];
                     }
@@ -35,7 +35,7 @@ impl<T: Real> Residual for Cpu<T> {
             let (x, y) = (&x[image * n..][..n], &mut y[image * n..][..n]);
             vectorised(
                 #[inline(always)]
-                || {
+                |_| {
                     for i in 0..n {
                         y[i] = factor * x[i];
                     }
@@ -45,15 +45,19 @@ impl<T: Real> Residual for Cpu<T> {
     }
 
     fn dropout(&self, x: &Vec<T>, drop: Dropout, len: usize, y: &mut Vec<T>) {
+        let (x, y) = (&x[..len], &mut y[..len]);
         vectorised(
             #[inline(always)]
-            || {
-                let (x, y) = (&x[..len], &mut y[..len]);
+            |_| {
                 drop.factors(
                     0,
                     len,
                     #[inline(always)]
-                    |i, factor| y[i] = T::of(f64::from(factor)) * x[i],
+                    |start, factors| {
+                        for ((x, y), f) in x[start..].iter().zip(&mut y[start..]).zip(factors) {
+                            *y = T::of(f64::from(*f)) * *x;
+                        }
+                    },
                 );
             },
         );
@@ -62,7 +66,7 @@ impl<T: Real> Residual for Cpu<T> {
     fn accumulate(&self, x: &Vec<T>, len: usize, y: &mut Vec<T>) {
         vectorised(
             #[inline(always)]
-            || {
+            |_| {
                 for (x, y) in x[..len].iter().zip(&mut y[..len]) {
                     *y += *x;
                 }

@@ -20,7 +20,7 @@ impl<T: Real> Resize for Cpu<T> {
             if add {
                 vectorised(
                     #[inline(always)]
-                    || {
+                    |_| {
                         for i in 0..n {
                             y[i] += x[i];
                         }
@@ -38,7 +38,7 @@ impl<T: Real> Resize for Cpu<T> {
             let (upper, lower) = (line(y0), line(y1));
             vectorised(
                 #[inline(always)]
-                || {
+                |_| {
                     for ox in 0..to.width {
                         let (x0, x1, wx) = source(ox, from.width, to.width);
                         let weights = [(1.0 - wy) * (1.0 - wx), (1.0 - wy) * wx, wy * (1.0 - wx), wy * wx].map(T::of);
@@ -68,7 +68,7 @@ impl<T: Real> Resize for Cpu<T> {
             let (y0, y1, wy) = source(oy, from.height, to.height);
             vectorised(
                 #[inline(always)]
-                || {
+                |_| {
                     for ox in 0..to.width {
                         let (x0, x1, wx) = source(ox, from.width, to.width);
                         let d = &dy[(row * to.width + ox) * channels..][..channels];

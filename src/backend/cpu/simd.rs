@@ -1,19 +1,56 @@
 //! Vector code chosen at run time: what runs inside [`vectorised`] is compiled for AVX-512, AVX2 and the baseline, and
 //! the best the machine has is taken.
 
-/// Runs `work` compiled for the machine's vector extensions. Only what is inlined into `work` profits.
+/// The vector extensions a piece of code is compiled for; known to the compiler wherever it is inlined.
+#[derive(Clone, Copy)]
+pub struct Level {
+    /// Whether one instruction multiplies and adds. Without it, `mul_add` would call a slow library function.
+    pub fma: bool,
+}
+
+impl Level {
+    #[inline(always)]
+    fn of<S: pulp::Simd>(_: S) -> Self {
+        Self { fma: cfg!(target_arch = "aarch64") || (cfg!(target_arch = "x86_64") && S::F32_LANES >= 8) }
+    }
+}
+
+/// Runs `work` compiled for the machine's vector extensions. Only what is inlined into `work` profits, so closures on the
+/// way, `work` itself included, are marked `#[inline(always)]`.
 #[inline(always)]
-pub fn vectorised<R>(work: impl FnOnce() -> R) -> R {
+pub fn vectorised<R>(work: impl FnOnce(Level) -> R) -> R {
     struct Work<F>(F);
-    impl<R, F: FnOnce() -> R> pulp::WithSimd for Work<F> {
+    impl<R, F: FnOnce(Level) -> R> pulp::WithSimd for Work<F> {
         type Output = R;
 
         #[inline(always)]
-        fn with_simd<S: pulp::Simd>(self, _: S) -> R {
-            (self.0)()
+        fn with_simd<S: pulp::Simd>(self, simd: S) -> R {
+            (self.0)(Level::of(simd))
         }
     }
     pulp::Arch::new().dispatch(Work(work))
+}
+
+/// Lanes of a block: one AVX-512 register of f32.
+pub const LANES: usize = 16;
+
+/// Sets every element of `out` to `work(elements of inputs, element of out)`. In blocks of [`LANES`], since the compiler's
+/// own vector loops begin only at several times that length, and rows of tokens are short.
+#[inline(always)]
+pub fn each<T: Copy, const N: usize>(inputs: [&[T]; N], out: &mut [T], work: impl Fn([T; N], T) -> T) {
+    let inputs = inputs.map(|input| input[..out.len()].as_chunks::<LANES>());
+    let (blocks, rest) = out.as_chunks_mut::<LANES>();
+    for (b, out) in blocks.iter_mut().enumerate() {
+        let from: [[T; LANES]; N] = std::array::from_fn(|k| inputs[k].0[b]);
+        let mut to = *out;
+        for i in 0..LANES {
+            to[i] = work(std::array::from_fn(|k| from[k][i]), to[i]);
+        }
+        *out = to;
+    }
+    for (i, out) in rest.iter_mut().enumerate() {
+        *out = work(std::array::from_fn(|k| inputs[k].1[i]), *out);
+    }
 }
 
 /// The name of what [`vectorised`] uses on this machine.
