@@ -1,7 +1,7 @@
 //! Compiles the CUDA kernels into one fatbin, if there is an nvcc; without one the crate builds for the CPU alone.
 //!
 //! Looked for in this order: `NVCC`, `CUDA_HOME`, `CUDA_PATH`, `PATH`, the usual places, and the folder that
-//! `tools/get-nvcc.sh` fills. `SEGPEFT_REQUIRE_CUDA=1` makes a missing nvcc an error.
+//! `tools/get-nvcc.sh` fills. An empty `NVCC` asks for none; `SEGPEFT_REQUIRE_CUDA=1` makes a missing one an error.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -12,6 +12,9 @@ const ARCHITECTURES: [&str; 4] = ["80", "86", "89", "90"];
 
 fn find_nvcc() -> Option<PathBuf> {
     let path = |name: &str| env::var_os(name).map(PathBuf::from);
+    if path("NVCC").is_some_and(|path| path.as_os_str().is_empty()) {
+        return None;
+    }
     let mut candidates: Vec<PathBuf> = path("NVCC").into_iter().collect();
     candidates.extend(["CUDA_HOME", "CUDA_PATH"].iter().filter_map(|name| Some(path(name)?.join("bin/nvcc"))));
     candidates.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()).map(|folder| folder.join("nvcc")));
@@ -32,7 +35,11 @@ fn compile(nvcc: &Path, to: &Path) {
     let output = command.arg("--threads=0").arg("-o").arg(to).arg("kernels/all.cu").output();
     match output {
         Ok(output) if output.status.success() => {}
-        Ok(output) => panic!("{} failed:\n{}", nvcc.display(), String::from_utf8_lossy(&output.stderr)),
+        Ok(output) => panic!(
+            "{} failed (CUDA 13 is known to work: tools/get-nvcc.sh; an empty NVCC builds for the CPU alone):\n{}",
+            nvcc.display(),
+            String::from_utf8_lossy(&output.stderr)
+        ),
         Err(error) => panic!("{} cannot be run: {error}", nvcc.display()),
     }
 }

@@ -37,7 +37,14 @@ fn main() {
     table += "    return \"is no kernel\";\n}\n";
     let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").expect("OUT_DIR"));
     std::fs::write(out.join("table.cpp"), table).expect("the build folder can be written");
-    cc::Build::new()
+    let mut build = cc::Build::new();
+    println!("cargo:rerun-if-env-changed=SEGPEFT_SANITIZE");
+    if std::env::var_os("SEGPEFT_SANITIZE").is_some() {
+        build.flag("-fsanitize=address,undefined").flag("-fno-sanitize-recover=undefined").flag("-g");
+        println!("cargo:rustc-link-lib=asan");
+        println!("cargo:rustc-link-lib=ubsan");
+    }
+    build
         .cpp(true)
         .std("c++17")
         .opt_level(2)
