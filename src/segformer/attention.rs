@@ -80,7 +80,7 @@ impl AttentionLayer {
     ) {
         let backend = pass.backend;
         let (rows, key_rows) = (grid.rows(), self.keys(grid).rows());
-        let Scratch { tokens: [normed, keyed, ..], patches, side, .. } = scratch;
+        let Scratch { tokens: [normed, keyed, ..], wide: [patches, _], side, .. } = scratch;
         self.norm.forward(pass, x, rows, normed, &mut acts.stats);
         self.query.forward(pass, normed, rows, &mut acts.q, side);
         let source = match (&self.reduction, &mut acts.reduced) {
@@ -95,8 +95,24 @@ impl AttentionLayer {
         self.key.forward(pass, source, key_rows, &mut acts.k, side);
         self.value.forward(pass, source, key_rows, &mut acts.v, side);
         backend.attention(&acts.q, &acts.k, &acts.v, self.shape(grid), &mut acts.o, &mut acts.lse);
-        self.output.forward(pass, &acts.o, rows, normed, side);
-        backend.residual(x, normed, drop, grid, self.channels, y);
+        self.join(pass, x, grid, drop, acts, y, scratch);
+    }
+
+    /// The end of [`AttentionLayer::forward`], from the attention output on: cheap enough to make y again in the backward
+    /// pass rather than keep it.
+    pub fn join<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        grid: Grid,
+        drop: Option<Dropout>,
+        acts: &AttentionActs<B>,
+        y: &mut B::Act,
+        scratch: &mut Scratch<B>,
+    ) {
+        let Scratch { tokens: [branch, ..], side, .. } = scratch;
+        self.output.forward(pass, &acts.o, grid.rows(), branch, side);
+        pass.backend.residual(x, branch, drop, grid, self.channels, y);
     }
 
     /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients.
@@ -116,7 +132,7 @@ impl AttentionLayer {
         }
         let backend = pass.backend;
         let (rows, key_rows) = (grid.rows(), self.keys(grid).rows());
-        let Scratch { tokens: [t0, t1, t2, t3, t4, t5], patches, side, stats, .. } = scratch;
+        let Scratch { tokens: [t0, t1, t2, t3, t4, t5], wide: [patches, _], side, stats, .. } = scratch;
 
         // Output product. Afterwards t1 is the gradient of the attention output.
         let branch = match drop {

@@ -36,8 +36,6 @@ pub struct Stage {
 /// What the backward pass of a block needs.
 pub struct BlockActs<B: Backend> {
     attention: AttentionActs<B>,
-    /// Between attention and Mix-FFN.
-    middle: B::Act,
     ffn: FfnActs<B>,
 }
 
@@ -92,7 +90,6 @@ impl Stage {
                         o: tokens(),
                         lse: backend.full(rows * block.attention.heads),
                     },
-                    middle: tokens(),
                     ffn: FfnActs { stats: stats(), h: backend.act(rows * block.ffn.hidden) },
                 }
             })
@@ -120,13 +117,14 @@ impl Stage {
         pass: &Pass<'_, B>,
         input: &EmbedInput<'_, '_, B>,
         acts: &mut StageActs<B>,
+        middle: &mut B::Act,
         scratch: &mut Scratch<B>,
     ) {
         self.embed.forward(pass, input, acts.from, &mut acts.embed, &mut acts.stream[0], scratch);
         // Evaluation uses the first block's storage again and again, while it is in cache.
         let (held, streams) = if pass.keeps() { (self.blocks.len(), acts.stream.len()) } else { (1, 2) };
         for (j, block) in self.blocks.iter().enumerate() {
-            let BlockActs { attention, middle, ffn } = &mut acts.blocks[j % held];
+            let BlockActs { attention, ffn } = &mut acts.blocks[j % held];
             let Ok([before, after]) = acts.stream.get_disjoint_mut([j % streams, (j + 1) % streams]) else {
                 unreachable!("a block reads and writes one buffer")
             };
@@ -148,16 +146,18 @@ impl Stage {
         d: &mut B::Act,
         gradients: &mut Gradients<B>,
         below: Option<&mut B::Act>,
+        middle: &mut B::Act,
         scratch: &mut Scratch<B>,
     ) {
         let rows = acts.grid.rows();
         let last = &acts.stream[self.blocks.len()];
         self.norm.backward(pass, out_gradient, last, &acts.stats, rows, gradients, Some((&mut *d, false)));
         for (j, (block, saved)) in self.blocks.iter().zip(&acts.blocks).enumerate().rev() {
-            let drop = block.drop(pass, 1);
-            block.ffn.backward(pass, &saved.middle, acts.grid, drop, &saved.ffn, d, gradients, scratch);
-            let drop = block.drop(pass, 0);
-            let x = &acts.stream[j];
+            let (x, drop) = (&acts.stream[j], block.drop(pass, 0));
+            if block.ffn.input_gradient || block.ffn.trains {
+                block.attention.join(pass, x, acts.grid, drop, &saved.attention, middle, scratch);
+            }
+            block.ffn.backward(pass, middle, acts.grid, block.drop(pass, 1), &saved.ffn, d, gradients, scratch);
             block.attention.backward(pass, x, acts.grid, drop, &saved.attention, d, gradients, scratch);
         }
         if self.embed.input_gradient || self.embed.trains {
@@ -172,15 +172,16 @@ pub fn forward<B: Backend>(
     stages: &[Stage],
     samples: &[Sample<'_>],
     acts: &mut [StageActs<B>],
-    scratch: &mut Scratch<B>,
+    worker: &mut Worker<B>,
 ) {
+    let Worker { scratch, middle, .. } = worker;
     for (i, stage) in stages.iter().enumerate() {
         let (before, now) = acts.split_at_mut(i);
         let input = match before.last() {
             Some(previous) => EmbedInput::Tokens(&previous.out),
             None => EmbedInput::Pixels(samples),
         };
-        stage.forward(pass, &input, &mut now[0], scratch);
+        stage.forward(pass, &input, &mut now[0], middle, scratch);
     }
 }
 
@@ -195,7 +196,7 @@ pub fn backward<B: Backend>(
     gradients: &mut Gradients<B>,
     worker: &mut Worker<B>,
 ) {
-    let Worker { scratch, stream, out_gradients } = worker;
+    let Worker { scratch, stream, middle, out_gradients } = worker;
     for (i, stage) in stages.iter().enumerate().rev().filter(|(i, _)| reached[*i]) {
         let input = match i {
             0 => EmbedInput::Pixels(samples),
@@ -203,6 +204,6 @@ pub fn backward<B: Backend>(
         };
         let (lower, own) = out_gradients.split_at_mut(i);
         let below = if stage.embed.input_gradient { lower.last_mut() } else { None };
-        stage.backward(pass, &input, &acts[i], &own[0], stream, gradients, below, scratch);
+        stage.backward(pass, &input, &acts[i], &own[0], stream, gradients, below, middle, scratch);
     }
 }

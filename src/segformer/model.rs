@@ -75,10 +75,8 @@ impl<'a, B: Backend> Pass<'a, B> {
 pub struct Scratch<B: Backend> {
     /// Token matrices of the largest stage.
     pub tokens: [B::Act; 6],
-    /// Matrices as wide as the decoder or the Mix-FFN, whichever is larger.
+    /// Matrices as wide as the decoder, the Mix-FFN or gathered patches, whichever is largest.
     pub wide: [B::Act; 2],
-    /// Gathered patches.
-    pub patches: B::Act,
     /// LayerNorm statistics nobody keeps.
     pub stats: B::Full,
     /// Room of separate LoRA paths.
@@ -103,6 +101,8 @@ pub struct Worker<B: Backend> {
     pub scratch: Scratch<B>,
     /// Gradient of the residual stream.
     pub stream: B::Act,
+    /// The residual stream between attention and Mix-FFN.
+    pub middle: B::Act,
     /// Gradients of the stages' outputs.
     pub out_gradients: Vec<B::Act>,
 }
@@ -199,8 +199,8 @@ impl<B: Backend> Model<B> {
             grids[s].rows() * hidden
         });
         let rows = largest(&|s| grids[s].rows());
-        let wide = hidden.max(rows * width);
         let patches = largest(&|s| plan.stages[s].patch_len(if s == 0 { pixels } else { grids[s - 1] }));
+        let wide = hidden.max(rows * width).max(patches);
         let with_side = plan.side_inputs() > 0;
         let side_len = if with_side { tokens.max(hidden).max(patches) } else { 0 };
         let low = if with_side { rows * plan.rank } else { 0 };
@@ -209,7 +209,6 @@ impl<B: Backend> Model<B> {
                 scratch: Scratch {
                     tokens: std::array::from_fn(|_| backend.act(tokens)),
                     wide: std::array::from_fn(|_| backend.act(wide)),
-                    patches: backend.act(patches),
                     stats: backend.full(2 * rows),
                     side: SideScratch {
                         input: backend.act(side_len),
@@ -219,6 +218,7 @@ impl<B: Backend> Model<B> {
                     },
                 },
                 stream: backend.act(tokens),
+                middle: backend.act(tokens),
                 out_gradients: (0..grids.len())
                     .map(|s| backend.act(grids[s].rows() * plan.stages[s].channels))
                     .collect(),
@@ -382,10 +382,9 @@ impl<B: Backend> Model<B> {
         let rows: Vec<usize> = units.iter().map(|u| u.stages[0].grid.rows()).collect();
 
         backend.each_unit(units, slots, workers, |u, unit, _, worker| {
-            let (pass, scratch) =
-                (Pass::training(backend, tensors, random, u * per_unit, part(u).len()), &mut worker.scratch);
-            encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, scratch);
-            decoder.forward_linear(&pass, &unit.stages, &mut unit.decoder, scratch);
+            let pass = Pass::training(backend, tensors, random, u * per_unit, part(u).len());
+            encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, worker);
+            decoder.forward_linear(&pass, &unit.stages, &mut unit.decoder, &mut worker.scratch);
             backend.batch_moments(&unit.decoder.z, rows[u], decoder.width, &mut unit.decoder.moments);
         });
 
@@ -563,8 +562,8 @@ impl<B: Backend> Model<B> {
             let units = split(units, batch.len(), per_unit);
             backend.each_unit(units, &mut slots, workers, |u, unit, (), worker| {
                 let pass = Pass { backend, tensors, images: part(u).len(), random: None };
+                encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, worker);
                 let (scratch, grid) = (&mut worker.scratch, unit.stages[0].grid);
-                encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, scratch);
                 decoder.forward_linear(&pass, &unit.stages, &mut unit.decoder, scratch);
                 decoder.forward_head(&pass, stats, grid, &mut unit.decoder, scratch);
                 inside(backend, decoder, size, part(u), unit);

@@ -57,8 +57,8 @@ impl PatchEmbed {
         scratch: &mut Scratch<B>,
     ) {
         let rows = from.through(self.window).rows();
-        self.gather(pass, input, from, &mut scratch.patches);
-        self.projection.forward(pass, &scratch.patches, rows, &mut acts.raw, &mut scratch.side);
+        self.gather(pass, input, from, &mut scratch.wide[0]);
+        self.projection.forward(pass, &scratch.wide[0], rows, &mut acts.raw, &mut scratch.side);
         self.norm.forward(pass, &acts.raw, rows, y, &mut acts.stats);
     }
 
@@ -79,10 +79,10 @@ impl PatchEmbed {
         let inner = (trains || dx.is_some()).then_some((&mut scratch.tokens[0], false));
         self.norm.backward(pass, d, &acts.raw, &acts.stats, rows, gradients, inner);
         if trains {
-            self.gather(pass, input, from, &mut scratch.patches);
+            self.gather(pass, input, from, &mut scratch.wide[0]);
             self.projection.backward_params(
                 pass,
-                &scratch.patches,
+                &scratch.wide[0],
                 &scratch.tokens[0],
                 rows,
                 gradients,
@@ -90,7 +90,7 @@ impl PatchEmbed {
             );
         }
         if let Some(dx) = dx {
-            let (draw, patches) = (&scratch.tokens[0], &mut scratch.patches);
+            let (draw, patches) = (&scratch.tokens[0], &mut scratch.wide[0]);
             self.projection.backward_input(pass, draw, rows, patches, false, &mut scratch.side);
             pass.backend.patches_backward(patches, from, self.channels_in, self.window, dx, true);
         }

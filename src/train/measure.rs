@@ -48,6 +48,7 @@ pub fn measure_step(kind: StepKind, size: usize, batch: usize, steps: usize) -> 
     let prepared = start.prepare(&options, &Progress::quiet())?;
     let trainable = if kind == StepKind::Eval { Trainable::Nothing } else { prepared.trainable };
     let mut model = on_cpu(&prepared.config, ModelOptions { size, batch }, &trainable, &prepared.tensors)?;
+    drop(prepared.tensors);
 
     let noise = Philox::new(0, Purpose::Demo, 0, 0);
     let pixels: Vec<u8> = (0..batch * size * size * 3).map(|i| noise.word(i as u64) as u8).collect();

@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-MEMORY = {"ours": "peak_memory_bytes", "theirs": "peak_rss_bytes"}
 NAMES = {"fft": "training step, full fine-tuning", "lora": "training step, LoRA r=16", "eval": "evaluation"}
 
 
@@ -78,7 +77,7 @@ def main():
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for step, sides in measured.items():
         rate = {s: [options.batch_size / statistics.median(r["seconds"]) for r in sides[s]] for s in sides}
-        peak = {s: statistics.median(r[MEMORY[s]] for r in sides[s]) / 2**20 for s in sides}
+        peak = {s: statistics.median(r["peak_rss_bytes"] for r in sides[s]) / 2**20 for s in sides}
         middle = {s: statistics.median(rate[s]) for s in sides}
         ratios = [a / b for a, b in zip(rate["ours"], rate["theirs"], strict=True)]
         print(
