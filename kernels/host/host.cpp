@@ -77,6 +77,10 @@ __attribute__((naked, noinline)) void switch_stack(void** /*from*/, void* /*to*/
 #endif
 
 void prepare(Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+    // A fiber never returns from its frames, and leaves their red zones behind.
+    __asan_unpoison_memory_region(fiber.memory + GUARD, STACK);
+#endif
 #if defined(__x86_64__)
     // The first switch pops six registers and returns into fiber_main with the alignment of a call.
     void** top = reinterpret_cast<void**>(fiber.memory + GUARD + STACK) - 2;
@@ -261,10 +265,6 @@ std::string run(const Launch& launch, void (*body)(void*), void* argument) {
         blockIdx = {unsigned(at % g.x), unsigned(at / g.x % g.y), unsigned(at / (uint64_t(g.x) * g.y))};
         run_block(launch.order);
     }
-#if defined(__SANITIZE_ADDRESS__)
-    // Dropped fibers leave their frames' red zones behind.
-    for (Fiber& fiber : block.fibers) __asan_unpoison_memory_region(fiber.memory + GUARD, STACK);
-#endif
     return block.error;
 }
 
