@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use segpeft_native::backend::Place;
 use segpeft_native::train::{StepKind, measure_step};
 
 fn steps(c: &mut Criterion) {
@@ -15,7 +16,7 @@ fn steps(c: &mut Criterion) {
             group.throughput(Throughput::Elements(batch as u64));
             group.bench_function(format!("{name} {size}x{size} batch {batch}"), |t| {
                 t.iter_custom(|n| {
-                    let seconds = measure_step(kind, size, batch, n as usize).expect("threads");
+                    let seconds = measure_step(&Place::Cpu, kind, size, batch, n as usize).expect("threads");
                     Duration::from_secs_f64(seconds.iter().sum())
                 });
             });

@@ -9,7 +9,7 @@ export SEGPEFT_SANITIZE=1
 export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0
 host=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
 export "CARGO_TARGET_${host}_RUNNER=env LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so)"
-run() { cargo test --release --test cuda_host -- "$@"; }
+run() { cargo test --release --test cuda -- "$@"; }
 
 run operations
 for planted in past_the_end past_shared; do

@@ -10,8 +10,10 @@
 pub mod cpu;
 pub mod cuda;
 mod ops;
+mod place;
 
 pub use ops::*;
+pub use place::{Choice, Gpu, Place};
 
 use crate::dataset::Augment;
 use crate::random::{Philox, unit};

@@ -1,5 +1,7 @@
 //! The operations, grouped as their implementations are.
 
+use crate::Result;
+
 use super::{AdamW, AttentionShape, Dropout, Grid, Product, Sample, Window};
 
 /// Everything the model needs of a device.
@@ -35,6 +37,12 @@ pub trait Memory: Send + Sync + Sized {
     fn act(&self, len: usize) -> Self::Act;
     /// Zeroed full-precision storage for `len` numbers.
     fn full(&self, len: usize) -> Self::Full;
+    /// Whether everything so far went well. Operations return nothing: a device's first failure is kept, and what follows
+    /// it is skipped.
+    ///
+    /// # Errors
+    /// That failure.
+    fn check(&self) -> Result<()>;
     /// Bytes handed out so far.
     fn allocated(&self) -> usize;
     /// Copies `from` to the start of `to`.

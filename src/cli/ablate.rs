@@ -80,7 +80,7 @@ fn slice(text: &str) -> std::result::Result<(usize, usize), String> {
 impl Ablate {
     pub fn run(&self, context: &Context) -> Result<()> {
         let progress = &context.progress;
-        self.files.device.check()?;
+        let _place = self.files.device.open(&context.progress)?;
         let base = if self.demo { demo::options() } else { TrainOptions::default() };
         let options = self.training.options(base, self.files.hf_names);
         // Rank and alpha are the grid's.

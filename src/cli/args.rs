@@ -7,9 +7,11 @@ use clap::{Args, ValueEnum};
 
 use crate::ablation::SplitPlan;
 use crate::ablation::source::ModelSource;
-use crate::error::{Error, Kind, Result};
+use crate::backend::{Choice, Place};
+use crate::error::Result;
 use crate::formats::HfNames;
 use crate::lora;
+use crate::progress::Progress;
 use crate::train::options::{LoraOptions, Method, Protocol, TrainOptions};
 
 type Parsed<T> = std::result::Result<T, String>;
@@ -79,20 +81,14 @@ pub fn size(text: &str) -> Parsed<usize> {
     }
 }
 
-/// Where the arithmetic runs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Device {
-    #[default]
-    Auto,
-    Cpu,
-    Cuda,
-}
-
-pub fn device(text: &str) -> Parsed<Device> {
+pub fn device(text: &str) -> Parsed<Choice> {
     match text.split_once(':').unwrap_or((text, "0")) {
-        ("auto", _) if text == "auto" => Ok(Device::Auto),
-        ("cpu", _) if text == "cpu" => Ok(Device::Cpu),
-        ("cuda", number) if number.parse::<u16>().is_ok() => Ok(Device::Cuda),
+        ("auto", _) if text == "auto" => Ok(Choice::Auto),
+        ("cpu", _) if text == "cpu" => Ok(Choice::Cpu),
+        ("cuda", number) => match number.parse::<u16>() {
+            Ok(number) => Ok(Choice::Cuda(number.into())),
+            Err(_) => Err("must be auto, cpu, cuda or cuda:N".into()),
+        },
         _ => Err("must be auto, cpu, cuda or cuda:N".into()),
     }
 }
@@ -101,20 +97,23 @@ pub fn device(text: &str) -> Parsed<Device> {
 pub struct DeviceArgs {
     /// Where the arithmetic runs: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
-    device: Device,
+    device: Choice,
 }
 
 impl DeviceArgs {
-    /// Refuses what this build cannot do.
-    pub fn check(&self) -> Result<()> {
-        match self.device {
-            Device::Auto | Device::Cpu => Ok(()),
-            Device::Cuda => Err(Error::new(
-                Kind::Device,
-                "--device cuda: this build has no CUDA backend; use --device cpu or leave --device out",
-            )),
+    /// Opens the device. Where a GPU was left out that this machine seems to have, says why.
+    pub fn open(&self, progress: &Progress) -> Result<Place> {
+        let (place, passed_over) = Place::open(self.device)?;
+        if let Some(why) = passed_over.filter(|_| nvidia_gpus() > 0) {
+            progress.warn(format!("there is a GPU, but the CPU is used: {why}"));
         }
+        Ok(place)
     }
+}
+
+/// GPUs that the kernel's NVIDIA driver lists.
+pub fn nvidia_gpus() -> usize {
+    std::fs::read_dir("/proc/driver/nvidia/gpus").map_or(0, |entries| entries.count())
 }
 
 /// Patterns of adapted modules: a preset's or the user's own.
@@ -327,8 +326,8 @@ mod tests {
 
     #[test]
     fn devices() {
-        assert_eq!(device("cuda:1"), Ok(Device::Cuda));
-        assert_eq!((device("auto"), device("cpu")), (Ok(Device::Auto), Ok(Device::Cpu)));
+        assert_eq!((device("cuda"), device("cuda:1")), (Ok(Choice::Cuda(0)), Ok(Choice::Cuda(1))));
+        assert_eq!((device("auto"), device("cpu")), (Ok(Choice::Auto), Ok(Choice::Cpu)));
         for bad in ["gpu", "cuda:", "cuda:x", "cpu:0", "auto:1", ""] {
             assert!(device(bad).is_err(), "{bad}");
         }

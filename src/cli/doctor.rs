@@ -3,7 +3,9 @@
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
+use super::args::DeviceArgs;
 use super::{Context, args, output};
+use crate::backend::Place;
 use crate::backend::cpu::simd_level;
 use crate::backend::cuda::{self, Cuda, Driver};
 use crate::error::Result;
@@ -29,6 +31,11 @@ pub struct Doctor {
     /// Steps to time, after one that is not counted
     #[arg(long, value_name = "N", default_value = "5", value_parser = args::count, requires = "step")]
     steps: usize,
+    /// On a GPU: run the steps once more and say how long each kernel and product took
+    #[arg(long, requires = "step")]
+    profile: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 #[derive(Clone, Copy, ValueEnum, Serialize)]
@@ -83,7 +90,16 @@ impl Doctor {
             Step::Lora => StepKind::Lora,
             Step::Eval => StepKind::Eval,
         };
-        let seconds = train::measure_step(kind, self.size, self.batch_size, self.steps)?;
+        let place = self.device.open(&context.progress)?;
+        let seconds = train::measure_step(&place, kind, self.size, self.batch_size, self.steps)?;
+        if let (true, Place::Gpu(driver)) = (self.profile, &place) {
+            driver.start_profile();
+            train::measure_step(&place, kind, self.size, self.batch_size, self.steps)?;
+            for spent in driver.end_profile()? {
+                let each = 1e6 * spent.seconds / spent.calls as f64;
+                eprintln!("{:>9.3} ms {:>6} x {each:>9.1} us  {}", 1e3 * spent.seconds, spent.calls, spent.name);
+            }
+        }
         let mut sorted = seconds.clone();
         sorted.sort_by(f64::total_cmp);
         let median_seconds = sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);
@@ -110,7 +126,7 @@ impl Doctor {
 
 impl Machine {
     fn look() -> Self {
-        let nvidia_gpus = std::fs::read_dir("/proc/driver/nvidia/gpus").map_or(0, |entries| entries.count());
+        let nvidia_gpus = args::nvidia_gpus();
         let optimised_build = !cfg!(debug_assertions);
         let vector_code = simd_level();
         let mut notes = Vec::new();

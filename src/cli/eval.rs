@@ -60,7 +60,7 @@ enum Part {
 
 impl Eval {
     pub fn run(&self, context: &Context) -> Result<()> {
-        self.device.check()?;
+        let _place = self.device.open(&context.progress)?;
         let part = self.part.unwrap_or(if self.split.is_some() { Part::Val } else { Part::All });
         if part != Part::All && self.split.is_none() {
             return Err(Error::usage("--part: which images are train and val is not known; give --split DIR too"));

@@ -58,7 +58,7 @@ pub struct Predict {
 
 impl Predict {
     pub fn run(&self, context: &Context) -> Result<()> {
-        self.device.check()?;
+        let _place = self.device.open(&context.progress)?;
         let pictures = pictures(&self.images)?;
         let source = Source::open(&ModelSource::Path(self.model.clone()), self.adapter.as_deref())?;
         let mut predictor = Predictor::new(&source.start, self.size, &context.progress)?;

@@ -62,7 +62,7 @@ pub struct Train {
 
 impl Train {
     pub fn run(&self, context: &Context) -> Result<()> {
-        self.files.device.check()?;
+        let _place = self.files.device.open(&context.progress)?;
         let options = TrainOptions {
             method: self.method()?,
             ..self.training.options(TrainOptions::default(), self.files.hf_names)

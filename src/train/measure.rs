@@ -4,14 +4,14 @@ use std::time::Instant;
 
 use super::options::{LoraOptions, Method, TrainOptions};
 use super::run::adamw;
-use super::start::{Start, Weights, on_cpu};
+use super::start::{Start, Weights, on_cpu, on_gpu};
 use crate::Result;
-use crate::backend::Sample;
+use crate::backend::{Backend, Place, Sample};
 use crate::dataset::Augment;
 use crate::lora;
 use crate::progress::Progress;
 use crate::random::{Philox, Purpose};
-use crate::segformer::{ModelOptions, SegformerConfig, StepRandom, Trainable};
+use crate::segformer::{Model, ModelOptions, SegformerConfig, StepRandom, Trainable};
 
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +28,8 @@ pub enum StepKind {
 /// not counted. A training step is one micro-batch and one update.
 ///
 /// # Errors
-/// When the worker threads cannot be started.
-pub fn measure_step(kind: StepKind, size: usize, batch: usize, steps: usize) -> Result<Vec<f64>> {
+/// When the worker threads cannot be started, or the device fails.
+pub fn measure_step(place: &Place, kind: StepKind, size: usize, batch: usize, steps: usize) -> Result<Vec<f64>> {
     let lora = LoraOptions {
         rank: 16,
         alpha: 32.0,
@@ -47,9 +47,21 @@ pub fn measure_step(kind: StepKind, size: usize, batch: usize, steps: usize) -> 
     };
     let prepared = start.prepare(&options, &Progress::quiet())?;
     let trainable = if kind == StepKind::Eval { Trainable::Nothing } else { prepared.trainable };
-    let mut model = on_cpu(&prepared.config, ModelOptions { size, batch }, &trainable, &prepared.tensors)?;
-    drop(prepared.tensors);
+    let sizes = ModelOptions { size, batch };
+    match place {
+        Place::Cpu => {
+            let model = on_cpu(&prepared.config, sizes, &trainable, &prepared.tensors)?;
+            drop(prepared.tensors);
+            time(model, &options, kind, steps)
+        }
+        Place::Gpu(driver) => {
+            time(on_gpu(driver, &prepared.config, sizes, &trainable, &prepared.tensors)?, &options, kind, steps)
+        }
+    }
+}
 
+fn time<B: Backend>(mut model: Model<B>, options: &TrainOptions, kind: StepKind, steps: usize) -> Result<Vec<f64>> {
+    let (size, batch) = (model.size(), model.batch());
     let noise = Philox::new(0, Purpose::Demo, 0, 0);
     let pixels: Vec<u8> = (0..batch * size * size * 3).map(|i| noise.word(i as u64) as u8).collect();
     let labels: Vec<u8> = (0..batch * size * size).map(|i| u8::from(i / 64 % 3 == 0)).collect();
@@ -69,11 +81,14 @@ pub fn measure_step(kind: StepKind, size: usize, batch: usize, steps: usize) -> 
             let random = StepRandom { seed: options.seed, step: step as u32 };
             model.train_micro_batch(&samples, 1.0 / labels.len() as f64, random);
             model.finish_gradients();
-            model.update(&adamw(&options, options.lr, step as u64 + 1), &decays, &mut moments);
+            model.update(&adamw(options, options.lr, step as u64 + 1), &decays, &mut moments);
+            // A device works on after the calls have returned; the norm is known when the gradients are.
+            model.gradient_norm();
         }
         if step > 0 {
             seconds.push(started.elapsed().as_secs_f64());
         }
     }
+    model.backend().check()?;
     Ok(seconds)
 }

@@ -1,10 +1,12 @@
 //! Where a run starts: a checkpoint or fresh weights, perhaps with an adapter, and how they enter a model.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::options::{LoraOptions, Method, Protocol, TrainOptions};
-use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::{Cuda, Driver};
+use crate::backend::{Backend, Gpu, Memory};
 use crate::formats::{Adapter, Checkpoint, HostData, HostTensor, StateDict};
 use crate::lora::{self, Match};
 use crate::progress::Progress;
@@ -347,6 +349,23 @@ pub(super) fn on_cpu(
     }
     let mut model = planned(options.batch)?;
     load(&mut model, tensors);
+    Ok(model)
+}
+
+/// A model on a GPU that holds `tensors`.
+///
+/// # Errors
+/// When the memory does not suffice, or the device fails.
+pub(super) fn on_gpu(
+    driver: &Arc<Driver>,
+    config: &SegformerConfig,
+    options: ModelOptions,
+    trainable: &Trainable,
+    tensors: &StateDict,
+) -> Result<Model<Gpu>> {
+    let mut model = Model::new(Cuda::new(Arc::clone(driver)), config, options, trainable);
+    load(&mut model, tensors);
+    model.backend().check()?;
     Ok(model)
 }
 

@@ -48,6 +48,11 @@ impl<T: Real> Memory for Cpu<T> {
         vec![T::ZERO; len]
     }
 
+    /// Nothing fails short of the process.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn allocated(&self) -> usize {
         self.allocated.load(Ordering::Relaxed)
     }

@@ -1,5 +1,7 @@
 //! What the CUDA backend needs of a device.
 
+use std::sync::Arc;
+
 use crate::Result;
 
 /// Memory, launches and products. Everything but [`Device::read`] may return before the work is done; work is done in the
@@ -67,6 +69,46 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// The operands must lie in living blocks with the stated shapes; c must overlap neither a nor b.
     unsafe fn product(&self, product: &MatrixProduct) -> Result<()>;
+}
+
+/// One device for several backends.
+impl<D: Device> Device for Arc<D> {
+    type Memory = D::Memory;
+
+    fn allocate(&self, bytes: usize) -> Result<Self::Memory> {
+        (**self).allocate(bytes)
+    }
+
+    fn address(memory: &Self::Memory) -> u64 {
+        D::address(memory)
+    }
+
+    unsafe fn write(&self, from: &[u8], to: u64) -> Result<()> {
+        // SAFETY: the caller's, here and below.
+        unsafe { (**self).write(from, to) }
+    }
+
+    unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<()> {
+        unsafe { (**self).read(from, to) }
+    }
+
+    unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()> {
+        unsafe { (**self).clear(at, bytes) }
+    }
+
+    unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: [usize; 3],
+        threads: usize,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        unsafe { (**self).launch(kernel, grid, threads, arguments) }
+    }
+
+    unsafe fn product(&self, product: &MatrixProduct) -> Result<()> {
+        unsafe { (**self).product(product) }
+    }
 }
 
 /// An argument of a kernel.

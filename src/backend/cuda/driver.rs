@@ -39,6 +39,31 @@ pub struct Driver {
     module: Module,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
+    profile: Mutex<Option<Vec<Timed>>>,
+}
+
+/// A piece of work between two events.
+struct Timed {
+    name: String,
+    begin: Event,
+    end: Event,
+}
+
+#[derive(Clone, Copy)]
+struct Event(sys::CUevent);
+
+// SAFETY: a handle of the driver, as below.
+unsafe impl Send for Event {}
+
+/// Time spent in one kernel at one size, or in one kind of product.
+#[derive(Clone, Debug)]
+pub struct Spent {
+    /// Kernel and grid, or product and sizes.
+    pub name: String,
+    /// How often.
+    pub calls: usize,
+    /// Seconds in all.
+    pub seconds: f64,
 }
 
 /// Memory on a GPU.
@@ -146,7 +171,56 @@ impl Driver {
             module,
             stream,
             context,
+            profile: Mutex::default(),
         })
+    }
+
+    /// Times every piece of work from now on.
+    pub fn start_profile(&self) {
+        *self.profile.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
+    }
+
+    /// What was spent on what since [`Driver::start_profile`], the largest first.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn end_profile(&self) -> Result<Vec<Spent>> {
+        let timed = self.profile.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
+        self.bind()?;
+        self.stream.synchronize().map_err(|e| self.failed("failed at its work", e))?;
+        let mut spent: HashMap<String, Spent> = HashMap::new();
+        for Timed { name, begin, end } in timed {
+            // SAFETY: both events were recorded, and are destroyed once.
+            let milliseconds = unsafe {
+                let time = cuda::event::elapsed(begin.0, end.0);
+                let _ = (cuda::event::destroy(begin.0), cuda::event::destroy(end.0));
+                time.map_err(|e| self.failed("cannot tell the time", e))?
+            };
+            let entry = spent.entry(name.clone()).or_insert(Spent { name, calls: 0, seconds: 0.0 });
+            entry.calls += 1;
+            entry.seconds += f64::from(milliseconds) / 1e3;
+        }
+        let mut spent: Vec<Spent> = spent.into_values().collect();
+        spent.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+        Ok(spent)
+    }
+
+    /// Runs `work`, between events if a profile is being taken.
+    fn timed(&self, name: impl FnOnce() -> String, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        let mut profile = self.profile.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(profile) = profile.as_mut() else { return work() };
+        let record = || -> Result<Event> {
+            let event = cuda::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT);
+            let event = event.map_err(|e| self.failed("has no room for an event", e))?;
+            // SAFETY: the event has just been made; the stream lives as long as the device.
+            unsafe { cuda::event::record(event, self.stream.cu_stream()) }
+                .map_err(|e| self.failed("cannot tell the time", e))?;
+            Ok(Event(event))
+        };
+        let begin = record()?;
+        work()?;
+        profile.push(Timed { name: name(), begin, end: record()? });
+        Ok(())
     }
 
     /// What this GPU is.
@@ -266,19 +340,33 @@ impl Device for Driver {
             })
             .collect();
         let [x, y, z] = grid.map(|n| n as u32);
-        // SAFETY: the caller's; the driver only reads the values, and has done so when it returns.
-        unsafe {
-            cuda::launch_kernel(function.0, (x, y, z), (threads as u32, 1, 1), 0, self.stream.cu_stream(), &mut values)
-        }
-        .map_err(|e| self.failed(&format!("kernel {kernel}"), e))
+        self.timed(
+            || format!("{kernel} {x}x{y}x{z}"),
+            || {
+                // SAFETY: the caller's; the driver only reads the values, and has done so when it returns.
+                unsafe {
+                    let block = (threads as u32, 1, 1);
+                    cuda::launch_kernel(function.0, (x, y, z), block, 0, self.stream.cu_stream(), &mut values)
+                }
+                .map_err(|e| self.failed(&format!("kernel {kernel}"), e))
+            },
+        )
     }
 
     unsafe fn product(&self, product: &MatrixProduct) -> Result<()> {
         self.bind()?;
         let mut products = self.products.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the caller's, and the workspace is the device's own.
-        unsafe { products.run(product, self.workspace.address, self.stream.cu_stream().cast()) }.map_err(|e| {
-            device_error(format!("GPU {}: product of {:?}: cuBLASLt says {e}", self.ordinal, product.size))
+        let name = || {
+            let (m, n, k) = product.size;
+            let transposed = |yes: bool| if yes { "t" } else { "n" };
+            let (a, b) = (transposed(product.transpose_a), transposed(product.transpose_b));
+            format!("product {a}{b} {m}x{n}x{k} {:?}", product.inputs)
+        };
+        self.timed(name, || {
+            // SAFETY: the caller's, and the workspace is the device's own.
+            unsafe { products.run(product, self.workspace.address, self.stream.cu_stream().cast()) }.map_err(|e| {
+                device_error(format!("GPU {}: product of {:?}: cuBLASLt says {e}", self.ordinal, product.size))
+            })
         })
     }
 }

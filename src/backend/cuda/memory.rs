@@ -82,14 +82,6 @@ impl<D: Device> Cuda<D> {
         &self.device
     }
 
-    /// Whether everything so far went well.
-    ///
-    /// # Errors
-    /// The first failure of the device.
-    pub fn check(&self) -> Result<()> {
-        locked(&self.failure).clone().map_or(Ok(()), Err)
-    }
-
     /// Runs `work` unless something failed before; None, and the failure kept, if something does.
     pub(super) fn attempt<R>(&self, work: impl FnOnce(&D) -> Result<R>) -> Option<R> {
         let mut failure = locked(&self.failure);
@@ -224,6 +216,10 @@ impl<D: Device> Memory for Cuda<D> {
 
     fn full(&self, len: usize) -> Self::Full {
         self.array(len)
+    }
+
+    fn check(&self) -> Result<()> {
+        locked(&self.failure).clone().map_or(Ok(()), Err)
     }
 
     fn allocated(&self) -> usize {

@@ -24,6 +24,6 @@ mod resize;
 mod self_test;
 
 pub use device::{Argument, Device, Element, MatrixProduct};
-pub use driver::{Description, DeviceMemory, Driver};
+pub use driver::{Description, DeviceMemory, Driver, Spent};
 pub use memory::{Array, Cuda};
 pub use self_test::self_test;

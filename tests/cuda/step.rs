@@ -2,13 +2,14 @@
 
 use half::bf16;
 use host_kernels::Order;
-use segpeft_native::backend::Backend;
 use segpeft_native::backend::cpu::Cpu;
-use segpeft_native::backend::cuda::Cuda;
+use segpeft_native::backend::cuda::{Cuda, Device};
+use segpeft_native::backend::{Backend, Memory};
 use segpeft_native::lora;
 use segpeft_native::segformer::{Id, Model, ModelOptions, SegformerConfig, StepRandom, Trainable, modules};
 
 use crate::common::{self, Pictures, json, norm};
+use crate::gpu;
 use crate::host::Host;
 
 /// Tensors whose true gradient is zero: what is left is rounding, of no direction. Key biases (softmax ignores a
@@ -84,11 +85,18 @@ fn adapters(config: &SegformerConfig, dropout: f32) -> Trainable {
 }
 
 fn compare(what: &str, trainable: &Trainable) {
+    match gpu() {
+        Some(driver) => compare_on(Cuda::new(driver.clone()), what, trainable),
+        None => compare_on(Cuda::new(Host(Order::Forward)), what, trainable),
+    }
+}
+
+fn compare_on<D: Device>(backend: Cuda<D>, what: &str, trainable: &Trainable) {
     let (config, size) = config();
     let pictures = Pictures::new(0..3, size, config.num_labels() == 3);
     let options = ModelOptions { size, batch: 3 };
     let mut cpu = model(Cpu::<f32>::new(None).expect("threads"), &config, options, trainable, false);
-    let mut cuda = model(Cuda::new(Host(Order::Forward)), &config, options, trainable, false);
+    let mut cuda = model(backend, &config, options, trainable, false);
 
     let samples = pictures.samples();
     let (ours, theirs) = (cuda.evaluate(&samples), cpu.evaluate(&samples));

@@ -7,13 +7,14 @@
 use half::bf16;
 use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
-use segpeft_native::backend::cuda::Cuda;
+use segpeft_native::backend::cuda::{Cuda, Device};
 use segpeft_native::backend::{
-    AdamW, AttentionShape, Backend, BatchNormView, Dropout, Grid, Product, Sample, Transpose, Window,
+    AdamW, AttentionShape, Backend, BatchNormView, Dropout, Grid, Memory, Product, Sample, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
 
+use crate::gpu;
 use crate::host::Host;
 
 /// The unit roundoff of bf16, which keeps 8 bits: half a unit in the last place of a number just above a power of two.
@@ -78,15 +79,14 @@ impl<B: Backend> Lab<'_, B> {
     }
 }
 
-/// Runs a case on the host in every order, compares the bits, and one result with the CPU backend in f64.
-fn check(what: &str, case: &impl Case) {
-    let expected = case.run(&Lab(&Cpu::<f64>::new(Some(1)).expect("threads")));
-    let run = |order| {
-        let backend = Cuda::new(Host(order));
-        let outputs = case.run(&Lab(&backend));
-        backend.check().unwrap_or_else(|e| panic!("{what}, {order:?}: {e}"));
-        outputs
-    };
+fn run<D: Device>(what: &str, case: &impl Case, backend: Cuda<D>) -> Vec<Output> {
+    let outputs = case.run(&Lab(&backend));
+    backend.check().unwrap_or_else(|e| panic!("{what}: {e}"));
+    outputs
+}
+
+/// Runs again and again, in every order of threads where that can be chosen, and compares the bits.
+fn repeated(what: &str, run: impl Fn(Order) -> Vec<Output>) -> Vec<Output> {
     let forward = run(Order::Forward);
     for order in [Order::Reverse, Order::Random(1), Order::Random(2)] {
         for (a, b) in forward.iter().zip(run(order)) {
@@ -94,7 +94,17 @@ fn check(what: &str, case: &impl Case) {
             assert_eq!(bits(a), bits(&b), "{what}: {} differs in order {order:?}", a.name);
         }
     }
-    for (output, expected) in forward.iter().zip(&expected) {
+    forward
+}
+
+/// Runs a case in every order, compares the bits, and one result with the CPU backend in f64.
+fn check(what: &str, case: &impl Case) {
+    let expected = case.run(&Lab(&Cpu::<f64>::new(Some(1)).expect("threads")));
+    let found = match gpu() {
+        Some(driver) => repeated(what, |_| run(what, case, Cuda::new(driver.clone()))),
+        None => repeated(what, |order| run(what, case, Cuda::new(Host(order)))),
+    };
+    for (output, expected) in found.iter().zip(&expected) {
         let largest = expected.values.iter().fold(0.0f64, |m, x| m.max(x.abs()));
         assert!(largest > 0.0, "{what}: {} is all zeros", output.name);
         for (i, (x, e)) in output.values.iter().zip(&expected.values).enumerate() {
@@ -474,7 +484,6 @@ case!(
 /// A device that refuses what is larger than a limit.
 #[test]
 fn a_failure_is_kept_and_what_follows_is_skipped() {
-    use segpeft_native::backend::Memory;
     let backend = Cuda::new(Host(Order::Forward));
     let full = Lab(&backend).full(3, 1);
     backend.check().expect("nothing has failed");
@@ -488,7 +497,6 @@ fn a_failure_is_kept_and_what_follows_is_skipped() {
 
 #[test]
 fn the_self_test_passes_and_notices_a_failed_device() {
-    use segpeft_native::backend::Memory;
     use segpeft_native::backend::cuda::self_test;
     let backend = Cuda::new(Host(Order::Forward));
     self_test(&backend).expect("right numbers");
