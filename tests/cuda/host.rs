@@ -79,7 +79,7 @@ impl Device for Host {
         let values: Vec<Value> = arguments
             .iter()
             .map(|&argument| match argument {
-                Argument::Pointer(x) => Value::Pointer(x),
+                Argument::Pointer { address, .. } => Value::Pointer(address),
                 Argument::I32(x) => Value::I32(x),
                 Argument::U32(x) => Value::U32(x),
                 Argument::U64(x) => Value::U64(x),

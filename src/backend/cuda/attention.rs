@@ -43,7 +43,7 @@ impl<D: Device> Attention for Cuda<D> {
         let (query_len, key_len, lse_len) = lengths(shape);
         let mut arguments = vec![q.at(query_len), k.at(key_len), v.at(key_len)];
         arguments.extend([heads, head, queries, keys].map(Argument::from));
-        arguments.extend([scale(shape), o.at(query_len), lse.at(lse_len)]);
+        arguments.extend([scale(shape), o.to(query_len), lse.to(lse_len)]);
         let grid = [queries.div_ceil(TILE), images * heads, 1];
         self.launch_blocks(kernel_for(head, "attention_32", "attention_64"), grid, BLOCK, &arguments);
     }
@@ -67,8 +67,8 @@ impl<D: Device> Attention for Cuda<D> {
         let slices = queries.div_ceil(slice);
         let partial_len = slices * 2 * key_len;
         let partial = self.scratch(partial_len + lse_len);
-        let delta = Argument::Pointer(partial + (partial_len * size_of::<f32>()) as u64);
-        let partial = Argument::Pointer(partial);
+        let delta = Argument::pointer(partial + (partial_len * size_of::<f32>()) as u64);
+        let partial = Argument::pointer(partial);
 
         let mut arguments = vec![o.at(query_len), d_o.at(query_len)];
         arguments.extend([images, heads, head, queries].map(Argument::from));
@@ -78,7 +78,7 @@ impl<D: Device> Attention for Cuda<D> {
         let inputs = [q.at(query_len), k.at(key_len), v.at(key_len), d_o.at(query_len), lse.at(lse_len), delta];
         let mut arguments = inputs.to_vec();
         arguments.extend([heads, head, queries, keys].map(Argument::from));
-        arguments.extend([scale(shape), dq.at(query_len)]);
+        arguments.extend([scale(shape), dq.to(query_len)]);
         let kernel = kernel_for(head, "attention_backward_queries_32", "attention_backward_queries_64");
         self.launch_blocks(kernel, [queries.div_ceil(TILE), images * heads, 1], BLOCK, &arguments);
 
@@ -88,7 +88,7 @@ impl<D: Device> Attention for Cuda<D> {
         let kernel = kernel_for(head, "attention_backward_keys_32", "attention_backward_keys_64");
         self.launch_blocks(kernel, [keys.div_ceil(TILE), images * heads, slices], BLOCK, &arguments);
 
-        let arguments = [partial, slices.into(), Argument::U64(key_len as u64), dk.at(key_len), dv.at(key_len)];
+        let arguments = [partial, slices.into(), Argument::U64(key_len as u64), dk.to(key_len), dv.to(key_len)];
         self.launch("attention_backward_join", key_len, &arguments);
     }
 }

@@ -21,7 +21,7 @@ impl<D: Device> Depthwise for Cuda<D> {
     ) {
         let n = grid.rows() * channels;
         let [tokens, height, across, c] = geometry(grid, channels);
-        let arguments = [h.at(n), w.at(9 * channels), b.at(channels), tokens, height, across, c, g.at(n)];
+        let arguments = [h.at(n), w.at(9 * channels), b.at(channels), tokens, height, across, c, g.to(n)];
         self.launch("depthwise_gelu", n / width(channels), &arguments);
     }
 
@@ -37,8 +37,8 @@ impl<D: Device> Depthwise for Cuda<D> {
     ) {
         let n = grid.rows() * channels;
         let [tokens, height, across, c] = geometry(grid, channels);
-        let g = g.map_or(Argument::Pointer(0), |g| g.at(n));
-        let arguments = [h.at(n), w.at(9 * channels), b.at(channels), tokens, height, across, c, dg.at(n), g];
+        let g = g.map_or(Argument::pointer(0), |g| g.to(n));
+        let arguments = [h.at(n), w.at(9 * channels), b.at(channels), tokens, height, across, c, dg.both(n), g];
         self.launch("depthwise_gelu_backward", n / width(channels), &arguments);
     }
 
@@ -52,7 +52,7 @@ impl<D: Device> Depthwise for Cuda<D> {
     ) {
         let n = grid.rows() * channels;
         let [tokens, height, across, c] = geometry(grid, channels);
-        let arguments = [du.at(n), w.at(9 * channels), tokens, height, across, c, dh.at(n)];
+        let arguments = [du.at(n), w.at(9 * channels), tokens, height, across, c, dh.to(n)];
         self.launch("depthwise_backward_input", n / width(channels), &arguments);
     }
 
@@ -72,8 +72,8 @@ impl<D: Device> Depthwise for Cuda<D> {
             (grid.rows(), channels),
             |slab, partial| vec![du.at(n), h.at(n), tokens, height, across, c, slab, partial],
             &[
-                ColumnSums { kinds: 9, factor: 1.0, to: dw.at(9 * channels), add: true },
-                ColumnSums { kinds: 1, factor: 1.0, to: db.at(channels), add: true },
+                ColumnSums { kinds: 9, factor: 1.0, to: dw.both(9 * channels), add: true },
+                ColumnSums { kinds: 1, factor: 1.0, to: db.both(channels), add: true },
             ],
         );
     }

@@ -114,8 +114,16 @@ impl<D: Device> Device for Arc<D> {
 /// An argument of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Argument {
-    /// An address, or 0 for none.
-    Pointer(u64),
+    /// An address, or 0 for none, and the bytes of memory that the kernel must read and write there. Partial sums, tables and
+    /// what else stays in the caches counts as nothing.
+    Pointer {
+        /// Where.
+        address: u64,
+        /// Bytes read.
+        read: usize,
+        /// Bytes written.
+        written: usize,
+    },
     /// `int`
     I32(i32),
     /// `unsigned`
@@ -124,6 +132,21 @@ pub enum Argument {
     U64(u64),
     /// `float`
     F32(f32),
+}
+
+impl Argument {
+    /// An address whose traffic does not count.
+    pub fn pointer(address: u64) -> Self {
+        Self::Pointer { address, read: 0, written: 0 }
+    }
+
+    /// Bytes that a kernel with these arguments must read and write.
+    pub fn traffic(arguments: &[Self]) -> (usize, usize) {
+        arguments.iter().fold((0, 0), |(all_read, all_written), argument| match argument {
+            Self::Pointer { read, written, .. } => (all_read + read, all_written + written),
+            _ => (all_read, all_written),
+        })
+    }
 }
 
 impl From<usize> for Argument {

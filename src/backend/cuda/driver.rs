@@ -331,7 +331,7 @@ impl Device for Driver {
             .iter()
             .map(|argument| {
                 let value: *const c_void = match argument {
-                    Argument::Pointer(x) | Argument::U64(x) => ptr::from_ref(x).cast(),
+                    Argument::Pointer { address: x, .. } | Argument::U64(x) => ptr::from_ref(x).cast(),
                     Argument::I32(x) => ptr::from_ref(x).cast(),
                     Argument::U32(x) => ptr::from_ref(x).cast(),
                     Argument::F32(x) => ptr::from_ref(x).cast(),

@@ -7,8 +7,8 @@ use crate::backend::{BatchNormView, Dropout, Head, Memory};
 impl<D: Device> Head for Cuda<D> {
     fn batch_moments(&self, z: &Self::Act, rows: usize, channels: usize, moments: &mut Self::Full) {
         let n = rows * channels;
-        let mean = moments.at(2 * channels);
-        let deviation = Argument::Pointer(moments.address(2 * channels) + (channels * size_of::<f32>()) as u64);
+        let mean = moments.to(channels);
+        let deviation = Argument::pointer(moments.address(2 * channels) + (channels * size_of::<f32>()) as u64);
         self.column_sums(
             "batch_sum",
             (rows, channels),
@@ -33,7 +33,7 @@ impl<D: Device> Head for Cuda<D> {
         running_mean: &mut Self::Full,
         running_var: &mut Self::Full,
     ) {
-        let joined = Argument::Pointer(self.scratch(2 * channels));
+        let joined = Argument::pointer(self.scratch(2 * channels));
         let mut count = 0;
         for (moments, &added) in moments.iter().zip(rows) {
             let counts = [Argument::F32(added as f32), Argument::F32(count as f32)];
@@ -41,9 +41,9 @@ impl<D: Device> Head for Cuda<D> {
             self.launch("batch_join", channels, &arguments);
             count += added;
         }
-        let (mean, var) = (running_mean.at(channels), running_var.at(channels));
+        let (mean, var) = (running_mean.both(channels), running_var.both(channels));
         let (count, momentum) = (Argument::F32(count as f32), Argument::F32(momentum as f32));
-        let arguments = [joined, count, momentum, channels.into(), stats.at(2 * channels), mean, var];
+        let arguments = [joined, count, momentum, channels.into(), stats.to(2 * channels), mean, var];
         self.launch("batch_stats", channels, &arguments);
     }
 
@@ -55,7 +55,7 @@ impl<D: Device> Head for Cuda<D> {
         stats: &mut Self::Full,
     ) {
         let (mean, var) = (running_mean.at(channels), running_var.at(channels));
-        self.launch("running_stats", channels, &[mean, var, channels.into(), stats.at(2 * channels)]);
+        self.launch("running_stats", channels, &[mean, var, channels.into(), stats.to(2 * channels)]);
     }
 
     fn head_activation(
@@ -71,7 +71,7 @@ impl<D: Device> Head for Cuda<D> {
         let mut arguments = vec![z.at(n)];
         arguments.extend(view(&norm, channels));
         arguments.extend(dropout_arguments(drop));
-        arguments.extend([rows.into(), channels.into(), a.at(n)]);
+        arguments.extend([rows.into(), channels.into(), a.to(n)]);
         self.launch("head_activation", n / width(channels), &arguments);
     }
 
@@ -90,10 +90,10 @@ impl<D: Device> Head for Cuda<D> {
             let mut arguments = vec![z.at(n)];
             arguments.extend(view(&norm, channels));
             arguments.extend(dropout_arguments(drop));
-            arguments.extend([rows.into(), channels.into(), slab, da.at(n), partial]);
+            arguments.extend([rows.into(), channels.into(), slab, da.both(n), partial]);
             arguments
         };
-        let outputs = [ColumnSums { kinds: 2, factor: 1.0, to: sums.at(2 * channels), add: false }];
+        let outputs = [ColumnSums { kinds: 2, factor: 1.0, to: sums.to(2 * channels), add: false }];
         self.column_sums("head_backward", (rows, channels), arguments, &outputs);
     }
 
@@ -101,7 +101,7 @@ impl<D: Device> Head for Cuda<D> {
         self.zero(total);
         for sums in sums {
             let n = total.len();
-            self.launch("add_part", n, &[sums.at(n), 0usize.into(), n.into(), total.at(n)]);
+            self.launch("add_part", n, &[sums.at(n), 0usize.into(), n.into(), total.both(n)]);
         }
     }
 
@@ -118,7 +118,7 @@ impl<D: Device> Head for Cuda<D> {
         let n = rows * channels;
         let share = Argument::F32((1.0 / batch_rows as f64) as f32);
         let (stats, gamma, total) = (norm.stats.at(2 * channels), norm.gamma.at(channels), total.at(2 * channels));
-        let arguments = [z.at(n), stats, gamma, total, share, rows.into(), channels.into(), dy.at(n)];
+        let arguments = [z.at(n), stats, gamma, total, share, rows.into(), channels.into(), dy.both(n)];
         self.launch("batch_norm_backward", n / width(channels), &arguments);
     }
 }

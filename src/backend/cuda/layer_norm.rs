@@ -23,7 +23,7 @@ impl<D: Device> LayerNorm for Cuda<D> {
         let (n, lanes) = (rows * channels, lanes(channels));
         let (gamma, beta) = (gamma.at(channels), beta.at(channels));
         let sizes = [rows.into(), channels.into(), lanes.into()];
-        let arguments = [x.at(n), gamma, beta, sizes[0], sizes[1], sizes[2], y.at(n), stats.at(2 * rows)];
+        let arguments = [x.at(n), gamma, beta, sizes[0], sizes[1], sizes[2], y.to(n), stats.to(2 * rows)];
         self.launch("layer_norm", rows * lanes, &arguments);
     }
 
@@ -41,7 +41,7 @@ impl<D: Device> LayerNorm for Cuda<D> {
         let (n, lanes) = (rows * channels, lanes(channels));
         let (stats, gamma) = (stats.at(2 * rows), gamma.at(channels));
         let sizes = [rows.into(), channels.into(), lanes.into()];
-        let arguments = [dy.at(n), x.at(n), stats, gamma, sizes[0], sizes[1], sizes[2], dx.at(n), add.into()];
+        let arguments = [dy.at(n), x.at(n), stats, gamma, sizes[0], sizes[1], sizes[2], dx.sum_to(n, add), add.into()];
         self.launch("layer_norm_backward", rows * lanes, &arguments);
     }
 
@@ -61,7 +61,7 @@ impl<D: Device> LayerNorm for Cuda<D> {
             "layer_norm_backward_params",
             (rows, channels),
             |slab, partial| vec![dy.at(n), x.at(n), stats.at(2 * rows), rows.into(), channels.into(), slab, partial],
-            &[sums(dgamma.at(channels)), sums(dbeta.at(channels))],
+            &[sums(dgamma.both(channels)), sums(dbeta.both(channels))],
         );
     }
 }

@@ -29,7 +29,7 @@ impl<D: Device> Linear for Cuda<D> {
     ) {
         let bias = bias.map(|bias| {
             let rounded = self.scratch(p.outputs);
-            let arguments = [bias.at(p.outputs), Argument::Pointer(rounded), p.outputs.into()];
+            let arguments = [bias.at(p.outputs), Argument::pointer(rounded), p.outputs.into()];
             self.launch("cast", p.outputs.div_ceil(8), &arguments);
             rounded
         });
@@ -85,7 +85,7 @@ impl<D: Device> Linear for Cuda<D> {
             "linear_backward_bias",
             (rows, outputs),
             |slab, partial| vec![dy.at(rows * outputs), rows.into(), outputs.into(), slab, partial],
-            &[ColumnSums { kinds: 1, factor: 1.0, to: db.at(outputs), add: true }],
+            &[ColumnSums { kinds: 1, factor: 1.0, to: db.both(outputs), add: true }],
         );
     }
 }

@@ -11,7 +11,7 @@ impl<D: Device> Cuda<D> {
         let mut parts: Vec<&[u8]> = vec![&flips];
         parts.extend(samples.iter().map(|s| &s.labels[..size * size]));
         let staged = self.stage(&parts);
-        [staged[1], staged[0]].map(Argument::Pointer)
+        [staged[1], staged[0]].map(Argument::pointer)
     }
 }
 
@@ -34,13 +34,13 @@ impl<D: Device> Loss for Cuda<D> {
         let [truths, flips] = self.stage_labels(samples, size);
         let blocks = (from.area() * labels).div_ceil(THREADS);
         let n = images * from.area() * labels;
-        let partial = Argument::Pointer(self.scratch(images * blocks));
+        let partial = Argument::pointer(self.scratch(images * blocks));
         let scale = Argument::F32(scale as f32);
-        let gradient = gradient.map_or(Argument::Pointer(0), |gradient| gradient.at(n));
+        let gradient = gradient.map_or(Argument::pointer(0), |gradient| gradient.to(n));
         let [height, width, labels, size] = [from.height, from.width, labels, size].map(Argument::from);
         let arguments = [logits.at(n), height, width, labels, truths, flips, size, scale, partial, gradient];
         self.launch_blocks("cross_entropy", [blocks, images, 1], THREADS, &arguments);
-        self.launch_blocks("sum_losses", [images, 1, 1], THREADS, &[partial, blocks.into(), scale, out.at(images)]);
+        self.launch_blocks("sum_losses", [images, 1, 1], THREADS, &[partial, blocks.into(), scale, out.both(images)]);
     }
 
     fn confusion(
@@ -66,7 +66,7 @@ impl<D: Device> Loss for Cuda<D> {
         self.attempt(|device| unsafe { device.clear(address, bytes) });
         let blocks = (size * size).div_ceil(THREADS);
         let [height, width, labels, size] = [from.height, from.width, labels, size].map(Argument::from);
-        let arguments = [logits.at(n), height, width, labels, truths, flips, size, Argument::Pointer(address)];
+        let arguments = [logits.at(n), height, width, labels, truths, flips, size, Argument::pointer(address)];
         self.launch_blocks("confusion", [blocks, images, 1], THREADS, &arguments);
         let mut found = vec![0u64; counts.len()];
         // SAFETY: the scratch has room for the counts.

@@ -32,25 +32,25 @@ impl<D: Device> Matrix for Cuda<D> {
     fn columns(&self, x: &Self::Full, columns: usize, start: usize, n: usize, y: &mut Self::Full) {
         let rows = x.len() / columns;
         let sizes = [rows, columns, start, n].map(Argument::from);
-        let arguments = [x.at(rows * columns), sizes[0], sizes[1], sizes[2], sizes[3], y.at(rows * n)];
+        let arguments = [x.at(rows * columns), sizes[0], sizes[1], sizes[2], sizes[3], y.to(rows * n)];
         self.launch("columns", rows * n, &arguments);
     }
 
     fn add_columns(&self, y: &Self::Full, columns: usize, start: usize, n: usize, x: &mut Self::Full) {
         let rows = x.len() / columns;
         let sizes = [rows, columns, start, n].map(Argument::from);
-        let arguments = [y.at(rows * n), sizes[0], sizes[1], sizes[2], sizes[3], x.at(rows * columns)];
+        let arguments = [y.at(rows * n), sizes[0], sizes[1], sizes[2], sizes[3], x.both(rows * columns)];
         self.launch("add_columns", rows * n, &arguments);
     }
 
     fn scale(&self, alpha: f64, x: &Self::Full, y: &mut Self::Full) {
         let n = x.len();
-        self.launch("scale", n, &[Argument::F32(alpha as f32), x.at(n), n.into(), y.at(n)]);
+        self.launch("scale", n, &[Argument::F32(alpha as f32), x.at(n), n.into(), y.to(n)]);
     }
 
     fn add_part(&self, x: &Self::Full, start: usize, y: &mut Self::Full) {
         let n = y.len();
-        self.launch("add_part", n, &[x.at(start + n), start.into(), n.into(), y.at(n)]);
+        self.launch("add_part", n, &[x.at(start + n), start.into(), n.into(), y.both(n)]);
     }
 
     fn add(&self, x: &Self::Full, y: &mut Self::Full) {

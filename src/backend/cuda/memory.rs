@@ -22,12 +22,28 @@ pub struct Array<D: Device, E> {
 }
 
 impl<D: Device, E> Array<D, E> {
-    /// The address, as an argument of a kernel that touches the first `n` numbers.
+    /// The first `n` numbers as an argument of a kernel that reads them.
     ///
     /// # Panics
-    /// If there are fewer.
+    /// If there are fewer; so do the others.
     pub(super) fn at(&self, n: usize) -> Argument {
-        Argument::Pointer(self.address(n))
+        Argument::Pointer { address: self.address(n), read: n * size_of::<E>(), written: 0 }
+    }
+
+    /// The first `n` numbers as an argument of a kernel that writes them.
+    pub(super) fn to(&mut self, n: usize) -> Argument {
+        Argument::Pointer { address: self.address(n), read: 0, written: n * size_of::<E>() }
+    }
+
+    /// The first `n` numbers as an argument of a kernel that reads and writes them.
+    pub(super) fn both(&mut self, n: usize) -> Argument {
+        let bytes = n * size_of::<E>();
+        Argument::Pointer { address: self.address(n), read: bytes, written: bytes }
+    }
+
+    /// The first `n` numbers as an argument of a kernel that writes them, or adds to them.
+    pub(super) fn sum_to(&mut self, n: usize, add: bool) -> Argument {
+        if add { self.both(n) } else { self.to(n) }
     }
 
     /// The address of the first `n` numbers.
@@ -164,11 +180,11 @@ impl<D: Device> Cuda<D> {
         let slabs = rows.div_ceil(slab);
         let partial = self.scratch(slabs * kinds * channels);
         let grid = [channels.div_ceil(32), slabs, 1];
-        self.launch_blocks(kernel, grid, THREADS, &arguments(slab.into(), Argument::Pointer(partial)));
+        self.launch_blocks(kernel, grid, THREADS, &arguments(slab.into(), Argument::pointer(partial)));
         let mut first = 0;
         for output in outputs {
             let n = output.kinds * channels;
-            let from = Argument::Pointer(partial + (first * channels * size_of::<f32>()) as u64);
+            let from = Argument::pointer(partial + (first * channels * size_of::<f32>()) as u64);
             let (stride, factor) = ((kinds * channels).into(), output.factor.into());
             let arguments = [from, slabs.into(), stride, n.into(), factor, output.to, output.add.into()];
             self.launch("sum_partials", n, &arguments);
@@ -265,7 +281,7 @@ impl<D: Device> Memory for Cuda<D> {
 
     fn cast(&self, from: &Self::Full, to: &mut Self::Act) {
         let n = from.len();
-        self.launch("cast", n.div_ceil(8), &[from.at(n), to.at(n), n.into()]);
+        self.launch("cast", n.div_ceil(8), &[from.at(n), to.to(n), n.into()]);
     }
 
     /// The whole batch: a GPU wants as much at once as there is.

@@ -16,12 +16,12 @@ impl<D: Device> Optimizer for Cuda<D> {
         for gradient in gradients {
             let (n, blocks) = (gradient.len(), blocks(gradient.len()));
             if n > 0 {
-                let arguments = [gradient.at(n), n.into(), Argument::Pointer(at)];
+                let arguments = [gradient.at(n), n.into(), Argument::pointer(at)];
                 self.launch_blocks("square_sums", [blocks, 1, 1], THREADS, &arguments);
             }
             at += (blocks * size_of::<f32>()) as u64;
         }
-        let arguments = [Argument::Pointer(partial), total.into(), norm.at(1)];
+        let arguments = [Argument::pointer(partial), total.into(), norm.to(1)];
         self.launch_blocks("gradient_norm", [1, 1, 1], THREADS, &arguments);
     }
 
@@ -50,7 +50,7 @@ impl<D: Device> Optimizer for Cuda<D> {
         let n = parameter.len();
         let mut arguments = vec![norm.at(1), gradient.at(n), n.into()];
         arguments.extend(numbers.map(|x| Argument::F32(x as f32)));
-        arguments.extend([parameter.at(n), m.at(n), v.at(n)]);
+        arguments.extend([parameter.both(n), m.both(n), v.both(n)]);
         self.launch("adamw", n, &arguments);
     }
 }

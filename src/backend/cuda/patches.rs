@@ -24,11 +24,11 @@ impl<D: Device> Patches for Cuda<D> {
         let mut parts: Vec<&[u8]> = vec![levels.as_flattened(), &flips];
         parts.extend(samples.iter().map(|s| &s.pixels[..size * size * 3]));
         let staged = self.stage(&parts);
-        let [levels, flips, pixels] = [staged[0], staged[1], staged[2]].map(Argument::Pointer);
+        let [levels, flips, pixels] = [staged[0], staged[1], staged[2]].map(Argument::pointer);
         let Window { side, stride, padding } = window;
         let [images, size, side, stride, padding, out_size] =
             [images, size, side, stride, padding, out_size].map(Argument::from);
-        let arguments = [pixels, levels, flips, images, size, side, stride, padding, out_size, out.at(n)];
+        let arguments = [pixels, levels, flips, images, size, side, stride, padding, out_size, out.to(n)];
         self.launch("pixel_patches", n.div_ceil(8), &arguments);
     }
 
@@ -36,7 +36,7 @@ impl<D: Device> Patches for Cuda<D> {
         let n = grid.through(window).rows() * window.side * window.side * channels;
         let mut arguments = vec![x.at(grid.rows() * channels)];
         arguments.extend(geometry(grid, channels, window));
-        arguments.push(out.at(n));
+        arguments.push(out.to(n));
         self.launch("patches", n / width(channels), &arguments);
     }
 
@@ -53,7 +53,7 @@ impl<D: Device> Patches for Cuda<D> {
         let n = grid.rows() * channels;
         let mut arguments = vec![dout.at(gathered)];
         arguments.extend(geometry(grid, channels, window));
-        arguments.extend([dx.at(n), add.into()]);
+        arguments.extend([dx.sum_to(n, add), add.into()]);
         self.launch("patches_backward", n / width(channels), &arguments);
     }
 }

@@ -17,7 +17,7 @@ impl<D: Device> Residual for Cuda<D> {
         let (n, per_image) = (grid.rows() * channels, grid.area() * channels);
         let mut arguments = vec![x.at(n), branch.at(n)];
         arguments.extend(dropout_arguments(drop));
-        arguments.extend([grid.images.into(), per_image.into(), y.at(n)]);
+        arguments.extend([grid.images.into(), per_image.into(), y.to(n)]);
         self.launch("residual", n / width(per_image), &arguments);
     }
 
@@ -25,18 +25,18 @@ impl<D: Device> Residual for Cuda<D> {
         let (n, per_image) = (grid.rows() * channels, grid.area() * channels);
         let mut arguments = vec![x.at(n)];
         arguments.extend(dropout_arguments(Some(drop)));
-        arguments.extend([grid.images.into(), per_image.into(), y.at(n)]);
+        arguments.extend([grid.images.into(), per_image.into(), y.to(n)]);
         self.launch("drop_path", n / width(per_image), &arguments);
     }
 
     fn dropout(&self, x: &Self::Act, drop: Dropout, len: usize, y: &mut Self::Act) {
         let mut arguments = vec![x.at(len)];
         arguments.extend(dropout_arguments(Some(drop)));
-        arguments.extend([Argument::U64(len as u64), y.at(len)]);
+        arguments.extend([Argument::U64(len as u64), y.to(len)]);
         self.launch("dropout", len / width(len), &arguments);
     }
 
     fn accumulate(&self, x: &Self::Act, len: usize, y: &mut Self::Act) {
-        self.launch("accumulate", len / width(len), &[x.at(len), Argument::U64(len as u64), y.at(len)]);
+        self.launch("accumulate", len / width(len), &[x.at(len), Argument::U64(len as u64), y.both(len)]);
     }
 }

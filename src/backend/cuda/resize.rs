@@ -14,7 +14,7 @@ impl<D: Device> Resize for Cuda<D> {
         let n = to.rows() * channels;
         let mut arguments = vec![x.at(from.rows() * channels)];
         arguments.extend(geometry(from, to, channels));
-        arguments.extend([y.at(n), add.into()]);
+        arguments.extend([y.sum_to(n, add), add.into()]);
         self.launch("upsample", n / width(channels), &arguments);
     }
 
@@ -22,7 +22,7 @@ impl<D: Device> Resize for Cuda<D> {
         let n = from.rows() * channels;
         let mut arguments = vec![dy.at(to.rows() * channels)];
         arguments.extend(geometry(from, to, channels));
-        arguments.push(dx.at(n));
+        arguments.push(dx.to(n));
         self.launch("upsample_backward", n / width(channels), &arguments);
     }
 }
