@@ -131,6 +131,8 @@ pub fn save<B: Backend>(
                 optimizer.insert(format!("{kind}.{name}"), tensor);
             }
         }
+        // A failed device has no numbers to keep.
+        model.backend().check()?;
         write_safetensors(&unfinished.join(OPTIMIZER), &optimizer, &[])?;
         files::replace_json(&unfinished.join(STATE), state)?;
         files::remove_folder(&target)?;

@@ -2,11 +2,11 @@
 
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
-use super::{Argument, Device};
+use super::{Argument, Device, Pictures};
 use crate::backend::{Dropout, Memory};
 use crate::{Error, Result};
 
@@ -71,8 +71,9 @@ pub struct Cuda<D: Device> {
     device: D,
     /// Partial sums.
     scratch: Room<D>,
-    /// Pixels and labels on their way from the host.
+    /// What is on its way from the host.
     staging: Room<D>,
+    pictures: Option<Arc<Pictures>>,
     allocated: AtomicUsize,
     failure: Mutex<Option<Error>>,
 }
@@ -88,9 +89,31 @@ impl<D: Device> Cuda<D> {
             device,
             scratch: Room::new(),
             staging: Room::new(),
+            pictures: None,
             allocated: AtomicUsize::new(0),
             failure: Mutex::new(None),
         }
+    }
+
+    /// The same, with pictures that need not be brought again.
+    pub fn with_pictures(self, pictures: Option<Arc<Pictures>>) -> Self {
+        Self { pictures, ..self }
+    }
+
+    /// Bytes of the two rooms that operations share, after the largest so far.
+    pub fn rooms(&self) -> [usize; 2] {
+        [&self.scratch, &self.staging].map(|room| locked(&room.0).1)
+    }
+
+    /// Makes the rooms this large, as [`Cuda::rooms`] told of another backend that did the same work.
+    pub fn reserve(&self, [scratch, staging]: [usize; 2]) {
+        self.room(&self.scratch, scratch);
+        self.room(&self.staging, staging);
+    }
+
+    /// The pictures that stay on the device.
+    pub(super) fn pictures(&self) -> Option<&Pictures> {
+        self.pictures.as_deref()
     }
 
     /// The device.
