@@ -103,7 +103,10 @@ impl Share {
         };
         let each = 1e6 * self.seconds / self.launches as f64;
         let total = 1e3 * self.seconds;
-        format!("{total:>9.3} ms {:>5} x {each:>8.1} us {gigabytes:>6.0} GB/s  {}{operations}\n", self.launches, self.name)
+        format!(
+            "{total:>9.3} ms {:>5} x {each:>8.1} us {gigabytes:>6.0} GB/s  {}{operations}\n",
+            self.launches, self.name
+        )
     }
 }
 

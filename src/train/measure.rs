@@ -91,7 +91,6 @@ pub fn demand(kind: StepKind, size: usize, batch: usize) -> Result<Demand> {
     Ok(Demand { memory: model.backend().device().bytes(), work })
 }
 
-
 fn time<B: Backend>(mut model: Model<B>, options: &TrainOptions, kind: StepKind, steps: usize) -> Result<Vec<f64>> {
     let (size, batch) = (model.size(), model.batch());
     let noise = Philox::new(0, Purpose::Demo, 0, 0);

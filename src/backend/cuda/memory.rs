@@ -199,10 +199,9 @@ impl<D: Device> Cuda<D> {
         outputs: &[ColumnSums],
     ) {
         let kinds = outputs.iter().map(|o| o.kinds).sum::<usize>();
-        let slab = rows.div_ceil(SLABS).max(SMALLEST_SLAB);
-        let slabs = rows.div_ceil(slab);
+        let (slab, slabs) = slabs(rows);
         let partial = self.scratch(slabs * kinds * channels);
-        let grid = [channels.div_ceil(32), slabs, 1];
+        let grid = [channels.div_ceil(column_span(channels)), slabs, 1];
         self.launch_blocks(kernel, grid, THREADS, &arguments(slab.into(), Argument::pointer(partial)));
         let mut first = 0;
         for output in outputs {
@@ -210,16 +209,28 @@ impl<D: Device> Cuda<D> {
             let from = Argument::pointer(partial + (first * channels * size_of::<f32>()) as u64);
             let (stride, factor) = ((kinds * channels).into(), output.factor.into());
             let arguments = [from, slabs.into(), stride, n.into(), factor, output.to, output.add.into()];
-            self.launch("sum_partials", n, &arguments);
+            self.launch_blocks("sum_partials", [n.div_ceil(32), 1, 1], THREADS, &arguments);
             first += output.kinds;
         }
     }
 }
 
 /// Slabs that a column-wise sum is cut into at most: a fixed number, so that results do not depend on the device.
-const SLABS: usize = 256;
+const SLABS: usize = 1024;
 /// Rows of a slab at least.
-const SMALLEST_SLAB: usize = 256;
+const SMALLEST_SLAB: usize = 128;
+
+/// Rows of a slab, and how many slabs `rows` make.
+pub(super) fn slabs(rows: usize) -> (usize, usize) {
+    let slab = rows.div_ceil(SLABS).max(SMALLEST_SLAB);
+    (slab, rows.div_ceil(slab))
+}
+
+/// Channels that a block of a column-wise sum takes, as `kernels/common.cuh` has it.
+pub(super) fn column_span(channels: usize) -> usize {
+    let packs = width(channels);
+    (channels / packs).min(32) * packs
+}
 
 /// Where column-wise sums go.
 pub(super) struct ColumnSums {

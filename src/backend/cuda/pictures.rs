@@ -69,9 +69,8 @@ impl Pictures {
     /// Where the part of the first picture lies, if all `samples` are here.
     fn find(&self, samples: &[Sample<'_>], size: usize, part: Part) -> Option<u64> {
         let host = usize::from(part == Part::Labels);
-        let here = |s: &Sample<'_>| {
-            self.hosts.get(s.index).is_some_and(|hosts| hosts[host] == part.of(s).as_ptr() as usize)
-        };
+        let here =
+            |s: &Sample<'_>| self.hosts.get(s.index).is_some_and(|hosts| hosts[host] == part.of(s).as_ptr() as usize);
         let start = if part == Part::Pixels { 0 } else { self.hosts.len() * Part::Pixels.len(size) };
         (self.size == size && samples.iter().all(here)).then(|| self.address + start as u64)
     }
