@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod evaluate;
+mod keeper;
 mod measure;
 mod metrics;
 pub mod options;

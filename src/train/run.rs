@@ -5,8 +5,9 @@ use std::time::Instant;
 
 use half::bf16;
 
-use super::checkpoint::{self, State};
+use super::checkpoint::{self, Snapshot, State, Trained};
 use super::evaluate::{measure, sample};
+use super::keeper::Keeper;
 use super::options::{Method, Protocol, TrainOptions};
 use super::record::{HistoryRow, RunRecord};
 use super::schedule::Schedule;
@@ -139,6 +140,7 @@ impl<B: Backend> Run<'_, B> {
     fn epochs(&mut self) -> Result<()> {
         let updates = self.updates_per_epoch();
         let schedule = Schedule::new(self.options.lr, self.options.warmup_ratio, updates * self.options.epochs as u64);
+        let mut keeper = Keeper::new(self.name, self.out.to_path_buf(), self.options.keep_checkpoints);
         while self.state.epoch < self.options.epochs && !self.stopped_early() {
             let started = Instant::now();
             let epoch = self.state.epoch + 1;
@@ -173,9 +175,8 @@ impl<B: Backend> Run<'_, B> {
                 self.state.stale += 1;
             }
             self.state.seconds += started.elapsed().as_secs_f64();
-            checkpoint::save(&self.model, &self.moments, &self.state, self.options, &self.base_model(), self.out)?;
-            checkpoint::prune(self.out, &self.state, self.options.keep_checkpoints)?;
-            report::run::refresh(self.out, self.name, &self.state.log_history)?;
+            let base = self.base_model();
+            keeper.keep(Snapshot::take(&self.model, &self.moments, &self.state, self.options, &base)?)?;
             if self.stopped_early() {
                 self.progress.info(format!(
                     "{}: stops after epoch {epoch}, {} evaluations without improvement",
@@ -183,7 +184,7 @@ impl<B: Backend> Run<'_, B> {
                 ));
             }
         }
-        Ok(())
+        keeper.finish()
     }
 
     /// One pass over the training split; returns its row of the history.
@@ -315,7 +316,7 @@ impl<B: Backend> Run<'_, B> {
         });
         history.push(final_evaluation.clone());
         let final_dir = self.out.join("final");
-        checkpoint::write_model(&self.model, self.options, &self.base_model(), &final_dir)?;
+        Trained::of(&self.model, self.options, &self.base_model())?.write(&final_dir)?;
         let record = RunRecord {
             name: self.name.into(),
             method: self.options.method.clone(),
