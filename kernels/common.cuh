@@ -48,6 +48,13 @@ template <int V> __device__ __forceinline__ Pack<V> load(const bf16* from) {
             p.x[2 * i] = __uint_as_float(words[i] << 16);
             p.x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
         }
+    } else if constexpr (V == 4) {
+        uint2 raw = *reinterpret_cast<const uint2*>(from);
+        unsigned words[2] = {raw.x, raw.y};
+        for (int i = 0; i < 2; i++) {
+            p.x[2 * i] = __uint_as_float(words[i] << 16);
+            p.x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+        }
     } else {
         for (int i = 0; i < V; i++) p.x[i] = __bfloat162float(from[i]);
     }
@@ -74,6 +81,9 @@ template <int V> __device__ __forceinline__ void store(bf16* to, const Pack<V>& 
     if constexpr (V == 8) {
         uint4 raw = {pair_of(p.x[0], p.x[1]), pair_of(p.x[2], p.x[3]), pair_of(p.x[4], p.x[5]), pair_of(p.x[6], p.x[7])};
         *reinterpret_cast<uint4*>(to) = raw;
+    } else if constexpr (V == 4) {
+        uint2 raw = {pair_of(p.x[0], p.x[1]), pair_of(p.x[2], p.x[3])};
+        *reinterpret_cast<uint2*>(to) = raw;
     } else {
         for (int i = 0; i < V; i++) to[i] = __float2bfloat16_rn(p.x[i]);
     }

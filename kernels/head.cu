@@ -119,26 +119,43 @@ KERNEL(THREADS) batch_norm_backward(const bf16* z /* (rows, channels) */, const 
 
 // ---- stages joined
 
-// A stage's contribution at its own resolution.
-struct Contribution {
-    const bf16* x;  // (images, height, width, channels), or null
-    int height, width;
+// A stage's contribution to one column of z, from top to bottom: the two lines of the stage that z's current line lies between,
+// each interpolated along x, stay in registers.
+template <int V> struct Contribution {
+    const bf16* left;  // (height, width, channels) of the image at the column's left neighbour, or null
+    int right;         // how much further its right neighbour lies
+    float weight;      // of the right one
+    int height, pitch, low;
+    Pack<V> above, below;
 
-    // Adds V channels from `c` on, interpolated at (y, xx) of `to_height` x `to_width`.
-    template <int V>
-    __device__ __forceinline__ void add(Pack<V>& sum, size_t image, int y, int xx, int to_height, int to_width, int channels,
-                                        int c) const {
+    __device__ __forceinline__ Contribution(const bf16* x /* (images, height, width, channels) or null */, int height,
+                                            int width, int image, int column, int to_width, int channels, int c)
+        : left(nullptr), height(height), pitch(width * channels), low(-2) {
         if (x == nullptr) return;
-        Source line = source(y, height, to_height), column = source(xx, width, to_width);
-        const bf16* upper = x + (image * height + line.low) * width * channels + c;
-        const bf16* lower = x + (image * height + line.high) * width * channels + c;
-        Pack<V> a = load<V>(upper + column.low * channels), b = load<V>(upper + column.high * channels);
-        Pack<V> d = load<V>(lower + column.low * channels), e = load<V>(lower + column.high * channels);
-        for (int i = 0; i < V; i++) {
-            float above = (1.0f - column.weight) * a.x[i] + column.weight * b.x[i];
-            float below = (1.0f - column.weight) * d.x[i] + column.weight * e.x[i];
-            sum.x[i] += (1.0f - line.weight) * above + line.weight * below;
+        Source s = source(column, width, to_width);
+        x += size_t(image) * height * pitch + c;
+        left = x + s.low * channels;
+        right = (s.high - s.low) * channels;
+        weight = s.weight;
+    }
+
+    __device__ __forceinline__ Pack<V> line(int y) const {
+        const bf16* at = left + y * pitch;
+        Pack<V> a = load<V>(at), b = load<V>(at + right);
+        for (int i = 0; i < V; i++) a.x[i] = (1.0f - weight) * a.x[i] + weight * b.x[i];
+        return a;
+    }
+
+    // Adds what stands at line `y` of `to_height`.
+    __device__ __forceinline__ void add(int y, int to_height, Pack<V>& sum) {
+        if (left == nullptr) return;
+        Source s = source(y, height, to_height);
+        if (s.low != low) {
+            above = s.low == low + 1 ? below : line(s.low);
+            below = line(s.high);
+            low = s.low;
         }
+        for (int i = 0; i < V; i++) sum.x[i] += (1.0f - s.weight) * above.x[i] + s.weight * below.x[i];
     }
 };
 
@@ -156,38 +173,37 @@ struct Moments {
     }
 };
 
-// Rows that line `line` of `lines` takes of those from `first` to `end`.
-__device__ __forceinline__ int rows_of_line(int first, int end, int line, int lines) {
-    return max(0, (end - first - line + lines - 1) / lines);
-}
-
 template <int V>
-__device__ void join(bf16* z, const Contribution (&parts)[3], int rows, int height, int width, int channels, int slab,
+__device__ void join(bf16* z, const bf16* p, int p_height, int p_width, const bf16* q, int q_height, int q_width,
+                     const bf16* r, int r_height, int r_width, int height, int width, int channels, int piece,
                      float* partial) {
     SHARED(float, means, [THREADS * V]);
     SHARED(float, squares, [THREADS * V]);
     int span = column_span<V>(channels), columns = span / V, lines = THREADS / columns;
     int column = threadIdx.x % columns, line = threadIdx.x / columns, c = blockIdx.x * span + column * V;
-    int first = blockIdx.y * slab, end = min(rows, first + slab);
-    bool joins = parts[0].x != nullptr;
+    int pieces = (height + piece - 1) / piece, x = blockIdx.y / pieces * lines + line;
+    int first = blockIdx.y % pieces * piece, end = min(height, first + piece), image = blockIdx.z;
     // Welford's update, which needs no second pass over the rows.
     Pack<V> mean = {}, square = {};
-    float count = 0;
-    if (c < channels && line < lines) {
-        for (int row = first + line; row < end; row += lines) {
-            Pack<V> sum = load<V>(z + size_t(row) * channels + c);
-            if (joins) {
-                int x = row % width, y = row / width % height;
-                size_t image = row / width / height;
-                for (int p = 0; p < 3; p++) parts[p].add(sum, image, y, x, height, width, channels, c);
-                store(z + size_t(row) * channels + c, sum);
-            }
+    if (c < channels && line < lines && x < width) {
+        Contribution<V> parts[3] = {{p, p_height, p_width, image, x, width, channels, c},
+                                    {q, q_height, q_width, image, x, width, channels, c},
+                                    {r, r_height, r_width, image, x, width, channels, c}};
+        bf16* at = z + ((size_t(image) * height + first) * width + x) * channels + c;
+        size_t pitch = size_t(width) * channels;
+        Pack<V> next = load<V>(at);
+        float count = 0;
+        for (int y = first; y < end; y++, at += pitch) {
+            Pack<V> sum = next;
+            if (y + 1 < end) next = load<V>(at + pitch);
+            for (int i = 0; i < 3; i++) parts[i].add(y, height, sum);
+            if (p != nullptr) store(at, sum);
+            if (partial == nullptr) continue;
             count += 1.0f;
             float share = 1.0f / count;
             for (int i = 0; i < V; i++) {
                 // What is measured is what is stored.
-                float value = joins ? __bfloat162float(__float2bfloat16_rn(sum.x[i])) : sum.x[i];
-                float delta = value - mean.x[i];
+                float value = __bfloat162float(__float2bfloat16_rn(sum.x[i])), delta = value - mean.x[i];
                 mean.x[i] += delta * share;
                 square.x[i] += delta * (value - mean.x[i]);
             }
@@ -204,47 +220,53 @@ __device__ void join(bf16* z, const Contribution (&parts)[3], int rows, int heig
     int own = blockIdx.x * span + threadIdx.x;
     if (int(threadIdx.x) < span && own < channels) {
         Moments all = {};
-        for (int l = 0; l < lines; l++) {
-            all.join(float(rows_of_line(first, end, l, lines)), means[l * span + threadIdx.x],
-                     squares[l * span + threadIdx.x]);
+        int inside = min(lines, width - int(blockIdx.y) / pieces * lines);
+        for (int l = 0; l < inside; l++) {
+            all.join(float(end - first), means[l * span + threadIdx.x], squares[l * span + threadIdx.x]);
         }
-        partial[size_t(blockIdx.y) * 2 * channels + own] = all.mean;
-        partial[(size_t(blockIdx.y) * 2 + 1) * channels + own] = all.square;
+        size_t slab = size_t(image) * gridDim.y + blockIdx.y;
+        partial[(slab * 3) * channels + own] = all.count;
+        partial[(slab * 3 + 1) * channels + own] = all.mean;
+        partial[(slab * 3 + 2) * channels + own] = all.square;
     }
 }
 
 // z += stages p, q and r, each interpolated to z's resolution (stages that are null add nothing, from the first one on), and the
-// moments of each slab. Grid: as column_partials has it.
+// moments of what a block has seen: as many columns as it has lines of threads, `piece` lines of the picture. Grid:
+// (ceil(channels / column_span<4 or 1>), ceil(width / lines)·ceil(height / piece), images).
 KERNEL(THREADS) join_stages(bf16* z /* (images, height, width, channels) */, const bf16* p /* at its resolution */,
                             int p_height, int p_width, const bf16* q, int q_height, int q_width, const bf16* r,
-                            int r_height, int r_width, int rows, int height, int width, int channels, int slab,
-                            float* partial /* (slabs, 2, channels): means, squared deviations; or null */) {
-    Contribution parts[3] = {{p, p_height, p_width}, {q, q_height, q_width}, {r, r_height, r_width}};
-    BY_WIDTH(channels, join, z, parts, rows, height, width, channels, slab, partial);
+                            int r_height, int r_width, int height, int width, int channels, int piece,
+                            float* partial /* (blocks, 3, channels): counts, means, squared deviations; or null */) {
+    // Three stages' lines take registers: 4 channels a thread rather than 8.
+    channels % 4 == 0 ? join<4>(z, p, p_height, p_width, q, q_height, q_width, r, r_height, r_width, height, width,
+                                channels, piece, partial)
+                      : join<1>(z, p, p_height, p_width, q, q_height, q_width, r, r_height, r_width, height, width,
+                                channels, piece, partial);
 }
 
-// Joins the slabs' moments in a fixed order. Grid: ceil(channels / 32).
-KERNEL(THREADS) join_moments(const float* partial /* (slabs, 2, channels) */, int slabs, int rows, int slab, int channels,
+// Joins the blocks' moments in a fixed order. Grid: ceil(channels / 8).
+KERNEL(THREADS) join_moments(const float* partial /* (slabs, 3, channels) */, int slabs, int channels,
                              float* moments /* (2, channels): means, squared deviations */) {
-    constexpr int LINES = THREADS / 32;
-    SHARED(float, counts, [LINES][32]);
-    SHARED(float, means, [LINES][32]);
-    SHARED(float, squares, [LINES][32]);
-    int lane = threadIdx.x % 32, line = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
+    constexpr int COLUMNS = 8, LINES = THREADS / COLUMNS;
+    SHARED(float, counts, [LINES][COLUMNS]);
+    SHARED(float, means, [LINES][COLUMNS]);
+    SHARED(float, squares, [LINES][COLUMNS]);
+    int column = threadIdx.x % COLUMNS, line = threadIdx.x / COLUMNS, c = blockIdx.x * COLUMNS + column;
     Moments own = {};
     if (c < channels) {
         for (int s = line; s < slabs; s += LINES) {
-            float n = float(min(slab, rows - s * slab));
-            own.join(n, partial[size_t(s) * 2 * channels + c], partial[(size_t(s) * 2 + 1) * channels + c]);
+            const float* set = partial + size_t(s) * 3 * channels + c;
+            own.join(set[0], set[channels], set[2 * channels]);
         }
     }
-    counts[line][lane] = own.count;
-    means[line][lane] = own.mean;
-    squares[line][lane] = own.square;
+    counts[line][column] = own.count;
+    means[line][column] = own.mean;
+    squares[line][column] = own.square;
     __syncthreads();
     if (line > 0 || c >= channels) return;
     Moments all = {};
-    for (int l = 0; l < LINES; l++) all.join(counts[l][lane], means[l][lane], squares[l][lane]);
+    for (int l = 0; l < LINES; l++) all.join(counts[l][column], means[l][column], squares[l][column]);
     moments[c] = all.mean;
     moments[channels + c] = all.square;
 }
@@ -417,5 +439,94 @@ KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, co
             p.x[i] = columns.slope.x[i] * back - (constant.x[i] + linear.x[i] * p.x[i]);
         }
         store(dz + row * channels + c, p);
+    }
+}
+
+// ---- the way back to the stages
+
+// Threads of split_stages: a strip of columns with a halo, by packs of 4 channels.
+constexpr int STRIP = 32, HALO = 4, STRIP_COLUMNS = STRIP + 2 * HALO, PACK = 4, STRIP_PACKS = 16;
+constexpr int STRIP_THREADS = STRIP_COLUMNS * STRIP_PACKS;
+
+// The way of one column of dz to a stage of 1 / R the resolution: lines are summed as they come, and a line of the stage is
+// complete when dz's lines lie below it.
+template <int R> struct Collected {
+    Pack<PACK> current, next;
+
+    // Takes line `y` in.
+    __device__ __forceinline__ void take(const Pack<PACK>& d, int y, int height) {
+        Source s = source(y, height / R, height);
+        float upper = s.high == s.low ? 1.0f : 1.0f - s.weight, lower = s.high == s.low ? 0.0f : s.weight;
+        for (int i = 0; i < PACK; i++) {
+            current.x[i] += upper * d.x[i];
+            next.x[i] += lower * d.x[i];
+        }
+    }
+
+    // The stage's line that is complete after line `y`, or -1.
+    static __device__ __forceinline__ int complete(int y, int height) {
+        if (y + 1 == height) return height / R - 1;
+        int past = y + 1 - R / 2;
+        return past >= R && past % R == 0 ? past / R - 1 : -1;
+    }
+
+    // Sums the strip's columns to the stage's line `line` of `height / R`. All threads of the block call it.
+    __device__ __forceinline__ void emit(int line, float (*tile)[STRIP_PACKS * PACK], int strip, int c, int width, int channels,
+                                         bf16* dx /* (height / R, width / R, channels) of the image */) {
+        int column = threadIdx.x / STRIP_PACKS, pack = threadIdx.x % STRIP_PACKS * PACK;
+        for (int i = 0; i < PACK; i++) {
+            tile[column][pack + i] = current.x[i];
+            current.x[i] = next.x[i];
+            next.x[i] = 0.0f;
+        }
+        __syncthreads();
+        int x = strip / R + column;
+        if (column < STRIP / R && x < width / R && c < channels) {
+            Pack<PACK> sum = {};
+            int first = R * x - R / 2;
+            for (int i = 0; i < 2 * R; i++) {
+                if (first + i < 0 || first + i >= width) continue;
+                float weight = weight_of(source(first + i, width / R, width), x);
+                const float* from = &tile[first + i - strip + HALO][pack];
+                for (int j = 0; j < PACK; j++) sum.x[j] += weight * from[j];
+            }
+            store(dx + (size_t(line) * (width / R) + x) * channels + c, sum);
+        }
+        __syncthreads();
+    }
+};
+
+// The transpose of joining stages at a half, a quarter and an eighth of dz's resolution, in one pass over dz. Height and width
+// are multiples of 8, channels of 8. Grid: (ceil(channels / 64), ceil(width / STRIP), images), blocks of STRIP_THREADS.
+KERNEL(STRIP_THREADS) split_stages(const bf16* dz /* (images, height, width, channels) */, int height, int width,
+                                   int channels, bf16* p /* (images, height / 2, width / 2, channels) */,
+                                   bf16* q /* (images, height / 4, width / 4, channels) */,
+                                   bf16* r /* (images, height / 8, width / 8, channels) */) {
+    SHARED(float, tile, [STRIP_COLUMNS][STRIP_PACKS * PACK]);
+    int c = blockIdx.x * STRIP_PACKS * PACK + threadIdx.x % STRIP_PACKS * PACK, strip = blockIdx.y * STRIP;
+    int x = strip - HALO + int(threadIdx.x) / STRIP_PACKS;
+    bool inside = x >= 0 && x < width && c < channels;
+    size_t image = blockIdx.z, area = size_t(height) * width * channels, pitch = size_t(width) * channels;
+    dz += image * area + size_t(max(x, 0)) * channels + c;
+    p += image * (area / 4);
+    q += image * (area / 16);
+    r += image * (area / 64);
+    Collected<2> halves = {};
+    Collected<4> quarters = {};
+    Collected<8> eighths = {};
+    Pack<PACK> ahead = {};
+    if (inside) ahead = load<PACK>(dz);
+    for (int y = 0; y < height; y++) {
+        Pack<PACK> d = ahead;
+        if (inside && y + 1 < height) ahead = load<PACK>(dz + (y + 1) * pitch);
+        halves.take(d, y, height);
+        quarters.take(d, y, height);
+        eighths.take(d, y, height);
+        int line = Collected<2>::complete(y, height);
+        if (line >= 0) halves.emit(line, tile, strip, c, width, channels, p);
+        line = Collected<4>::complete(y, height);
+        if (line >= 0) quarters.emit(line, tile, strip, c, width, channels, q);
+        line = Collected<8>::complete(y, height);
+        if (line >= 0) eighths.emit(line, tile, strip, c, width, channels, r);
     }
 }

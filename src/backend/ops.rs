@@ -279,6 +279,10 @@ pub trait Head: Resize + Linear {
             self.batch_moments(z, to.rows(), channels, moments);
         }
     }
+    /// The transpose of the resizing in [`Head::join_stages`]: each of `parts` receives the gradient at its grid.
+    fn split_stages(&self, dz: &Self::Act, from: Grid, channels: usize, parts: &mut [(&mut Self::Act, Grid)]) {
+        split_stages_plainly(self, dz, from, channels, parts);
+    }
     /// `logits = classifier(dropout(relu(batch_norm(z))))`; `room` is `(rows, channels)`, and
     /// [`Head::classify_backward`] wants it as it was left.
     fn classify(
@@ -389,6 +393,19 @@ pub trait Head: Resize + Linear {
         channels: usize,
         dy: &mut Self::Act,
     );
+}
+
+/// [`Head::split_stages`] by its parts.
+pub(super) fn split_stages_plainly<B: Head + ?Sized>(
+    backend: &B,
+    dz: &B::Act,
+    from: Grid,
+    channels: usize,
+    parts: &mut [(&mut B::Act, Grid)],
+) {
+    for (part, grid) in parts {
+        backend.upsample_backward(dz, *grid, from, channels, part);
+    }
 }
 
 /// [`Head::classify`] by its parts.

@@ -166,24 +166,29 @@ impl Decoder {
         let grid = stages[0].grid;
         let rows = grid.rows();
         let Worker { scratch, out_gradients, .. } = worker;
-        let Scratch { wide: [dz, own], side, .. } = scratch;
+        let Scratch { wide: [dz, own], tokens, side, .. } = scratch;
         let (norm, drop, classifier) = (self.view(pass, stats), self.drop(pass, grid), self.classifier(pass));
         let DecoderActs { z, dlogits, sums, .. } = acts;
         let total = (total, batch_rows);
         backend.classify_backward_input(z, norm, drop, rows, self.width, classifier, dlogits, total, sums, dz);
-        for (i, (folded, stage)) in self.folded.iter().zip(stages).enumerate() {
-            let trains = folded.trains(gradients);
-            if !trains && !self.reached[i] {
-                continue;
-            }
+        // Stages whose gradient nobody wants are left out, from the first on: what is trained lies in one piece.
+        let wanted = |i: usize| self.folded[i].trains(gradients) || self.reached[i];
+        let skipped = (0..stages.len()).take_while(|&i| !wanted(i)).count();
+        let rooms = [own].into_iter().chain(tokens);
+        let mut parts: Vec<(&mut B::Act, Grid)> = stages
+            .iter()
+            .map(|stage| stage.grid)
+            .skip(skipped.max(1))
+            .zip(rooms)
+            .map(|(grid, room)| (room, grid))
+            .collect();
+        backend.split_stages(dz, grid, self.width, &mut parts);
+        let firsts = (skipped == 0).then_some(&*dz);
+        let gradients_of = firsts.into_iter().chain(parts.iter().map(|(room, _)| &**room));
+        for (i, dy) in (skipped..stages.len()).zip(gradients_of) {
+            let (folded, stage) = (&self.folded[i], &stages[i]);
             let stage_rows = stage.grid.rows();
-            let dy = if stage.grid == grid {
-                &*dz
-            } else {
-                backend.upsample_backward(dz, stage.grid, grid, self.width, own);
-                &*own
-            };
-            if trains {
+            if folded.trains(gradients) {
                 folded.backward_params(pass, &stage.out, dy, stage_rows, gradients, side);
             }
             if self.reached[i] {

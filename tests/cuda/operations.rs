@@ -408,6 +408,9 @@ case!(
         let (mut z, mut moments, mut silent) = (lab.act(n, 1), lab.full(2 * channels, 2), lab.act(n, 1));
         lab.0.join_stages(&parts, to, channels, &mut z, Some(&mut moments));
         lab.0.join_stages(&parts, to, channels, &mut silent, None);
+        let mut back: Vec<_> = parts.iter().map(|(_, part)| lab.act(part.rows() * channels, 3)).collect();
+        let mut back: Vec<_> = back.iter_mut().zip(&parts).map(|(act, (_, part))| (act, *part)).collect();
+        lab.0.split_stages(&lab.act(n, 4), to, channels, &mut back);
         // What is measured has been rounded.
         let moments = lab.0.scalars(&moments, 2 * channels);
         let output = |name, values: &[f64]| Output { name, values: values.to_vec(), own: 0.0, summed: 1.0 };
@@ -418,11 +421,15 @@ case!(
             output("means", &moments[..channels]),
             output("squared deviations", &moments[channels..]),
         ]
+        .into_iter()
+        .chain(back.iter().map(|(act, part)| lab.read("back", act, part.rows() * channels, 1.0, 0.0)))
+        .collect()
     },
     [
         (1, (5, 7), vec![(2, 3)], 3),
         (2, (8, 8), vec![(4, 4), (2, 2), (1, 1)], 8),
         (3, (12, 16), vec![(6, 8), (3, 4)], 64),
+        (2, (16, 40), vec![(8, 20), (4, 10), (2, 5)], 72),
         (2, (16, 8), vec![(8, 4), (4, 2), (2, 1), (1, 1)], 24),
         (1, (4, 4), vec![(2, 2), (1, 1), (1, 1)], 256)
     ]

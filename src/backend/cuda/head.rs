@@ -4,11 +4,15 @@ use super::memory::{ColumnSums, THREADS, column_span, dropout_arguments, slabs, 
 use super::{Argument, Cuda, Device};
 use crate::backend::{
     BatchNormView, Classifier, Dropout, Grid, Head, Memory, classify_backward_input_plainly, classify_backward_plainly,
-    classify_plainly,
+    classify_plainly, split_stages_plainly,
 };
 
 /// Stages that one launch joins.
 const PARTS: usize = 3;
+/// Lines of a picture that a block joins.
+const PIECE: usize = 64;
+/// Columns that a block of `split_stages` takes, and its threads.
+const STRIP: (usize, usize) = (32, 640);
 /// Rows that a thread of the fused classifier takes.
 const EACH: usize = 8;
 
@@ -27,9 +31,12 @@ impl<D: Device> Cuda<D> {
         channels: usize,
         moments: Option<&mut <Self as Memory>::Full>,
     ) {
-        let rows = to.rows();
-        let (slab, slabs) = slabs(rows);
-        let partial = moments.as_ref().map_or(0, |_| self.scratch(slabs * 2 * channels));
+        let pack = if channels.is_multiple_of(4) { 4 } else { 1 };
+        let columns = (channels / pack).min(32);
+        let lines = THREADS / columns;
+        let grid = [channels.div_ceil(columns * pack), to.width.div_ceil(lines) * to.height.div_ceil(PIECE), to.images];
+        let slabs = grid[1] * grid[2];
+        let partial = moments.as_ref().map_or(0, |_| self.scratch(slabs * 3 * channels));
         let mut arguments = vec![z];
         for i in 0..PARTS {
             arguments.extend(match parts.get(i) {
@@ -37,14 +44,12 @@ impl<D: Device> Cuda<D> {
                 None => [Argument::pointer(0), 0usize.into(), 0usize.into()],
             });
         }
-        arguments.extend([rows, to.height, to.width, channels, slab].map(Argument::from));
+        arguments.extend([to.height, to.width, channels, PIECE].map(Argument::from));
         arguments.push(Argument::pointer(partial));
-        self.launch_blocks("join_stages", [channels.div_ceil(column_span(channels)), slabs, 1], THREADS, &arguments);
+        self.launch_blocks("join_stages", grid, THREADS, &arguments);
         if let Some(moments) = moments {
-            let sizes = [slabs, rows, slab, channels].map(Argument::from);
-            let arguments =
-                [Argument::pointer(partial), sizes[0], sizes[1], sizes[2], sizes[3], moments.to(2 * channels)];
-            self.launch_blocks("join_moments", [channels.div_ceil(32), 1, 1], THREADS, &arguments);
+            let arguments = [Argument::pointer(partial), slabs.into(), channels.into(), moments.to(2 * channels)];
+            self.launch_blocks("join_moments", [channels.div_ceil(8), 1, 1], THREADS, &arguments);
         }
     }
 }
@@ -70,6 +75,23 @@ impl<D: Device> Head for Cuda<D> {
         }
         self.join(arguments, first, to, channels, None);
         self.join_stages(rest, to, channels, z, moments);
+    }
+
+    fn split_stages(&self, dz: &Self::Act, from: Grid, channels: usize, parts: &mut [(&mut Self::Act, Grid)]) {
+        let at = |ratio| Grid { images: from.images, height: from.height / ratio, width: from.width / ratio };
+        let divides = from.height.is_multiple_of(8) && from.width.is_multiple_of(8) && channels.is_multiple_of(8);
+        match parts {
+            [(p, half), (q, quarter), (r, eighth)]
+                if divides && [*half, *quarter, *eighth] == [at(2), at(4), at(8)] =>
+            {
+                let sizes = [from.height, from.width, channels].map(Argument::from);
+                let out = [(p, half), (q, quarter), (r, eighth)].map(|(x, grid)| x.to(grid.rows() * channels));
+                let arguments = [dz.at(from.rows() * channels), sizes[0], sizes[1], sizes[2], out[0], out[1], out[2]];
+                let grid = [channels.div_ceil(64), from.width.div_ceil(STRIP.0), from.images];
+                self.launch_blocks("split_stages", grid, STRIP.1, &arguments);
+            }
+            _ => split_stages_plainly(self, dz, from, channels, parts),
+        }
     }
 
     fn classify(
