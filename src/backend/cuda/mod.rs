@@ -22,6 +22,7 @@ mod patches;
 mod residual;
 mod resize;
 mod self_test;
+mod tables;
 
 pub use device::{Argument, Device, Element, MatrixProduct};
 pub use driver::{Description, DeviceMemory, Driver, Spent};
