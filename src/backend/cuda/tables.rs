@@ -50,8 +50,11 @@ struct Kept<D: Device> {
     _memory: Option<D::Memory>,
 }
 
-/// Tables by type and content.
-pub(super) struct Tables<D: Device>(Mutex<HashMap<(TypeId, Vec<u8>), Kept<D>>>);
+/// The type and the content of a table's tensors.
+type Key = (TypeId, Vec<u8>);
+
+/// Tables that were made.
+pub(super) struct Tables<D: Device>(Mutex<HashMap<Key, Kept<D>>>);
 
 impl<D: Device> Tables<D> {
     pub(super) fn new() -> Self {
