@@ -10,7 +10,7 @@ use std::time::Duration;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::{
-    AdamW, Attention, AttentionShape, BatchNormView, Depthwise, Dropout, Grid, Head, LayerNorm, Linear, Loss,
+    AdamW, Attention, AttentionShape, BatchNormView, Depthwise, Dropout, Grid, Head, LayerNorm, Linear, Loss, Moving,
     Optimizer, Patches, Product, Residual, Resize, Sample, Window,
 };
 use segpeft_native::dataset::demo::{Domain, draw};
@@ -221,7 +221,14 @@ fn optimizer(c: &mut Criterion) {
     let update = AdamW { lr: 1e-6, betas: [0.9, 0.999], epsilon: 1e-8, weight_decay: 0.0, step: 1, max_norm: 1.0 };
     group.throughput(Throughput::Elements(n as u64));
     group.bench_function("gradient_norm", |t| t.iter(|| cpu.gradient_norm(&[&g], &mut norm)));
-    group.bench_function("adamw", |t| t.iter(|| cpu.adamw(&update, &norm, &g, &mut p, &mut m, &mut v)));
+    let mut product = numbers(n);
+    group.bench_function("adamw", |t| {
+        t.iter(|| {
+            let product = Some(&mut product);
+            let moving = Moving { gradient: &g, parameter: &mut p, m: &mut m, v: &mut v, product, decays: true };
+            cpu.adamw(&update, &norm, &mut [moving]);
+        });
+    });
 }
 
 fn quick() -> Criterion {

@@ -3,6 +3,7 @@
 #include "common.cuh"
 #include "interpolate.cuh"
 #include "mma.cuh"
+#include "tables.cuh"
 
 namespace attention {
 #include "attention.cu"

@@ -312,13 +312,14 @@ __device__ __forceinline__ void load_classes(const bf16* from, float (&to)[CLASS
 KERNEL(THREADS) classify(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                          const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
                          unsigned key1, unsigned high0, unsigned high1, u64 first, float rate,
-                         const bf16* w /* (2, channels) */, const float* bias /* (2) */, int rows, int channels, int each,
+                         const bf16* w /* (2, channels) */, const bf16* bias /* (2) */, int rows, int channels, int each,
                          bf16* logits /* (rows, 2) */) {
     Dropout drop = {key0, key1, high0, high1, first, rate};
     int lanes = channels / 8, c = threadIdx.x % lanes * 8;
     size_t start = thread_number() / lanes * each;
     Columns columns(stats, gamma, beta, w, channels, c);
-    float shift[CLASSES] = {bias[0], bias[1]};
+    float shift[CLASSES];
+    load_classes(bias, shift);
     for (int k = 0; k < each; k++) {
         size_t row = start + k;
         float sums[CLASSES] = {};

@@ -1,9 +1,9 @@
-// Rounding parameters to the storage of products.
+// Rounding parameters to the storage of products, and clearing gradients.
 //
-// y = bf16(x). One pass, 16-byte stores; a model's weights are a few MB, so this is a launch's latency.
-#include "common.cuh"
+// One pass with 16-byte accesses; a model's weights are a few MB, so a launch's latency is what counts.
+#include "tables.cuh"
 
-// Threads: ceil(n / 8).
+// y = bf16(x). Threads: ceil(n / 8).
 KERNEL(THREADS) cast(const float* x /* (n) */, bf16* y /* (n) */, int n) {
     size_t first = thread_number() * 8;
     if (first + 8 <= size_t(n)) {
@@ -11,4 +11,13 @@ KERNEL(THREADS) cast(const float* x /* (n) */, bf16* y /* (n) */, int n) {
     } else {
         for (size_t i = first; i < size_t(n); i++) y[i] = __float2bfloat16_rn(x[i]);
     }
+}
+
+// Sets all tensors of a table to zero. Grid: the pieces.
+KERNEL(THREADS) zero_all(const Piece* pieces /* (gridDim.x) */, const Span* tensors /* (tensors) */) {
+    Piece piece = pieces[blockIdx.x];
+    Span tensor = tensors[piece.tensor];
+    each_of_part(piece.part, tensor.n, [&](u64 at, auto width) {
+        store(tensor.x + at, Pack<decltype(width)::value>{});
+    });
 }

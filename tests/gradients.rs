@@ -3,8 +3,8 @@
 
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::{
-    Attention, AttentionShape, BatchNormView, Depthwise, Dropout, Grid, Head, LayerNorm, Linear, Loss, Matrix, Patches,
-    Product, Residual, Resize, Sample, Transpose, Window,
+    Attention, AttentionShape, Base, BatchNormView, Depthwise, Dropout, Grid, Head, LayerNorm, Linear, Loss, Matrix,
+    Patches, Product, Residual, Resize, Sample, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -323,7 +323,8 @@ fn matrix_products() {
         (Transpose::Right, a.clone(), transposed(&b, k, n)),
     ] {
         let mut c = vec![1.0; m * n];
-        cpu.matrix_product(&a, &b, transpose, (m, n, k), 2.0, &mut c, true);
+        let new = SmallProduct::new(&a, &b, transpose, (m, n, k), &mut c);
+        cpu.small_products(&mut [SmallProduct { alpha: 2.0, base: Base::Itself, ..new }]);
         for (c, plain) in c.iter().zip(&plain) {
             assert!((c - (1.0 + 2.0 * plain)).abs() < 1e-14);
         }

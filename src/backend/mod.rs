@@ -155,7 +155,7 @@ pub struct AdamW {
     pub betas: [f64; 2],
     /// Added to the denominator.
     pub epsilon: f64,
-    /// Decoupled weight decay.
+    /// Decoupled weight decay of the tensors it applies to.
     pub weight_decay: f64,
     /// Number of this update, from 1.
     pub step: u64,

@@ -55,6 +55,8 @@ pub trait Memory: Send + Sync + Sized {
     fn scalars(&self, from: &Self::Full, len: usize) -> Vec<f64>;
     /// Sets everything to zero.
     fn zero(&self, x: &mut Self::Full);
+    /// Sets all these to zero.
+    fn zero_all(&self, tensors: &mut [&mut Self::Full]);
     /// Rounds parameters to the storage of products.
     fn cast(&self, from: &Self::Full, to: &mut Self::Act);
 
@@ -76,7 +78,7 @@ pub trait Memory: Send + Sync + Sized {
 /// Products of tokens with weights.
 pub trait Linear: Memory {
     /// `y = x·Wᵀ + bias`; with `add`, adds to y.
-    fn linear(&self, x: &Self::Act, w: &Self::Act, bias: Option<&Self::Full>, p: Product, y: &mut Self::Act, add: bool);
+    fn linear(&self, x: &Self::Act, w: &Self::Act, bias: Option<&Self::Act>, p: Product, y: &mut Self::Act, add: bool);
     /// `dx = dy·W`; with `add`, adds to dx.
     fn linear_backward_input(&self, dy: &Self::Act, w: &Self::Act, p: Product, dx: &mut Self::Act, add: bool);
     /// Adds `dyᵀ·x` to dw.
@@ -253,7 +255,7 @@ pub struct Classifier<'a, B: Memory> {
     /// `(labels, channels)`
     pub weight: &'a B::Act,
     /// `(labels)`
-    pub bias: &'a B::Full,
+    pub bias: &'a B::Act,
     /// Classes.
     pub labels: usize,
 }
@@ -503,44 +505,91 @@ pub enum Transpose {
     Right,
 }
 
+/// What a product is added to.
+#[derive(Clone, Copy)]
+pub enum Base<'a, F> {
+    /// Nothing.
+    Zeros,
+    /// What stands where it goes.
+    Itself,
+    /// Another matrix, `(m, n)`.
+    Of(&'a F),
+}
+
+/// A product among parameters: `c = base + alpha·op(a)·op(b)`.
+pub struct SmallProduct<'a, F, A> {
+    /// `(m, k)`, or `(k, m)` if read transposed.
+    pub a: &'a F,
+    /// `(k, n)`, or `(n, k)` if read transposed.
+    pub b: &'a F,
+    /// Which of the two is read transposed.
+    pub transpose: Transpose,
+    /// m, n, k.
+    pub size: (usize, usize, usize),
+    /// Factor of the product.
+    pub alpha: f64,
+    /// What it is added to.
+    pub base: Base<'a, F>,
+    /// `(m, n)`
+    pub c: &'a mut F,
+    /// Receives c as products of tokens read it.
+    pub product: Option<&'a mut A>,
+}
+
+impl<'a, F, A> SmallProduct<'a, F, A> {
+    /// `c = op(a)·op(b)`, at full precision alone.
+    pub fn new(a: &'a F, b: &'a F, transpose: Transpose, size: (usize, usize, usize), c: &'a mut F) -> Self {
+        Self { a, b, transpose, size, alpha: 1.0, base: Base::Zeros, c, product: None }
+    }
+}
+
+/// A tensor to scale: `y = alpha·x`.
+pub struct Scaled<'a, F, A> {
+    /// `(n)`
+    pub x: &'a F,
+    /// `(n)`
+    pub y: &'a mut F,
+    /// Receives y as products of tokens read it.
+    pub product: Option<&'a mut A>,
+}
+
 /// Products among parameters: merging adapters, folding the decoder, and the way back.
 pub trait Matrix: Memory {
-    /// `c = alpha·op(a)·op(b)`; `size` is (m, n, k): c is `(m, n)`, k is summed over. With `add`, adds to c.
-    fn matrix_product(
-        &self,
-        a: &Self::Full,
-        b: &Self::Full,
-        transpose: Transpose,
-        size: (usize, usize, usize),
-        alpha: f64,
-        c: &mut Self::Full,
-        add: bool,
-    );
+    /// Makes all of `products`.
+    fn small_products(&self, products: &mut [SmallProduct<'_, Self::Full, Self::Act>]);
     /// Copies columns `start..start + n` of x `(rows, columns)` to y `(rows, n)`.
     fn columns(&self, x: &Self::Full, columns: usize, start: usize, n: usize, y: &mut Self::Full);
     /// Adds y `(rows, n)` to columns `start..start + n` of x `(rows, columns)`.
     fn add_columns(&self, y: &Self::Full, columns: usize, start: usize, n: usize, x: &mut Self::Full);
-    /// `y = alpha·x`
-    fn scale(&self, alpha: f64, x: &Self::Full, y: &mut Self::Full);
+    /// Scales all of `tensors` by `alpha`.
+    fn scale_all(&self, alpha: f64, tensors: &mut [Scaled<'_, Self::Full, Self::Act>]);
     /// Adds `x[start..]` to y, as far as y goes.
     fn add_part(&self, x: &Self::Full, start: usize, y: &mut Self::Full);
     /// `y += x`
     fn add(&self, x: &Self::Full, y: &mut Self::Full);
 }
 
+/// A tensor under [`Optimizer::adamw`].
+pub struct Moving<'a, F, A> {
+    /// Its gradient.
+    pub gradient: &'a F,
+    /// Its value.
+    pub parameter: &'a mut F,
+    /// First moment.
+    pub m: &'a mut F,
+    /// Second moment.
+    pub v: &'a mut F,
+    /// Receives the value as products read it.
+    pub product: Option<&'a mut A>,
+    /// Whether weight decay applies.
+    pub decays: bool,
+}
+
 /// The update.
 pub trait Optimizer: Memory {
     /// Euclidean norm of all gradients together, to `norm[0]`.
     fn gradient_norm(&self, gradients: &[&Self::Full], norm: &mut Self::Full);
-    /// One AdamW update of one tensor with its moments m and v. The gradient counts times
-    /// `min(1, max_norm / (norm[0] + 1e-6))`, as `torch.nn.utils.clip_grad_norm_` has it.
-    fn adamw(
-        &self,
-        update: &AdamW,
-        norm: &Self::Full,
-        gradient: &Self::Full,
-        parameter: &mut Self::Full,
-        m: &mut Self::Full,
-        v: &mut Self::Full,
-    );
+    /// One AdamW update of all tensors. The gradients count times `min(1, max_norm / (norm[0] + 1e-6))`, as
+    /// `torch.nn.utils.clip_grad_norm_` has it.
+    fn adamw(&self, update: &AdamW, norm: &Self::Full, tensors: &mut [Moving<'_, Self::Full, Self::Act>]);
 }

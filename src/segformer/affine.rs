@@ -62,7 +62,7 @@ impl Affine {
         scratch: &mut SideScratch<B>,
     ) {
         let (backend, tensors) = (pass.backend, pass.tensors);
-        let bias = self.bias.map(|id| tensors.value(id));
+        let bias = self.bias.map(|id| tensors.product(id));
         backend.linear(x, tensors.product(self.weight), bias, product(self, rows), y, false);
         if let Some(side) = &self.side {
             self.low(side, pass, x, rows, scratch);

@@ -6,8 +6,8 @@ use super::affine::Affine;
 use super::encoder::StageActs;
 use super::model::{Pass, Scratch, Worker};
 use super::norm::Norm;
-use super::tensors::{Gradients, Id};
-use crate::backend::{Backend, BatchNormView, Classifier, Dropout, Grid, Sample, Transpose};
+use super::tensors::{Gradients, Id, Tensor, Tensors};
+use crate::backend::{Backend, Base, BatchNormView, Classifier, Dropout, Grid, Sample, SmallProduct, Transpose};
 use crate::random::Purpose;
 
 /// The layer.
@@ -106,7 +106,7 @@ impl Decoder {
         let Some(bias) = self.classifier.bias else { unreachable!("the classifier has a bias") };
         Classifier {
             weight: pass.tensors.product(self.classifier.weight),
-            bias: pass.tensors.value(bias),
+            bias: pass.tensors.product(bias),
             labels: self.labels,
         }
     }
@@ -201,35 +201,32 @@ impl Decoder {
         BatchNormView { stats, gamma: pass.tensors.value(self.norm.gamma), beta: pass.tensors.value(self.norm.beta) }
     }
 
-    /// Columns of the fuse for `stage` to `to` `(width, width)`.
-    pub fn fuse_block<B: Backend>(&self, backend: &B, fuse: &B::Full, stage: usize, to: &mut B::Full) {
-        backend.columns(fuse, self.linear.len() * self.width, self.block(stage), self.width, to);
-    }
-
-    /// `M_i = F_i·L_i`, L_i with its adapter merged; `block` holds F_i.
-    pub fn fold_weight<B: Backend>(
-        &self,
-        backend: &B,
-        stage: usize,
-        block: &B::Full,
-        linear: &B::Full,
-        folded: &mut B::Full,
-    ) {
-        let size = (self.width, self.folded[stage].inputs, self.width);
-        backend.matrix_product(block, linear, Transpose::None, size, 1.0, folded, false);
-    }
-
-    /// `c = Σ F_i·l_i`, stage by stage from 0 on.
-    pub fn fold_bias<B: Backend>(
-        &self,
-        backend: &B,
-        stage: usize,
-        block: &B::Full,
-        bias: &B::Full,
-        folded: &mut B::Full,
-    ) {
-        let size = (self.width, 1, self.width);
-        backend.matrix_product(block, bias, Transpose::None, size, 1.0, folded, stage > 0);
+    /// Makes F_i, to `blocks`, and from them `M_i = F_i·L_i`, L_i with its adapter merged, and `c = Σ F_i·l_i`, summed
+    /// stage by stage.
+    pub fn fold<B: Backend>(&self, backend: &B, tensors: &mut Tensors<B>, blocks: &mut [B::Full]) {
+        let width = self.width;
+        for (stage, block) in blocks.iter_mut().enumerate() {
+            let fuse = tensors.effective(self.fuse);
+            backend.columns(fuse, self.linear.len() * width, self.block(stage), width, block);
+        }
+        let mut each = tensors.each();
+        let products = self.folded.iter().zip(&self.linear).zip(&*blocks).map(|((folded, &(linear, _)), block)| {
+            let (linear, to): (&Tensor<B>, _) = (each.take(linear), each.take(folded.weight));
+            let (b, size) = (linear.effective(), (width, folded.inputs, width));
+            let product = to.product.as_mut();
+            SmallProduct { product, ..SmallProduct::new(block, b, Transpose::None, size, &mut to.value) }
+        });
+        backend.small_products(&mut products.collect::<Vec<_>>());
+        for (stage, block) in blocks.iter().enumerate() {
+            let mut each = tensors.each();
+            let (bias, to): (&Tensor<B>, _) = (each.take(self.linear[stage].1), each.take(self.folded_bias));
+            let size = (width, 1, width);
+            backend.small_products(&mut [SmallProduct {
+                base: if stage == 0 { Base::Zeros } else { Base::Itself },
+                product: to.product.as_mut(),
+                ..SmallProduct::new(block, &bias.value, Transpose::None, size, &mut to.value)
+            }]);
+        }
     }
 
     /// The stage whose linear module has the weight `id`.
@@ -237,33 +234,43 @@ impl Decoder {
         self.linear.iter().position(|(weight, _)| *weight == id)
     }
 
-    /// Splits the gradients of M_i and c into those of F, L_i and l_i. `block` holds F_i, `linear` L_i with its adapter
-    /// merged, `room` is `(width, width)`.
+    /// Splits the gradients of M_i and c into those of F, L_i and l_i. `blocks` hold F_i, `room`, where F is trained, has
+    /// `(width, width)` for each.
     pub fn unfold<B: Backend>(
         &self,
         backend: &B,
-        stage: usize,
-        (block, linear, bias): (&B::Full, &B::Full, &B::Full),
-        room: &mut B::Full,
+        tensors: &Tensors<B>,
+        blocks: &[B::Full],
+        room: &mut [B::Full],
         gradients: &mut Gradients<B>,
     ) {
-        let (width, inputs) = (self.width, self.folded[stage].inputs);
-        let (weight_id, bias_id) = self.linear[stage];
-        if let Some((d_folded, dl)) = gradients.pair_mut(self.folded[stage].weight, weight_id) {
-            let size = (width, inputs, width);
-            backend.matrix_product(block, d_folded, Transpose::Left, size, 1.0, dl, false);
+        let width = self.width;
+        let mut each = gradients.each();
+        let (d_bias, d_fuse) = (each.take_shared(self.folded_bias), each.take(self.fuse));
+        let mut products = Vec::new();
+        for (stage, (block, d_block)) in blocks.iter().zip(&mut *room).enumerate() {
+            let (inputs, (weight, bias)) = (self.folded[stage].inputs, self.linear[stage]);
+            let d_folded = each.take_shared(self.folded[stage].weight);
+            if let (Some(d_folded), Some(dl)) = (d_folded, each.take(weight)) {
+                products.push(SmallProduct::new(block, d_folded, Transpose::Left, (width, inputs, width), dl));
+            }
+            if let (Some(d_bias), Some(dl)) = (d_bias, each.take(bias)) {
+                products.push(SmallProduct::new(block, d_bias, Transpose::Left, (width, 1, width), dl));
+            }
+            if let (Some(d_folded), Some(_)) = (d_folded, &d_fuse) {
+                let (linear, size) = (tensors.effective(weight), (width, width, inputs));
+                products.push(SmallProduct::new(d_folded, linear, Transpose::Right, size, d_block));
+            }
         }
-        if let Some((d_bias, dl)) = gradients.pair_mut(self.folded_bias, bias_id) {
-            backend.matrix_product(block, d_bias, Transpose::Left, (width, 1, width), 1.0, dl, false);
-        }
-        if let Some((d_folded, df)) = gradients.pair_mut(self.folded[stage].weight, self.fuse) {
-            let size = (width, width, inputs);
-            backend.matrix_product(d_folded, linear, Transpose::Right, size, 1.0, room, false);
-            backend.add_columns(room, self.linear.len() * width, self.block(stage), width, df);
-        }
-        if let Some((d_bias, df)) = gradients.pair_mut(self.folded_bias, self.fuse) {
-            backend.matrix_product(d_bias, bias, Transpose::Right, (width, width, 1), 1.0, room, false);
-            backend.add_columns(room, self.linear.len() * width, self.block(stage), width, df);
+        backend.small_products(&mut products);
+        let (Some(d_bias), Some(d_fuse)) = (d_bias, d_fuse) else { return };
+        let products = room.iter_mut().zip(&self.linear).map(|(d_block, &(_, bias))| {
+            let (bias, size) = (tensors.value(bias), (width, width, 1));
+            SmallProduct { base: Base::Itself, ..SmallProduct::new(d_bias, bias, Transpose::Right, size, d_block) }
+        });
+        backend.small_products(&mut products.collect::<Vec<_>>());
+        for (stage, d_block) in room.iter().enumerate() {
+            backend.add_columns(d_block, self.linear.len() * width, self.block(stage), width, d_fuse);
         }
     }
 }

@@ -4,8 +4,8 @@ use super::SegformerConfig;
 use super::decoder::DecoderActs;
 use super::encoder::{self, StageActs};
 use super::plan::{Plan, Trainable};
-use super::tensors::{Gradients, Id, Tensors};
-use crate::backend::{AdamW, Backend, Dropout, Grid, Sample, Transpose};
+use super::tensors::{Gradients, Id, Tensor, Tensors};
+use crate::backend::{AdamW, Backend, Base, Dropout, Grid, Moving, Sample, Scaled, SmallProduct, Transpose};
 use crate::random::{Philox, Purpose};
 
 /// Slots that sum gradients: a fixed number, so that results do not depend on the number of threads.
@@ -139,8 +139,8 @@ pub struct Model<B: Backend> {
     workers: Vec<Worker<B>>,
     /// F_i, the fuse's columns for each stage.
     fuse_blocks: Vec<B::Full>,
-    /// `(width, width)`
-    square: B::Full,
+    /// Where the fuse is trained, `(width, width)` for each stage: gradients of the fuse's columns.
+    fuse_gradients: Vec<B::Full>,
     stats: B::Full,
     total: B::Full,
     norm: B::Full,
@@ -243,7 +243,9 @@ impl<B: Backend> Model<B> {
                 |id| plan.adapters.iter().any(|a| a.weight == id && a.scaled_b.is_none()),
             ),
             fuse_blocks: plan.stages.iter().map(|_| backend.full(width * width)).collect(),
-            square: backend.full(width * width),
+            fuse_gradients: (plan.stages.iter())
+                .map(|_| backend.full(if plan.wanted[plan.decoder.fuse.0] { width * width } else { 0 }))
+                .collect(),
             stats: backend.full(2 * width),
             total: backend.full(2 * width),
             norm: backend.full(1),
@@ -303,7 +305,7 @@ impl<B: Backend> Model<B> {
     /// Sets a tensor from its layout on disk. Call [`Model::refresh`] when all are set.
     pub fn set(&mut self, id: Id, data: &[f32]) {
         let data = self.plan.specs[id.0].to_memory(data);
-        self.tensors.write(id, |_, value| self.backend.upload(&data, value));
+        self.backend.upload(&data, self.tensors.value_mut(id));
     }
 
     /// The trained tensors, by name.
@@ -334,41 +336,38 @@ impl<B: Backend> Model<B> {
     fn refresh_derived(&mut self, all: bool) {
         let Self { backend, plan, tensors, fuse_blocks, .. } = self;
         let decoder = &plan.decoder;
-        for adapter in plan.adapters.iter().filter(|a| a.scaled_b.is_none()) {
+        let mut each = tensors.each();
+        let merges = plan.adapters.iter().filter(|adapter| adapter.scaled_b.is_none()).filter_map(|adapter| {
+            let (a, b): (&Tensor<B>, &Tensor<B>) = (each.take(adapter.a), each.take(adapter.b));
+            let Tensor { value, merged, product } = each.take(adapter.weight);
             let size = (adapter.outputs, adapter.inputs, plan.rank);
-            tensors.merge(backend, adapter.weight, (adapter.a, adapter.b), size, plan.scale);
-            tensors.refresh(backend, adapter.weight);
-        }
+            Some(SmallProduct {
+                alpha: plan.scale,
+                base: Base::Of(value),
+                product: product.as_mut(),
+                ..SmallProduct::new(&b.value, &a.value, Transpose::None, size, merged.as_mut()?)
+            })
+        });
+        backend.small_products(&mut merges.collect::<Vec<_>>());
         if all || decoder.folded.iter().any(|f| plan.wanted[f.weight.0]) {
-            for (stage, block) in fuse_blocks.iter_mut().enumerate() {
-                decoder.fuse_block(backend, tensors.effective(decoder.fuse), stage, block);
-                let (linear, id) = (decoder.linear[stage].0, decoder.folded[stage].weight);
-                tensors.write(id, |tensors, folded| {
-                    decoder.fold_weight(backend, stage, block, tensors.effective(linear), folded);
-                });
-                tensors.refresh(backend, id);
-            }
-            tensors.write(decoder.folded_bias, |tensors, folded| {
-                for (stage, block) in fuse_blocks.iter().enumerate() {
-                    decoder.fold_bias(backend, stage, block, tensors.value(decoder.linear[stage].1), folded);
-                }
-            });
+            decoder.fold(backend, tensors, fuse_blocks);
         }
+        let (mut each, mut scaled, mut folded) = (tensors.each(), Vec::new(), Vec::new());
         for adapter in &plan.adapters {
-            let Some(scaled) = adapter.scaled_b else { continue };
-            tensors.write(scaled, |tensors, scaled| {
-                let b = tensors.value(adapter.b);
-                match decoder.stage_of(adapter.weight) {
-                    None => backend.scale(plan.scale, b, scaled),
-                    Some(stage) => {
-                        let size = (decoder.width, plan.rank, decoder.width);
-                        let block = &fuse_blocks[stage];
-                        backend.matrix_product(block, b, Transpose::None, size, plan.scale, scaled, false);
-                    }
+            let Some(scaled_b) = adapter.scaled_b else { continue };
+            let (b, to): (&Tensor<B>, _) = (each.take(adapter.b), each.take(scaled_b));
+            let (x, y, product) = (&b.value, &mut to.value, to.product.as_mut());
+            match decoder.stage_of(adapter.weight) {
+                None => scaled.push(Scaled { x, y, product }),
+                Some(stage) => {
+                    let (block, size) = (&fuse_blocks[stage], (decoder.width, plan.rank, decoder.width));
+                    let new = SmallProduct::new(block, x, Transpose::None, size, y);
+                    folded.push(SmallProduct { alpha: plan.scale, product, ..new });
                 }
-            });
-            tensors.refresh(backend, scaled);
+            }
         }
+        backend.scale_all(plan.scale, &mut scaled);
+        backend.small_products(&mut folded);
     }
 
     /// Forward and backward over one micro-batch; gradients and losses add up until [`Model::finish_gradients`] and
@@ -427,40 +426,39 @@ impl<B: Backend> Model<B> {
     /// Joins the slots' gradients and splits them into those of the trained tensors: adapters' factors are projected
     /// (`dB = s·dW·Aᵀ`, `dA = s·Bᵀ·dW`), the folded decoder's parts unfolded.
     pub fn finish_gradients(&mut self) {
-        let Self { backend, plan, tensors, slots, fuse_blocks, square, .. } = self;
+        let Self { backend, plan, tensors, slots, fuse_blocks, fuse_gradients, .. } = self;
         let Some((gradients, others)) = slots.split_first_mut() else { return };
         for other in others {
             gradients.add(backend, other);
         }
         let decoder = &plan.decoder;
-        for (stage, block) in fuse_blocks.iter().enumerate() {
-            let (linear, bias) = decoder.linear[stage];
-            decoder.unfold(backend, stage, (block, tensors.effective(linear), tensors.value(bias)), square, gradients);
-        }
-        let rank = plan.rank;
+        decoder.unfold(backend, tensors, fuse_blocks, fuse_gradients, gradients);
+        let (mut each, mut scaled, mut products) = (gradients.each(), Vec::new(), Vec::new());
+        let mut project = |a, b, transpose, size, c| {
+            products.push(SmallProduct { alpha: plan.scale, ..SmallProduct::new(a, b, transpose, size, c) });
+        };
+        let (rank, width) = (plan.rank, decoder.width);
         for adapter in &plan.adapters {
             let (outputs, inputs) = (adapter.outputs, adapter.inputs);
             let (a, b) = (tensors.value(adapter.a), tensors.value(adapter.b));
-            if let Some(scaled) = adapter.scaled_b {
-                let Some((d_scaled, db)) = gradients.pair_mut(scaled, adapter.b) else { continue };
+            if let Some(scaled_b) = adapter.scaled_b {
+                let (Some(x), Some(y)) = (each.take_shared(scaled_b), each.take(adapter.b)) else { continue };
                 match decoder.stage_of(adapter.weight) {
-                    None => backend.scale(plan.scale, d_scaled, db),
-                    Some(stage) => {
-                        let (size, block) = ((decoder.width, rank, decoder.width), &fuse_blocks[stage]);
-                        backend.matrix_product(block, d_scaled, Transpose::Left, size, plan.scale, db, false);
-                    }
+                    None => scaled.push(Scaled { x, y, product: None }),
+                    Some(stage) => project(&fuse_blocks[stage], x, Transpose::Left, (width, rank, width), y),
                 }
                 continue;
             }
-            if let Some((dw, db)) = gradients.pair_mut(adapter.weight, adapter.b) {
-                let size = (outputs, rank, inputs);
-                backend.matrix_product(dw, a, Transpose::Right, size, plan.scale, db, false);
+            let dw = each.take_shared(adapter.weight);
+            if let (Some(dw), Some(db)) = (dw, each.take(adapter.b)) {
+                project(dw, a, Transpose::Right, (outputs, rank, inputs), db);
             }
-            if let Some((dw, da)) = gradients.pair_mut(adapter.weight, adapter.a) {
-                let size = (rank, inputs, outputs);
-                backend.matrix_product(b, dw, Transpose::Left, size, plan.scale, da, false);
+            if let (Some(dw), Some(da)) = (dw, each.take(adapter.a)) {
+                project(b, dw, Transpose::Left, (rank, inputs, outputs), da);
             }
         }
+        backend.scale_all(plan.scale, &mut scaled);
+        backend.small_products(&mut products);
         let trained: Vec<&B::Full> = plan.trained.iter().filter_map(|&id| gradients.get(id)).collect();
         backend.gradient_norm(&trained, &mut self.norm);
     }
@@ -479,14 +477,15 @@ impl<B: Backend> Model<B> {
     /// One update of the trained tensors; `decays[i]` says whether weight decay applies to trained tensor i.
     pub fn update(&mut self, adamw: &AdamW, decays: &[bool], moments: &mut Moments<B>) {
         let Self { backend, plan, tensors, slots, norm, .. } = self;
-        for (i, &id) in plan.trained.iter().enumerate() {
-            let Some(gradient) = slots[0].get(id) else { continue };
-            let weight_decay = if decays[i] { adamw.weight_decay } else { 0.0 };
-            let update = AdamW { weight_decay, ..*adamw };
-            let (m, v) = (&mut moments.first[i], &mut moments.second[i]);
-            tensors.write(id, |_, value| backend.adamw(&update, norm, gradient, value, m, v));
-            tensors.refresh(backend, id);
-        }
+        let mut each = tensors.each();
+        let both = moments.first.iter_mut().zip(&mut moments.second);
+        let moving = plan.trained.iter().zip(decays).zip(both).filter_map(|((&id, &decays), (m, v))| {
+            let Tensor { value, merged, product } = each.take(id);
+            // With an adapter merged in, what products read is made after this.
+            let product = product.as_mut().filter(|_| merged.is_none());
+            Some(Moving { gradient: slots[0].get(id)?, parameter: value, m, v, product, decays })
+        });
+        backend.adamw(adamw, norm, &mut moving.collect::<Vec<_>>());
         self.refresh_derived(false);
     }
 

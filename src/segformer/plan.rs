@@ -74,7 +74,7 @@ pub struct Plan {
     pub trained: Vec<Id>,
     /// Tensors whose gradient the backward pass sums.
     pub wanted: Vec<bool>,
-    /// Tensors that products read.
+    /// Tensors that products of tokens read: weights, biases, factors of separate paths.
     pub products: Vec<bool>,
     /// The encoder.
     pub stages: Vec<Stage>,
@@ -218,9 +218,15 @@ impl Plan {
         wanted[fused_bias.0] = wanted[linear_bias.0] || wanted[fuse.0];
         b.wanted = wanted;
 
-        let products: Vec<bool> = b.specs.iter().map(|spec| spec.role == Role::Product).collect();
         let (stages, reached) = Self::encoder(config, &b);
         let decoder = Self::decoder(config, &b, fused, fused_bias, &reached);
+        let mut products = vec![false; b.specs.len()];
+        for affine in affines(&stages, &decoder) {
+            let side = affine.side.iter().flat_map(|side| [side.a, side.b]);
+            for id in [affine.weight].into_iter().chain(affine.bias).chain(side) {
+                products[id.0] = true;
+            }
+        }
         Self { stored, adapters, rank, scale, trained, wanted: b.wanted, products, stages, decoder, specs: b.specs }
     }
 
@@ -359,6 +365,19 @@ impl Plan {
     pub fn side_inputs(&self) -> usize {
         self.adapters.iter().filter(|a| a.scaled_b.is_some()).map(|a| a.inputs).max().unwrap_or(0)
     }
+}
+
+/// Every product of tokens with weights.
+fn affines<'a>(stages: &'a [Stage], decoder: &'a Decoder) -> impl Iterator<Item = &'a Affine> {
+    let of_block = |Block { attention, ffn, .. }: &'a Block| {
+        let reduction = attention.reduction.as_ref().map(|(convolution, _)| convolution);
+        [&attention.query, &attention.key, &attention.value, &attention.output, &ffn.expand, &ffn.contract]
+            .into_iter()
+            .chain(reduction)
+    };
+    let of_stage =
+        move |stage: &'a Stage| std::iter::once(&stage.embed.projection).chain(stage.blocks.iter().flat_map(of_block));
+    stages.iter().flat_map(of_stage).chain(&decoder.folded).chain(std::iter::once(&decoder.classifier))
 }
 
 /// The sizes of a product by an [`Affine`] over `rows` rows.

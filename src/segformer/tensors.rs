@@ -1,22 +1,43 @@
 //! The numbers of a model on a device: parameters, what products read of them, and their gradients.
 
-use crate::backend::{Backend, Transpose};
+use crate::backend::Backend;
 
 /// Position of a tensor in the tables of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Id(pub usize);
 
 /// One tensor.
-struct Tensor<B: Backend> {
-    value: B::Full,
+pub struct Tensor<B: Backend> {
+    /// Full-precision value.
+    pub value: B::Full,
     /// The value with its adapter merged in.
-    merged: Option<B::Full>,
+    pub merged: Option<B::Full>,
     /// What products read: the merged value, or the value, rounded to activations' storage.
-    product: Option<B::Act>,
+    pub product: Option<B::Act>,
+}
+
+impl<B: Backend> Tensor<B> {
+    /// Full-precision value with its adapter merged in, if it has one.
+    pub fn effective(&self) -> &B::Full {
+        self.merged.as_ref().unwrap_or(&self.value)
+    }
 }
 
 /// Parameters and what is derived from them.
-pub struct Tensors<B: Backend>(Vec<Option<Tensor<B>>>);
+pub struct Tensors<B: Backend>(Vec<Tensor<B>>);
+
+/// All tensors at once, each for one user.
+pub struct EachTensor<'a, B: Backend>(Vec<Option<&'a mut Tensor<B>>>);
+
+impl<'a, B: Backend> EachTensor<'a, B> {
+    /// The tensor `id`, which nobody may have taken before.
+    pub fn take(&mut self, id: Id) -> &'a mut Tensor<B> {
+        match self.0[id.0].take() {
+            Some(tensor) => tensor,
+            None => unreachable!("tensor {} is used twice at once", id.0),
+        }
+    }
+}
 
 impl<B: Backend> Tensors<B> {
     /// Zeroed tensors of the given lengths; `product` and `merged` say which need those forms.
@@ -26,66 +47,65 @@ impl<B: Backend> Tensors<B> {
             merged: merged(Id(i)).then(|| backend.full(n)),
             product: product(Id(i)).then(|| backend.act(n)),
         };
-        Self(lengths.iter().enumerate().map(|entry| Some(tensor(entry))).collect())
-    }
-
-    fn tensor(&self, id: Id) -> &Tensor<B> {
-        match &self.0[id.0] {
-            Some(tensor) => tensor,
-            None => unreachable!("tensor {} is read while it is made", id.0),
-        }
+        Self(lengths.iter().enumerate().map(tensor).collect())
     }
 
     /// Full-precision value.
     pub fn value(&self, id: Id) -> &B::Full {
-        &self.tensor(id).value
+        &self.0[id.0].value
+    }
+
+    /// Full-precision value to write.
+    pub fn value_mut(&mut self, id: Id) -> &mut B::Full {
+        &mut self.0[id.0].value
     }
 
     /// Full-precision value with its adapter merged in, if it has one.
     pub fn effective(&self, id: Id) -> &B::Full {
-        let tensor = self.tensor(id);
-        tensor.merged.as_ref().unwrap_or(&tensor.value)
+        self.0[id.0].effective()
     }
 
     /// What products read.
     pub fn product(&self, id: Id) -> &B::Act {
-        match &self.tensor(id).product {
+        match &self.0[id.0].product {
             Some(product) => product,
             None => unreachable!("tensor {} is read by a product but not declared so", id.0),
         }
     }
 
-    /// Writes the value of `id`, which may read other tensors.
-    pub fn write<R>(&mut self, id: Id, write: impl FnOnce(&Self, &mut B::Full) -> R) -> R {
-        let Some(mut tensor) = self.0[id.0].take() else { unreachable!("tensor {} is made from itself", id.0) };
-        let result = write(self, &mut tensor.value);
-        self.0[id.0] = Some(tensor);
-        result
+    /// All tensors, for operations that read some and write others.
+    pub fn each(&mut self) -> EachTensor<'_, B> {
+        EachTensor(self.0.iter_mut().map(Some).collect())
     }
 
     /// Writes the values of two different tensors.
     pub fn write_two(&mut self, first: Id, second: Id, write: impl FnOnce(&mut B::Full, &mut B::Full)) {
-        let Ok([Some(first), Some(second)]) = self.0.get_disjoint_mut([first.0, second.0]) else {
+        let Ok([first, second]) = self.0.get_disjoint_mut([first.0, second.0]) else {
             unreachable!("tensors {} and {} are one", first.0, second.0)
         };
         write(&mut first.value, &mut second.value);
     }
 
-    /// Merges an adapter: `value + scale·B·A`; `size` is (outputs, inputs, rank).
-    pub fn merge(&mut self, backend: &B, id: Id, (a, b): (Id, Id), size: (usize, usize, usize), scale: f64) {
-        let Some(mut tensor) = self.0[id.0].take() else { unreachable!("tensor {} is its own adapter", id.0) };
-        if let Some(merged) = &mut tensor.merged {
-            backend.scale(1.0, &tensor.value, merged);
-            backend.matrix_product(self.value(b), self.value(a), Transpose::None, size, scale, merged, true);
-        }
-        self.0[id.0] = Some(tensor);
-    }
-
     /// Refreshes what products read of `id`.
     pub fn refresh(&mut self, backend: &B, id: Id) {
-        if let Some(Tensor { value, merged, product: Some(product) }) = &mut self.0[id.0] {
+        if let Tensor { value, merged, product: Some(product) } = &mut self.0[id.0] {
             backend.cast(merged.as_ref().unwrap_or(value), product);
         }
+    }
+}
+
+/// All gradients at once, each for one user; absent where none is wanted.
+pub struct EachGradient<'a, B: Backend>(Vec<Option<&'a mut B::Full>>);
+
+impl<'a, B: Backend> EachGradient<'a, B> {
+    /// The gradient of `id`, if it is wanted and was not taken before.
+    pub fn take(&mut self, id: Id) -> Option<&'a mut B::Full> {
+        self.0[id.0].take()
+    }
+
+    /// The same, to be read by several.
+    pub fn take_shared(&mut self, id: Id) -> Option<&'a B::Full> {
+        self.take(id).map(|gradient| &*gradient)
     }
 }
 
@@ -114,11 +134,14 @@ impl<B: Backend> Gradients<B> {
         Some((first.as_mut()?, second.as_mut()?))
     }
 
+    /// All gradients, for operations that read some and write others.
+    pub fn each(&mut self) -> EachGradient<'_, B> {
+        EachGradient(self.0.iter_mut().map(Option::as_mut).collect())
+    }
+
     /// Sets all gradients to zero.
     pub fn clear(&mut self, backend: &B) {
-        for gradient in self.0.iter_mut().flatten() {
-            backend.zero(gradient);
-        }
+        backend.zero_all(&mut self.0.iter_mut().flatten().collect::<Vec<_>>());
     }
 
     /// Adds another slot's gradients.

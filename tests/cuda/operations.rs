@@ -11,8 +11,8 @@ use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
-    AdamW, AttentionShape, Backend, BatchNormView, Classifier, Dropout, Grid, Loss as _, Memory, Patches as _, Product,
-    Sample, Transpose, Window,
+    AdamW, AttentionShape, Backend, Base, BatchNormView, Classifier, Dropout, Grid, Loss as _, Memory, Moving,
+    Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -152,7 +152,7 @@ case!(
         let p = Product { rows: self.rows, inputs: self.inputs, outputs: self.outputs };
         let (ins, outs) = (p.rows * p.inputs, p.rows * p.outputs);
         let (x, w, bias, dy) =
-            (lab.act(ins, 1), lab.act(p.inputs * p.outputs, 2), lab.full(p.outputs, 3), lab.act(outs, 4));
+            (lab.act(ins, 1), lab.act(p.inputs * p.outputs, 2), lab.act(p.outputs, 3), lab.act(outs, 4));
         let (mut y, mut dx) = (lab.act(outs, 5), lab.act(ins, 6));
         let (mut dw, mut db) = (lab.full(p.inputs * p.outputs, 7), lab.full(p.outputs, 8));
         b.linear(&x, &w, self.bias.then_some(&bias), p, &mut y, self.add);
@@ -444,7 +444,7 @@ case!(
         let n = rows * channels;
         let (z, gamma, beta) = (lab.act(n, 1), lab.full(channels, 2), lab.full(channels, 3));
         let stats = lab.full_of(&numbers(2 * channels, 4).iter().map(|x| 1.0 + 0.5 * x).collect::<Vec<_>>());
-        let (w, bias, dlogits) = (lab.act(labels * channels, 5), lab.full(labels, 6), lab.act(rows * labels, 7));
+        let (w, bias, dlogits) = (lab.act(labels * channels, 5), lab.act(labels, 6), lab.act(rows * labels, 7));
         let view = || BatchNormView { stats: &stats, gamma: &gamma, beta: &beta };
         let classifier = || Classifier { weight: &w, bias: &bias, labels };
         let (mut room, mut logits) = (lab.act(n, 8), lab.act(rows * labels, 9));
@@ -528,52 +528,128 @@ case!(
         for (transpose, name) in [(Transpose::None, "a·b"), (Transpose::Left, "aᵀ·b"), (Transpose::Right, "a·bᵀ")]
         {
             let mut c = lab.full(m * n, 3);
-            lab.0.matrix_product(&a, &b, transpose, (m, n, k), 1.5, &mut c, true);
+            let new = SmallProduct::new(&a, &b, transpose, (m, n, k), &mut c);
+            lab.0.small_products(&mut [SmallProduct { alpha: 1.5, base: Base::Itself, ..new }]);
             outputs.push(lab.read_full(name, &c, m * n));
         }
         let x = lab.full(m * (n + k), 4);
         let (mut part, mut scaled, mut sum) = (lab.full(m * k, 5), lab.full(m * (n + k), 6), lab.full(m * (n + k), 7));
+        let mut other = lab.full(m * k, 11);
         lab.0.columns(&x, n + k, n, k, &mut part);
-        lab.0.scale(-0.5, &x, &mut scaled);
+        let mut rounded = lab.act(m * (n + k), 10);
+        lab.0.scale_all(
+            -0.5,
+            &mut [
+                Scaled { x: &a, y: &mut other, product: None },
+                Scaled { x: &x, y: &mut scaled, product: Some(&mut rounded) },
+            ],
+        );
         lab.0.add_columns(&part, n + k, 0, k, &mut scaled);
         lab.0.add(&x, &mut sum);
         let mut tail = lab.full(m, 8);
         lab.0.add_part(&x, 1, &mut tail);
-        let mut zeros = lab.full(m, 9);
+        let (mut zeros, mut more) = (lab.full(m, 9), lab.full(m * n, 12));
         lab.0.zero(&mut zeros);
         lab.0.add(&tail, &mut zeros);
+        lab.0.zero_all(&mut [&mut tail, &mut more]);
+        lab.0.add_part(&x, 0, &mut tail);
+        lab.0.add(&lab.full(m * n, 13), &mut more);
         outputs.extend([
             lab.read_full("columns", &part, m * k),
+            lab.read_full("scaled alone", &other, m * k),
             lab.read_full("scaled", &scaled, m * (n + k)),
+            lab.read("rounded", &rounded, m * (n + k), 1.0, 0.0),
             lab.read_full("sum", &sum, m * (n + k)),
             lab.read_full("tail", &tail, m),
             lab.read_full("zeroed", &zeros, m),
+            lab.read_full("zeroed with others", &more, m * n),
         ]);
         outputs
     },
-    [(3, 4, 5), (1, 1, 1), (40, 16, 7), (256, 1, 256)]
+    [(3, 4, 5), (1, 1, 1), (40, 16, 7), (256, 1, 256), (7, 35, 300), (33, 5, 1025)]
+);
+
+case!(
+    adapters,
+    Adapters { sizes: [(usize, usize); 3], rank: usize },
+    |self, lab| {
+        let rank = self.rank;
+        let mut sets = Vec::new();
+        for (i, (outputs, inputs)) in self.sizes.into_iter().enumerate() {
+            let site = |number: usize| (8 * i + number) as u32;
+            let (a, b) = (lab.full(rank * inputs, site(1)), lab.full(outputs * rank, site(2)));
+            let (w, dw) = (lab.full(outputs * inputs, site(3)), lab.full(outputs * inputs, site(4)));
+            let merged = (lab.full(outputs * inputs, site(5)), lab.act(outputs * inputs, site(6)));
+            let factors = (lab.full(rank * inputs, site(7)), lab.full(outputs * rank, site(8)));
+            sets.push(((outputs, inputs), a, b, w, dw, merged, factors));
+        }
+        let (mut merges, mut projections) = (Vec::new(), Vec::new());
+        for (i, ((outputs, inputs), a, b, w, dw, (merged, rounded), (da, db))) in sets.iter_mut().enumerate() {
+            let (outputs, inputs) = (*outputs, *inputs);
+            let (a, b, dw) = (&*a, &*b, &*dw);
+            let merge = SmallProduct::new(b, a, Transpose::None, (outputs, inputs, rank), merged);
+            let product = (i != 1).then_some(rounded);
+            merges.push(SmallProduct { alpha: 2.0, base: Base::Of(w), product, ..merge });
+            for new in [
+                SmallProduct::new(dw, a, Transpose::Right, (outputs, rank, inputs), db),
+                SmallProduct::new(b, dw, Transpose::Left, (rank, inputs, outputs), da),
+            ] {
+                projections.push(SmallProduct { alpha: 0.5, ..new });
+            }
+        }
+        lab.0.small_products(&mut merges);
+        lab.0.small_products(&mut projections);
+        let mut outputs = Vec::new();
+        for ((rows, columns), .., (merged, rounded), (da, db)) in &sets {
+            outputs.push(lab.read_full("merged", merged, rows * columns));
+            outputs.push(lab.read("merged, rounded", rounded, rows * columns, 1.0, 0.0));
+            outputs.push(lab.read_full("dA", da, rank * columns));
+            outputs.push(lab.read_full("dB", db, rows * rank));
+        }
+        outputs
+    },
+    [([(5, 3), (33, 40), (256, 64)], 4), ([(32, 2048), (1, 7), (64, 65)], 16), ([(10, 9), (70, 257), (3, 31)], 300)]
 );
 
 case!(
     optimizer,
-    Optimizer { lengths: (usize, usize), max_norm: f64 },
+    Optimizer { lengths: [usize; 3], max_norm: f64 },
     |self, lab| {
-        let n = self.lengths.0;
-        let (gradient, other) = (lab.full(n, 1), lab.full(self.lengths.1, 2));
-        let (mut parameter, mut m, mut norm) = (lab.full(n, 3), lab.full(n, 4), lab.full(1, 5));
-        let mut v = lab.full_of(&numbers(n, 6).iter().map(|x| x * x).collect::<Vec<_>>());
-        lab.0.gradient_norm(&[&gradient, &other], &mut norm);
-        let update =
+        let site = |i: usize, number: usize| (8 * i + number) as u32;
+        let mut sets = Vec::new();
+        for (i, n) in self.lengths.into_iter().enumerate() {
+            let v = lab.full_of(&numbers(n, site(i, 4)).iter().map(|x| x * x).collect::<Vec<_>>());
+            let [gradient, parameter, m] = [1, 2, 3].map(|number| lab.full(n, site(i, number)));
+            sets.push((gradient, parameter, m, v, lab.act(n, site(i, 5))));
+        }
+        let mut norm = lab.full(1, 100);
+        lab.0.gradient_norm(&sets.iter().map(|set| &set.0).collect::<Vec<_>>(), &mut norm);
+        let mut update =
             AdamW { lr: 0.01, betas: [0.9, 0.999], epsilon: 1e-8, weight_decay: 0.1, step: 3, max_norm: self.max_norm };
-        lab.0.adamw(&update, &norm, &gradient, &mut parameter, &mut m, &mut v);
-        vec![
-            lab.read_full("norm", &norm, 1),
-            lab.read_full("parameter", &parameter, n),
-            lab.read_full("m", &m, n),
-            lab.read_full("v", &v, n),
-        ]
+        for step in 3..5 {
+            update.step = step;
+            let mut moving: Vec<_> = (sets.iter_mut().enumerate())
+                .map(|(i, (gradient, parameter, m, v, product))| Moving {
+                    gradient,
+                    parameter,
+                    m,
+                    v,
+                    product: (i != 1).then_some(product),
+                    decays: i != 0,
+                })
+                .collect();
+            lab.0.adamw(&update, &norm, &mut moving);
+        }
+        let mut outputs = vec![lab.read_full("norm", &norm, 1)];
+        for ((_, parameter, m, v, product), n) in sets.iter().zip(self.lengths) {
+            outputs.push(lab.read_full("parameter", parameter, n));
+            outputs.push(lab.read_full("m", m, n));
+            outputs.push(lab.read_full("v", v, n));
+            outputs.push(lab.read("product", product, n, 1.0, 0.0));
+        }
+        outputs
     },
-    [((1, 3), 1.0), ((5000, 257), 1.0), ((300, 1), 1e6)]
+    [([1, 3, 2048], 1.0), ([5000, 257, 8], 1.0), ([300, 1, 2049], 1e6)]
 );
 
 /// Pictures that stay on the device give the same bits as pictures that are brought.

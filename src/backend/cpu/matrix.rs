@@ -4,25 +4,25 @@ use rayon::prelude::*;
 
 use super::linear::{View, product};
 use super::{Cpu, Real};
-use crate::backend::{Matrix, Transpose};
+use crate::backend::{Base, Matrix, Scaled, SmallProduct, Transpose};
 
 /// Numbers of a tensor that one thread takes at a time.
 const PART: usize = 1 << 16;
 
 impl<T: Real> Matrix for Cpu<T> {
-    fn matrix_product(
-        &self,
-        a: &Vec<T>,
-        b: &Vec<T>,
-        transpose: Transpose,
-        (m, n, k): (usize, usize, usize),
-        alpha: f64,
-        c: &mut Vec<T>,
-        add: bool,
-    ) {
-        let a = if transpose == Transpose::Left { View::rows(a, m).t() } else { View::rows(a, k) };
-        let b = if transpose == Transpose::Right { View::rows(b, k).t() } else { View::rows(b, n) };
-        product((m, n, k), T::of(alpha), a, b, c, 0, n, add);
+    fn small_products(&self, products: &mut [SmallProduct<'_, Vec<T>, Vec<T>>]) {
+        for p in products {
+            let (m, n, k) = p.size;
+            let a = if p.transpose == Transpose::Left { View::rows(p.a, m).t() } else { View::rows(p.a, k) };
+            let b = if p.transpose == Transpose::Right { View::rows(p.b, k).t() } else { View::rows(p.b, n) };
+            if let Base::Of(base) = p.base {
+                p.c.copy_from_slice(base);
+            }
+            product(p.size, T::of(p.alpha), a, b, p.c, 0, n, !matches!(p.base, Base::Zeros));
+            if let Some(product) = &mut p.product {
+                product.copy_from_slice(p.c);
+            }
+        }
     }
 
     fn columns(&self, x: &Vec<T>, columns: usize, start: usize, n: usize, y: &mut Vec<T>) {
@@ -39,10 +39,15 @@ impl<T: Real> Matrix for Cpu<T> {
         }
     }
 
-    fn scale(&self, alpha: f64, x: &Vec<T>, y: &mut Vec<T>) {
+    fn scale_all(&self, alpha: f64, tensors: &mut [Scaled<'_, Vec<T>, Vec<T>>]) {
         let alpha = T::of(alpha);
-        for (x, y) in x.iter().zip(y) {
-            *y = alpha * *x;
+        for Scaled { x, y, product } in tensors {
+            for (x, y) in x.iter().zip(y.iter_mut()) {
+                *y = alpha * *x;
+            }
+            if let Some(product) = product {
+                product.copy_from_slice(y);
+            }
         }
     }
 

@@ -79,6 +79,12 @@ impl<T: Real> Memory for Cpu<T> {
         x.fill(T::ZERO);
     }
 
+    fn zero_all(&self, tensors: &mut [&mut Vec<T>]) {
+        for tensor in tensors {
+            tensor.fill(T::ZERO);
+        }
+    }
+
     fn cast(&self, from: &Vec<T>, to: &mut Vec<T>) {
         to.copy_from_slice(from);
     }

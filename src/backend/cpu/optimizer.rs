@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::{Cpu, Real, simd::vectorised};
-use crate::backend::{AdamW, Optimizer};
+use crate::backend::{AdamW, Moving, Optimizer};
 
 /// Numbers of a tensor that one thread takes at a time.
 const PART: usize = 1 << 14;
@@ -14,31 +14,30 @@ impl<T: Real> Optimizer for Cpu<T> {
         norm[0] = T::of(total.sqrt());
     }
 
-    fn adamw(
-        &self,
-        update: &AdamW,
-        norm: &Vec<T>,
-        gradient: &Vec<T>,
-        parameter: &mut Vec<T>,
-        m: &mut Vec<T>,
-        v: &mut Vec<T>,
-    ) {
+    fn adamw(&self, update: &AdamW, norm: &Vec<T>, tensors: &mut [Moving<'_, Vec<T>, Vec<T>>]) {
         let [beta1, beta2] = update.betas;
         let steps = update.step as f64;
         let clip = T::of((update.max_norm / (norm[0].f64() + 1e-6)).min(1.0));
         let step_size = T::of(update.lr / (1.0 - beta1.powf(steps)));
         let root = T::of((1.0 - beta2.powf(steps)).sqrt());
-        let keep = T::of(1.0 - update.lr * update.weight_decay);
+        let decay = T::of(1.0 - update.lr * update.weight_decay);
         let (b1, b2, c1, c2) = (T::of(beta1), T::of(beta2), T::of(1.0 - beta1), T::of(1.0 - beta2));
         let epsilon = T::of(update.epsilon);
-        let parts = (parameter.par_chunks_mut(PART).zip(gradient.par_chunks(PART)))
-            .zip(m.par_chunks_mut(PART).zip(v.par_chunks_mut(PART)));
+        let mut parts = Vec::new();
+        for t in tensors {
+            let keep = if t.decays { decay } else { T::ONE };
+            let moments = t.m.chunks_mut(PART).zip(t.v.chunks_mut(PART));
+            let mut products = t.product.as_mut().map(|product| product.chunks_mut(PART));
+            for ((p, g), moments) in t.parameter.chunks_mut(PART).zip(t.gradient.chunks(PART)).zip(moments) {
+                parts.push((p, g, moments, products.as_mut().and_then(Iterator::next), keep));
+            }
+        }
         self.install(|| {
-            parts.for_each(|((p, g), (m, v))| {
+            parts.into_par_iter().for_each(|(parameter, gradient, (m, v), product, keep)| {
                 vectorised(
                     #[inline(always)]
                     |_| {
-                        for ((p, g), (m, v)) in p.iter_mut().zip(g).zip(m.iter_mut().zip(v)) {
+                        for ((p, g), (m, v)) in parameter.iter_mut().zip(gradient).zip(m.iter_mut().zip(v)) {
                             let g = *g * clip;
                             *m = b1 * *m + c1 * g;
                             *v = b2 * *v + c2 * (g * g);
@@ -46,6 +45,9 @@ impl<T: Real> Optimizer for Cpu<T> {
                         }
                     },
                 );
+                if let Some(product) = product {
+                    product.copy_from_slice(parameter);
+                }
             });
         });
     }

@@ -1,8 +1,8 @@
 //! Products of tokens with weights.
 
 use super::memory::ColumnSums;
-use super::{Argument, Cuda, Device, Element, MatrixProduct};
-use crate::backend::{Linear, Memory, Product};
+use super::{Cuda, Device, Element, MatrixProduct};
+use crate::backend::{Linear, Product};
 
 impl<D: Device> Cuda<D> {
     /// Runs a product whose operands were checked.
@@ -17,22 +17,7 @@ impl<D: Device> Cuda<D> {
 }
 
 impl<D: Device> Linear for Cuda<D> {
-    /// The bias is rounded to bf16, as the product's epilogue takes it.
-    fn linear(
-        &self,
-        x: &Self::Act,
-        w: &Self::Act,
-        bias: Option<&<Self as Memory>::Full>,
-        p: Product,
-        y: &mut Self::Act,
-        add: bool,
-    ) {
-        let bias = bias.map(|bias| {
-            let rounded = self.scratch(p.outputs);
-            let arguments = [bias.at(p.outputs), Argument::pointer(rounded), p.outputs.into()];
-            self.launch("cast", p.outputs.div_ceil(8), &arguments);
-            rounded
-        });
+    fn linear(&self, x: &Self::Act, w: &Self::Act, bias: Option<&Self::Act>, p: Product, y: &mut Self::Act, add: bool) {
         self.multiply(MatrixProduct {
             size: (p.rows, p.outputs, p.inputs),
             a: x.address(p.rows * p.inputs),
@@ -44,7 +29,7 @@ impl<D: Device> Linear for Cuda<D> {
             output: Element::Bf16,
             alpha: 1.0,
             add,
-            bias,
+            bias: bias.map(|bias| bias.address(p.outputs)),
         });
     }
 

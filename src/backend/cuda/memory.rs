@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
+use super::tables::{Span, Tables};
 use super::{Argument, Device, Pictures};
 use crate::backend::{Dropout, Memory};
 use crate::{Error, Result};
@@ -74,11 +75,12 @@ pub struct Cuda<D: Device> {
     /// What is on its way from the host.
     staging: Room<D>,
     pictures: Option<Arc<Pictures>>,
+    pub(super) tables: Tables<D>,
     allocated: AtomicUsize,
     failure: Mutex<Option<Error>>,
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -90,6 +92,7 @@ impl<D: Device> Cuda<D> {
             scratch: Room::new(),
             staging: Room::new(),
             pictures: None,
+            tables: Tables::new(),
             allocated: AtomicUsize::new(0),
             failure: Mutex::new(None),
         }
@@ -311,6 +314,12 @@ impl<D: Device> Memory for Cuda<D> {
         let (address, bytes) = (x.address(x.len()), x.len() * size_of::<f32>());
         // SAFETY: the array has so many bytes.
         self.attempt(|device| unsafe { device.clear(address, bytes) });
+    }
+
+    fn zero_all(&self, tensors: &mut [&mut Self::Full]) {
+        let spans: Vec<Span> = tensors.iter().map(|x| Span { x: x.address(x.len()), n: x.len() as u64 }).collect();
+        let bytes = tensors.iter().map(|x| x.len() * size_of::<f32>()).sum();
+        self.launch_table("zero_all", self.pieces(&spans, |span| span.n as usize), (0, bytes), &[]);
     }
 
     fn cast(&self, from: &Self::Full, to: &mut Self::Act) {

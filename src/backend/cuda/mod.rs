@@ -25,6 +25,7 @@ mod pictures;
 mod residual;
 mod resize;
 mod self_test;
+mod tables;
 
 pub use arena::Arena;
 pub use device::{Argument, Device, Element, MatrixProduct};

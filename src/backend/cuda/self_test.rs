@@ -21,7 +21,7 @@ pub fn self_test<D: Device>(backend: &Cuda<D>) -> Result<()> {
         (full, act)
     };
     let (mut y, mut sums) = (backend.act(p.rows * p.outputs), backend.full(p.outputs));
-    backend.linear(&store(&x).1, &store(&w).1, Some(&store(&bias).0), p, &mut y, false);
+    backend.linear(&store(&x).1, &store(&w).1, Some(&store(&bias).1), p, &mut y, false);
     backend.linear_backward_bias(&y, p.rows, p.outputs, &mut sums);
     let (found, found_sums) = (backend.download_act(&y, p.rows * p.outputs), backend.download(&sums));
     backend.check()?;
