@@ -1,12 +1,12 @@
 // Scaled dot-product attention on tensor cores, forward and backward, for heads of up to 64 channels.
 //
 // Scores never leave the registers: softmax is taken online (Dao et al., "FlashAttention", 2022), so any number of keys
-// works, and a rounded score fragment is at once an operand of the next product. Forward and the gradient of the queries:
-// a warp owns queries, and walks over keys and values that lie in shared memory, all of a head's at once if they are few,
-// for as many tiles of queries as the block takes. The gradients of keys and values: a warp owns keys, and the block walks
-// over a slice of the queries, the next tile of which is copied meanwhile; slices are added in order, without atomics.
-// The backward pass recomputes probabilities from the logarithm of their denominator. Warps own 32 rows of a narrow
-// head, 16 of a wide one: shared memory could not feed the tensor cores with fewer.
+// works, and a rounded score fragment is at once an operand of the next product. Forward and the gradient of the
+// queries: a warp owns queries, and walks over keys and values in shared memory, all of a head's at once if they are
+// few, for as many tiles of queries as the block takes. The gradients of keys and values: a warp owns keys, and the
+// block walks over a slice of the queries, the next tile of which is copied meanwhile; slices are added in order,
+// without atomics. The backward pass recomputes probabilities from the logarithm of their denominator. Warps own 32
+// rows of a narrow head, 16 of a wide one: shared memory could not feed the tensor cores with fewer.
 #include "mma.cuh"
 
 constexpr int QUERY_BLOCK = 256;
@@ -97,8 +97,8 @@ __device__ __forceinline__ void as_operand(const float (&left)[4], const float (
 
 // ---- a warp owns queries
 //
-// Here channels are in another order: of 32, the pair 2i of a lane's eight, 8·t.. 8·t + 8, stands at 8·i + 2·t. So what an
-// operand needs in a lane, and what a product leaves there, are neighbours in memory, 16 bytes of them.
+// Here channels are in another order: of 32, pair i of a lane's eight, 8·t.. 8·t + 8, stands at 8·i + 2·t. So what an
+// operand needs in a lane, and what a product leaves there, are 16 bytes in a row of memory.
 
 template <int D>
 __device__ __forceinline__ void load_ordered(const bf16* from, size_t start, int first, int rows, int channels,
@@ -121,16 +121,15 @@ __device__ __forceinline__ void load_ordered(const bf16* from, size_t start, int
     }
 }
 
-// Keys and values from `first` on, up to a window, for the whole block; zero beyond `rows`, and beyond `head`.
+// Begins to load keys and values from `first` on, up to a window, for the whole block; zero beyond `rows`, and beyond
+// `head`. There after copies_done and a barrier.
 template <int D>
 __device__ __forceinline__ void load_window(const bf16* k /* (rows, channels) from `start` on */,
                                             const bf16* v /* as k */, size_t start, int first, int rows, int channels,
-                                            int head, Row<D>* keys, Row<D>* values) {
+                                            int head, Row<D> (&to)[2][WINDOW<D>]) {
     __syncthreads();
-    load_ordered(k, start, first, rows, channels, head, keys);
-    load_ordered(v, start, first, rows, channels, head, values);
-    copies_done();
-    __syncthreads();
+    load_ordered<D>(k, start, first, rows, channels, head, to[0]);
+    load_ordered<D>(v, start, first, rows, channels, head, to[1]);
 }
 
 // Rows first.. first + 16 as A.
@@ -188,8 +187,7 @@ __device__ __forceinline__ void store_rows(const float (&d)[D / 8][4], const flo
 template <int D>
 __device__ __forceinline__ void forward(const bf16* q, const bf16* k, const bf16* v, int heads, int head, int queries,
                                         int keys, int span, float scale, bf16* o, float* lse) {
-    SHARED(Row<D>, key_rows, [WINDOW<D>]);
-    SHARED(Row<D>, value_rows, [WINDOW<D>]);
+    SHARED(Row<D>, rows, [2][WINDOW<D>]);  // keys, values
     constexpr int M = TILES<D>;
     int image = blockIdx.y / heads, h = blockIdx.y % heads, channels = heads * head;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4 * 2;
@@ -201,6 +199,8 @@ __device__ __forceinline__ void forward(const bf16* q, const bf16* k, const bf16
 #pragma unroll 1
     for (int tile = begin; tile < end; tile += QUERY_BLOCK / 2 * M) {
         int first = tile + warp * 16 * M;
+        bool fresh = tile == begin || keys > WINDOW<D>;
+        if (fresh) load_window<D>(k, v, key_start, 0, keys, channels, head, rows);
         unsigned a[M][D / 16][4];
 #pragma unroll
         for (int m = 0; m < M; m++) load_operand<D>(q, query_start, first + 16 * m, end, channels, head, a[m]);
@@ -209,15 +209,18 @@ __device__ __forceinline__ void forward(const bf16* q, const bf16* k, const bf16
         for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY;
 #pragma unroll 1
         for (int start = 0; start < keys; start += WINDOW<D>) {
-            if (tile == begin || keys > WINDOW<D>) {
-                load_window(k, v, key_start, start, keys, channels, head, key_rows, value_rows);
+            if (start > 0) load_window<D>(k, v, key_start, start, keys, channels, head, rows);
+            if (fresh) {
+                copies_done();
+                __syncthreads();
             }
             if (first >= end) continue;
             int count = min(WINDOW<D>, keys - start);
+            const Row<D>* at = rows[0];
 #pragma unroll 1
-            for (int chunk = 0; chunk < count; chunk += CHUNK) {
+            for (int chunk = 0; chunk < count; chunk += CHUNK, at += CHUNK) {
                 float s[M][CHUNK / 8][4] = {};
-                for (int n = 0; n < CHUNK / 16; n++) add_scores<D>(a, key_rows, chunk + n * 16, s, 2 * n);
+                for (int n = 0; n < CHUNK / 16; n++) add_scores<D>(a, at, n * 16, s, 2 * n);
                 if (chunk + CHUNK > count) {
                     for (int n = 0; n < CHUNK / 8; n++) {
                         for (int i = 0; i < 4 * M; i++) {
@@ -264,7 +267,7 @@ __device__ __forceinline__ void forward(const bf16* q, const bf16* k, const bf16
                 for (int n = 0; n < CHUNK / 16; n++) {
                     unsigned p[M][4];
                     for (int m = 0; m < M; m++) as_operand(s[m][2 * n], s[m][2 * n + 1], p[m]);
-                    accumulate<D>(p, value_rows, chunk + n * 16, out);
+                    accumulate<D>(p, at, WINDOW<D> + n * 16, out);
                 }
             }
         }
@@ -310,8 +313,7 @@ template <int D>
 __device__ __forceinline__ void query_gradient(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
                                                const bf16* d_o, const float* lse, int heads, int head, int queries,
                                                int keys, int span, float scale, bf16* dq, float* terms) {
-    SHARED(Row<D>, key_rows, [WINDOW<D>]);
-    SHARED(Row<D>, value_rows, [WINDOW<D>]);
+    SHARED(Row<D>, rows, [2][WINDOW<D>]);  // keys, values
     constexpr int M = TILES<D>;
     int image = blockIdx.y / heads, h = blockIdx.y % heads, channels = heads * head;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4 * 2;
@@ -323,6 +325,8 @@ __device__ __forceinline__ void query_gradient(const bf16* q, const bf16* k, con
 #pragma unroll 1
     for (int tile = begin; tile < end; tile += QUERY_BLOCK / 2 * M) {
         int first = tile + warp * 16 * M;
+        bool fresh = tile == begin || keys > WINDOW<D>;
+        if (fresh) load_window<D>(k, v, key_start, 0, keys, channels, head, rows);
         unsigned qa[M][D / 16][4], da[M][D / 16][4];
         // -lse to base 2 and -delta, of rows g and g + 8.
         float less[M][2], minus[M][2], out[M][D / 8][4] = {};
@@ -348,19 +352,22 @@ __device__ __forceinline__ void query_gradient(const bf16* q, const bf16* k, con
         }
 #pragma unroll 1
         for (int start = 0; start < keys; start += WINDOW<D>) {
-            if (tile == begin || keys > WINDOW<D>) {
-                load_window(k, v, key_start, start, keys, channels, head, key_rows, value_rows);
+            if (start > 0) load_window<D>(k, v, key_start, start, keys, channels, head, rows);
+            if (fresh) {
+                copies_done();
+                __syncthreads();
             }
             if (first >= end) continue;
             int count = min(WINDOW<D>, keys - start);
+            const Row<D>* at = rows[0];
 #pragma unroll 1
-            for (int chunk = 0; chunk < count; chunk += 16) {
+            for (int chunk = 0; chunk < count; chunk += 16, at += 16) {
                 float s[M][2][4] = {}, ds[M][2][4];
                 for (int m = 0; m < M; m++) {
                     for (int i = 0; i < 8; i++) ds[m][i / 4][i % 4] = minus[m][i / 2 % 2];
                 }
-                add_scores<D>(qa, key_rows, chunk, s);
-                add_scores<D>(da, value_rows, chunk, ds);
+                add_scores<D>(qa, at, 0, s);
+                add_scores<D>(da, at, WINDOW<D>, ds);
                 unsigned a[M][4];
                 for (int m = 0; m < M; m++) {
                     for (int i = 0; i < 8; i++) {
@@ -375,7 +382,7 @@ __device__ __forceinline__ void query_gradient(const bf16* q, const bf16* k, con
                         a[i / 4][i % 4] &= key + 1 < count ? ~0u : key < count ? 0xffffu : 0u;
                     }
                 }
-                accumulate<D>(a, key_rows, chunk, out);
+                accumulate<D>(a, at, 0, out);
             }
         }
         if (first >= end) continue;
@@ -387,14 +394,14 @@ __device__ __forceinline__ void query_gradient(const bf16* q, const bf16* k, con
     }
 }
 
-// Grid as of attention_32.
+// Grid as of attention_32. `terms` receives what the gradients of keys need: -lse to base 2 and -delta.
 KERNEL(QUERY_BOUNDS) attention_backward_queries_32(const bf16* q /* (images, queries, heads·head) */,
                                                    const bf16* k /* (images, keys, heads·head) */,
                                                    const bf16* v /* as k */, const bf16* o /* as q */,
                                                    const bf16* d_o /* as q */,
                                                    const float* lse /* (images, heads, queries) */, int heads, int head,
                                                    int queries, int keys, int span, float scale, bf16* dq /* as q */,
-                                                   float* terms /* (images, heads, queries, 2): -lse·log2(e), -delta */) {
+                                                   float* terms /* (images, heads, queries, 2): lse, delta */) {
     query_gradient<32>(q, k, v, o, d_o, lse, heads, head, queries, keys, span, scale, dq, terms);
 }
 
@@ -425,10 +432,11 @@ template <int D>
 __device__ __forceinline__ void key_gradient(const bf16* q, const bf16* k, const bf16* v, const bf16* d_o,
                                              const float* terms, int images, int heads, int head, int queries, int keys,
                                              int slice, float scale, float* partial) {
-    SHARED(Row<D>, query_rows, [2][STEP]);
-    SHARED(Row<D>, gradient_rows, [2][STEP]);
-    // Two queries each.
-    SHARED(float4, step_terms, [2][STEP / 2]);
+    // Two buffers each; first of all, the block's keys and values.
+    SHARED(Row<D>, rows, [2][2 * STEP]);  // queries, their gradients
+    // Of two queries each; the second terms twice, as a product takes them.
+    SHARED(float2, less, [STEP]);
+    SHARED(float4, minus, [STEP]);
     constexpr int M = TILES<D>;
     int image = blockIdx.y / heads, h = blockIdx.y % heads, channels = heads * head;
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4 * 2;
@@ -442,60 +450,67 @@ __device__ __forceinline__ void key_gradient(const bf16* q, const bf16* k, const
     float factor = scale * LOG2_E;
 
     auto copy = [&](int start, int buffer) {
-        copy_rows<STEP>(q + query_start, start, end, channels, head, query_rows[buffer]);
-        copy_rows<STEP>(d_o + query_start, start, end, channels, head, gradient_rows[buffer]);
+        copy_rows<STEP>(q + query_start, start, end, channels, head, rows[0] + buffer);
+        copy_rows<STEP>(d_o + query_start, start, end, channels, head, rows[1] + buffer);
         if (threadIdx.x < STEP) {
-            int query = start + threadIdx.x;
-            copy_async<8>(reinterpret_cast<float2*>(step_terms[buffer]) + threadIdx.x,
-                          own_terms + query * 2, query < end ? 8 : 0);
+            int query = start + threadIdx.x, bytes = query < end ? 4 : 0, i = (buffer + threadIdx.x) / 2;
+            const float* from = own_terms + query * 2;
+            copy_async<4>(&less[i].x + threadIdx.x % 2, from, bytes);
+            copy_async<4>(&minus[i].x + threadIdx.x % 2, from + 1, bytes);
+            copy_async<4>(&minus[i].z + threadIdx.x % 2, from + 1, bytes);
         }
     };
     unsigned ka[M][D / 16][4], va[M][D / 16][4];
-    copy_rows<OWN>(k + key_start, blockIdx.x * OWN, keys, channels, head, query_rows[0]);
-    copy_rows<OWN>(v + key_start, blockIdx.x * OWN, keys, channels, head, gradient_rows[0]);
+    copy_rows<OWN>(k + key_start, blockIdx.x * OWN, keys, channels, head, rows[0]);
+    copy_rows<OWN>(v + key_start, blockIdx.x * OWN, keys, channels, head, rows[1]);
     copies_done();
     __syncthreads();
 #pragma unroll
     for (int m = 0; m < M; m++) {
         for (int i = 0; i < D / 16; i++) {
-            operand(query_rows[0], own + 16 * m, i * 16, ka[m][i]);
-            operand(gradient_rows[0], own + 16 * m, i * 16, va[m][i]);
+            operand(rows[0], own + 16 * m, i * 16, ka[m][i]);
+            operand(rows[1], own + 16 * m, i * 16, va[m][i]);
         }
     }
     __syncthreads();
     copy(begin, 0);
     // Transposed scores: rows are keys, columns queries.
     float dk[M][D / 8][4] = {}, dv[M][D / 8][4] = {};
-    for (int start = begin, buffer = 0; start < end; start += STEP, buffer ^= 1) {
+    for (int start = begin, buffer = 0; start < end; start += STEP, buffer ^= STEP) {
         copies_done();
         __syncthreads();
-        if (start + STEP < end) copy(start + STEP, buffer ^ 1);
+        if (start + STEP < end) copy(start + STEP, buffer ^ STEP);
         if (first >= keys) continue;
+        const Row<D>* at = rows[0] + buffer;
+        int pair = buffer / 2 + lane % 4;
 #pragma unroll 1
-        for (int chunk = 0; chunk < min(STEP, end - start); chunk += 16) {
+        for (int chunk = 0; chunk < min(STEP, end - start); chunk += 16, at += 16, pair += 8) {
             float s[M][2][4] = {}, ds[M][2][4];
-            float4 both[2];
             for (int n = 0; n < 2; n++) {
-                both[n] = step_terms[buffer][(chunk + n * 8 + t) / 2];
+                float4 x = minus[pair + n * 4];
                 for (int m = 0; m < M; m++) {
-                    for (int i = 0; i < 4; i++) ds[m][n][i] = i % 2 ? both[n].w : both[n].y;
+                    ds[m][n][0] = x.x;
+                    ds[m][n][1] = x.y;
+                    ds[m][n][2] = x.z;
+                    ds[m][n][3] = x.w;
                 }
             }
-            add_scores<D>(ka, query_rows[buffer], chunk, s);
-            add_scores<D>(va, gradient_rows[buffer], chunk, ds);
+            add_scores<D>(ka, at, 0, s);
+            add_scores<D>(va, at, 2 * STEP, ds);
             // Queries past the end are zero in both tiles, so what stands in their columns does not count.
             unsigned p[M][4], dp[M][4];
+            float2 base[2] = {less[pair], less[pair + 4]};
             for (int m = 0; m < M; m++) {
                 for (int i = 0; i < 8; i++) {
                     float& x = s[m][i / 4][i % 4];
-                    x = power_of_two(x * factor + (i % 2 ? both[i / 4].z : both[i / 4].x));
+                    x = power_of_two(x * factor + (i % 2 ? base[i / 4].y : base[i / 4].x));
                     ds[m][i / 4][i % 4] *= x;
                 }
                 as_operand(s[m][0], s[m][1], p[m]);
                 as_operand(ds[m][0], ds[m][1], dp[m]);
             }
-            accumulate<D>(p, gradient_rows[buffer], chunk, dv);
-            accumulate<D>(dp, query_rows[buffer], chunk, dk);
+            accumulate<D>(p, at, 2 * STEP, dv);
+            accumulate<D>(dp, at, 0, dk);
         }
     }
     size_t n = size_t(images) * keys * channels;
@@ -554,7 +569,7 @@ __device__ __forceinline__ void join(const float* partial, int slices, u64 n, bf
 }
 
 // The slices of dK and dV in order. Threads: n / V.
-KERNEL(THREADS) attention_backward_join(const float* partial /* (slices, 2, n) */, int slices, u64 n, bf16* dk /* (n) */,
-                                        bf16* dv /* (n) */) {
+KERNEL(THREADS) attention_backward_join(const float* partial /* (slices, 2, n) */, int slices, u64 n,
+                                        bf16* dk /* (n) */, bf16* dv /* (n) */) {
     BY_WIDTH(n, join, partial, slices, n, dk, dv);
 }

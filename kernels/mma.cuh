@@ -1,7 +1,7 @@
 // Tensor-core products of one warp: D (16 x 8, f32) += A (16 x 16, bf16) · B (16 x 8, bf16).
 //
 // Lane l = 4·g + t holds, in pairs of neighbouring columns of A (or rows of B):
-//   A: rows g and g + 8, columns 2t and 2t + 8;   B: column g, rows 2t and 2t + 8;   D: rows g and g + 8, columns 2t, 2t + 1.
+//   A: rows g and g + 8, columns 2t and 2t + 8;   B: column g, rows 2t and 2t + 8;   D: rows g and g + 8, column 2t.
 // So a D, rounded, is at once half of an A: products chain without leaving the registers.
 #pragma once
 #include "common.cuh"
@@ -17,8 +17,8 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsig
 #endif
 }
 
-// Four 8 x 8 matrices from shared memory: lane l names row l % 8 of matrix l / 8, 16 aligned bytes. Lane 4·g + t receives of
-// each the pair of columns 2t of row g; transposed, the pair of rows 2t of column g.
+// Four 8 x 8 matrices from shared memory: lane l names row l % 8 of matrix l / 8, 16 aligned bytes. Of each, lane
+// 4·g + t receives columns 2t, 2t + 1 of row g; transposed, rows 2t, 2t + 1 of column g.
 template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(const bf16* row, unsigned (&x)[4]) {
 #ifdef __CUDACC__
     unsigned at = unsigned(__cvta_generic_to_shared(row));
@@ -47,14 +47,14 @@ template <int D> __device__ __forceinline__ void operand(const Row<D>* tile, int
     load_matrices<false>(&tile[row + lane % 16].at[column + lane / 16 * 8], a);
 }
 
-// Two B from 16 rows and 16 columns of a tile, the first in x[0], x[1]: across, they are D's columns and the sum runs along
-// the tile's columns.
+// Two B from 16 rows and 16 columns of a tile, the first in x[0], x[1]. Across: D's columns are the tile's rows, and
+// the sum runs along the tile's columns.
 template <int D> __device__ __forceinline__ void across(const Row<D>* tile, int row, int column, unsigned (&x)[4]) {
     int lane = threadIdx.x % 32;
     load_matrices<false>(&tile[row + lane / 16 * 8 + lane % 8].at[column + lane / 8 % 2 * 8], x);
 }
 
-// The same with D's columns being the tile's: the sum runs along its rows.
+// Along: D's columns are the tile's, and the sum runs along its rows.
 template <int D> __device__ __forceinline__ void along(const Row<D>* tile, int row, int column, unsigned (&x)[4]) {
     int lane = threadIdx.x % 32;
     load_matrices<true>(&tile[row + lane % 16].at[column + lane / 16 * 8], x);

@@ -180,10 +180,8 @@ template <bool TRANSPOSED> void load_matrices(const void* row, unsigned (&x)[4],
     if (bits<uintptr_t>(row) % 16 != 0) fail("a row of a matrix is not aligned to 16 bytes");
     warp_meeting(line, row, &x, [](const void* const* in, void* const* out) {
         auto at = [&](int matrix, int i, int j) {
-            uint16_t number;
-            std::memcpy(&number, static_cast<const char*>(in[matrix * 8 + (TRANSPOSED ? j : i)]) + 2 * (TRANSPOSED ? i : j),
-                        sizeof number);
-            return unsigned(number);
+            if (TRANSPOSED) std::swap(i, j);
+            return unsigned(static_cast<const uint16_t*>(in[matrix * 8 + i])[j]);
         };
         for (int l = 0; l < 32; l++) {
             int group = l / 4, pair = l % 4 * 2;
