@@ -1,336 +1,575 @@
 // Scaled dot-product attention on tensor cores, forward and backward, for heads of up to 64 channels.
 //
-// A block of four warps takes 64 queries (or, for dK and dV, 64 keys) of one head and walks over the other side in tiles
-// of 64 through shared memory. Scores stay in registers: softmax is taken online (Dao et al., "FlashAttention", 2022),
-// so any number of keys works, and a rounded score fragment is at once an operand of the next product. The backward
-// pass recomputes probabilities from their logarithm of the denominator; dK and dV are summed over slices of the
-// queries by separate blocks, then in order, without atomics.
+// Scores never leave the registers: softmax is taken online (Dao et al., "FlashAttention", 2022), so any number of keys
+// works, and a rounded score fragment is at once an operand of the next product. Forward and the gradient of the
+// queries: a warp owns queries, and walks over keys and values in shared memory, all of a head's at once if they are
+// few, for as many tiles of queries as the block takes. The gradients of keys and values: a warp owns keys, and the
+// block walks over a slice of the queries, the next tile of which is copied meanwhile; slices are added in order,
+// without atomics. The backward pass recomputes probabilities from the logarithm of their denominator. Warps own 32
+// rows of a narrow head, 16 of a wide one: shared memory could not feed the tensor cores with fewer.
 #include "mma.cuh"
 
-constexpr int TILE = 64;
-constexpr int BLOCK = 128;
-// Keeps 16-byte alignment and takes neighbouring rows to different banks.
-constexpr int PAD = 8;
+constexpr int QUERY_BLOCK = 256;
+constexpr int KEY_BLOCK = 128;
+// With the least blocks that a multiprocessor shall hold at once: at most 128 and 168 registers.
+#define QUERY_BOUNDS QUERY_BLOCK, 2
+#define KEY_BOUNDS KEY_BLOCK, 3
 
-// Rows first.. first + TILE of one head, zero beyond `rows` and beyond `head`: to[row][channel].
-template <int D>
-__device__ void load_tile(const bf16* from /* (rows, channels), at the head's first channel */, int first, int rows,
-                          int channels, int head, bf16 (*to)[D + PAD]) {
-    if (head % 8 == 0) {
-        for (int i = threadIdx.x; i < TILE * D / 8; i += BLOCK) {
-            int row = i / (D / 8), c = i % (D / 8) * 8;
-            uint4 v = {0, 0, 0, 0};
-            if (first + row < rows && c < head) {
-                v = *reinterpret_cast<const uint4*>(from + size_t(first + row) * channels + c);
-            }
-            *reinterpret_cast<uint4*>(&to[row][c]) = v;
-        }
+// Tiles of 16 rows that a warp owns.
+template <int D> constexpr int TILES = 64 / D;
+// Keys and values in shared memory at a time.
+template <int D> constexpr int WINDOW = 8192 / D;
+// Keys per step of the online softmax.
+constexpr int CHUNK = 32;
+// Queries in shared memory at a time, beside the next ones.
+constexpr int STEP = 64;
+// Probabilities may exceed 1 by this power of two before sums are rescaled: f32 has room, and most steps need none.
+constexpr float SLACK = 8.0f;
+constexpr float LOG2_E = 1.44269504f;
+constexpr float LN_2 = 0.693147181f;
+
+// 2^x in one instruction.
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef __CUDACC__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return std::exp2(x);
+#endif
+}
+
+// This thread's number, asked for anew: what follows from it is not kept in registers through the loops over keys.
+__device__ __forceinline__ unsigned own_thread() {
+    unsigned thread = threadIdx.x;
+#ifdef __CUDACC__
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+#endif
+    return thread;
+}
+
+// Eight channels of a row of which `left` are left, zero beyond. WIDE: heads are multiples of 8.
+template <bool WIDE> __device__ __forceinline__ uint4 eight(const bf16* from /* (left) */, int left) {
+    if constexpr (WIDE) {
+        return left > 0 ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
     } else {
-        for (int i = threadIdx.x; i < TILE * D; i += BLOCK) {
-            int row = i / D, c = i % D;
-            bool inside = first + row < rows && c < head;
-            to[row][c] = inside ? from[size_t(first + row) * channels + c] : __float2bfloat16_rn(0.0f);
+        float x[8];
+        for (int i = 0; i < 8; i++) x[i] = i < left ? __bfloat162float(from[i]) : 0.0f;
+        return {pair_of(x[0], x[1]), pair_of(x[2], x[3]), pair_of(x[4], x[5]), pair_of(x[6], x[7])};
+    }
+}
+
+// Adds A·tileᵀ for rows row.. row + 16 of a tile: s's columns from 8·n on.
+template <int D, int N>
+__device__ __forceinline__ void add_scores(const unsigned (&a)[TILES<D>][D / 16][4], const Row<D>* tile, int row,
+                                           float (&s)[TILES<D>][N][4], int n = 0) {
+    for (int i = 0; i < D / 16; i++) {
+        unsigned b[4];
+        across(tile, row, i * 16, b);
+        for (int m = 0; m < TILES<D>; m++) {
+            mma(s[m][n], a[m][i], b[0], b[1]);
+            mma(s[m][n + 1], a[m][i], b[2], b[3]);
         }
     }
 }
 
-// The same, transposed: to[channel][row].
+// Adds P·tile for rows row.. row + 16 of a tile.
 template <int D>
-__device__ void load_transposed(const bf16* from, int first, int rows, int channels, int head, bf16 (*to)[TILE + PAD]) {
-    for (int i = threadIdx.x; i < TILE * D; i += BLOCK) {
-        int row = i / D, c = i % D;
-        bool inside = first + row < rows && c < head;
-        to[c][row] = inside ? from[size_t(first + row) * channels + c] : __float2bfloat16_rn(0.0f);
-    }
-}
-
-// Writes a warp's 16 x D accumulators, times `factors` for rows g and g + 8, to rows `first` + 16·warp on.
-template <int D>
-__device__ void store_rows(const float (&d)[D / 8][4], const float (&factors)[2], int first, int rows, int channels,
-                           int head, bf16* to) {
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4 * 2;
-    for (int n = 0; n < D / 8; n++) {
-        for (int i = 0; i < 4; i++) {
-            int row = first + threadIdx.x / 32 * 16 + g + i / 2 * 8, c = n * 8 + t + i % 2;
-            if (row < rows && c < head) {
-                to[size_t(row) * channels + c] = __float2bfloat16_rn(d[n][i] * factors[i / 2]);
-            }
+__device__ __forceinline__ void accumulate(const unsigned (&p)[TILES<D>][4], const Row<D>* tile, int row,
+                                           float (&d)[TILES<D>][D / 8][4]) {
+    for (int i = 0; i < D / 16; i++) {
+        unsigned b[4];
+        along(tile, row, i * 16, b);
+        for (int m = 0; m < TILES<D>; m++) {
+            mma(d[m][2 * i], p[m], b[0], b[1]);
+            mma(d[m][2 * i + 1], p[m], b[2], b[3]);
         }
     }
 }
 
-// Probabilities, rounded, as an A over columns 16·k.. 16·k + 16.
-__device__ __forceinline__ void as_operand(const float (&p)[TILE / 8][4], int k, unsigned (&a)[4]) {
-    a[0] = pair_of(p[2 * k][0], p[2 * k][1]);
-    a[1] = pair_of(p[2 * k][2], p[2 * k][3]);
-    a[2] = pair_of(p[2 * k + 1][0], p[2 * k + 1][1]);
-    a[3] = pair_of(p[2 * k + 1][2], p[2 * k + 1][3]);
+// Two tiles of D, rounded, as an A.
+__device__ __forceinline__ void as_operand(const float (&left)[4], const float (&right)[4], unsigned (&a)[4]) {
+    a[0] = pair_of(left[0], left[1]);
+    a[1] = pair_of(left[2], left[3]);
+    a[2] = pair_of(right[0], right[1]);
+    a[3] = pair_of(right[2], right[3]);
 }
 
-// s = A·tileᵀ: 16 x TILE scores of a warp.
+// ---- a warp owns queries
+//
+// Here channels are in another order: of 32, pair i of a lane's eight, 8·t.. 8·t + 8, stands at 8·i + 2·t. So what an
+// operand needs in a lane, and what a product leaves there, are 16 bytes in a row of memory.
+
 template <int D>
-__device__ __forceinline__ void scores(const unsigned (&a)[D / 16][4], const bf16 (*tile)[D + PAD],
-                                       float (&s)[TILE / 8][4]) {
-    for (int n = 0; n < TILE / 8; n++) {
-        for (int i = 0; i < 4; i++) s[n][i] = 0.0f;
-        for (int k = 0; k < D / 16; k++) mma_tile(s[n], a[k], tile, n * 8, k * 16);
+__device__ __forceinline__ void load_ordered(const bf16* from, size_t start, int first, int rows, int channels,
+                                             int head, Row<D>* to) {
+    unsigned thread = own_thread();
+    int filled = min(WINDOW<D>, (rows - first + CHUNK - 1) / CHUNK * CHUNK);
+#pragma unroll 1
+    for (int i = thread; i < filled * D / 2; i += QUERY_BLOCK) {
+        int row = i / (D / 2);
+        unsigned c = thread % (D / 2) * 2;
+        int left = first + row < rows ? head - int(c) : 0;
+        const bf16* at = from + (start + size_t(first + row) * channels + c);
+        bf16* there = &to[row].at[c / 32 * 32 + c % 8 * 4 + c % 32 / 8 * 2];
+        if (head % 8 == 0) {
+            copy_async<4>(there, at, left > 0 ? 4 : 0);
+        } else {
+            there[0] = left > 0 ? at[0] : __float2bfloat16_rn(0.0f);
+            there[1] = left > 1 ? at[1] : __float2bfloat16_rn(0.0f);
+        }
     }
 }
 
-// d += p·tile, with the tile transposed: tile[channel][row].
+// Begins to load keys and values from `first` on, up to a window, for the whole block; zero beyond `rows`, and beyond
+// `head`. There after copies_done and a barrier.
 template <int D>
-__device__ __forceinline__ void accumulate(const float (&p)[TILE / 8][4], const bf16 (*tile)[TILE + PAD],
-                                           float (&d)[D / 8][4]) {
-    for (int k = 0; k < TILE / 16; k++) {
-        unsigned a[4];
-        as_operand(p, k, a);
-        for (int n = 0; n < D / 8; n++) mma_tile(d[n], a, tile, n * 8, k * 16);
-    }
-}
-
-template <int D>
-__device__ void forward(const bf16* q, const bf16* k, const bf16* v, int heads, int head, int queries, int keys,
-                        float scale, bf16* o, float* lse) {
-    SHARED(bf16, rows, [TILE][D + PAD]);
-    SHARED(bf16, values, [D][TILE + PAD]);
-    int image = blockIdx.y / heads, h = blockIdx.y % heads, channels = heads * head, first = blockIdx.x * TILE;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4 * 2;
-    size_t query_start = size_t(image) * queries * channels + h * head;
-    size_t key_start = size_t(image) * keys * channels + h * head;
-
-    load_tile<D>(q + query_start, first, queries, channels, head, rows);
+__device__ __forceinline__ void load_window(const bf16* k /* (rows, channels) from `start` on */,
+                                            const bf16* v /* as k */, size_t start, int first, int rows, int channels,
+                                            int head, Row<D> (&to)[2][WINDOW<D>]) {
     __syncthreads();
-    unsigned qa[D / 16][4];
-    for (int i = 0; i < D / 16; i++) fragment(rows, warp * 16, i * 16, qa[i]);
+    load_ordered<D>(k, start, first, rows, channels, head, to[0]);
+    load_ordered<D>(v, start, first, rows, channels, head, to[1]);
+}
 
-    // Rows g and g + 8 of the warp's 16.
-    float most[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, out[D / 8][4] = {}, s[TILE / 8][4];
-    for (int start = 0; start < keys; start += TILE) {
-        __syncthreads();
-        load_tile<D>(k + key_start, start, keys, channels, head, rows);
-        load_transposed<D>(v + key_start, start, keys, channels, head, values);
-        __syncthreads();
-        scores<D>(qa, rows, s);
-        for (int half = 0; half < 2; half++) {
-            float largest = -INFINITY;
-            for (int n = 0; n < TILE / 8; n++) {
-                for (int i = 2 * half; i < 2 * half + 2; i++) {
-                    s[n][i] = start + n * 8 + t + i % 2 < keys ? s[n][i] * scale : -INFINITY;
-                    largest = s[n][i] > largest ? s[n][i] : largest;
+// Rows first.. first + 16 as A.
+template <int D, bool WIDE>
+__device__ __forceinline__ void load_a(const bf16* from, size_t start, int first, int rows, int channels, int head,
+                                       unsigned (&a)[D / 16][4]) {
+    unsigned thread = own_thread();
+    for (int half = 0; half < 2; half++) {
+        int row = first + thread % 32 / 4 + half * 8;
+        for (int n = 0; n < D / 32; n++) {
+            int c = n * 32 + thread % 4 * 8;
+            uint4 x = eight<WIDE>(from + (start + size_t(row) * channels + c), row < rows ? head - c : 0);
+            a[2 * n][half] = x.x;
+            a[2 * n][half + 2] = x.y;
+            a[2 * n + 1][half] = x.z;
+            a[2 * n + 1][half + 2] = x.w;
+        }
+    }
+}
+
+template <int D>
+__device__ __forceinline__ void load_operand(const bf16* from /* (rows, channels) from `start` on */, size_t start,
+                                             int first, int rows, int channels, int head, unsigned (&a)[D / 16][4]) {
+    if (head % 8 == 0) load_a<D, true>(from, start, first, rows, channels, head, a);
+    else load_a<D, false>(from, start, first, rows, channels, head, a);
+    // Adds nothing, which the compiler cannot know: what was loaded together would else be moved apart, into the four
+    // neighbouring registers that a product takes, before every product.
+    for (int i = 0; i < D / 16 * 4; i++) a[i / 4][i % 4] |= blockIdx.z;
+}
+
+// Writes 16 x D accumulators, times `factors` for rows g and g + 8, to rows `first` on.
+template <int D>
+__device__ __forceinline__ void store_rows(const float (&d)[D / 8][4], const float (&factors)[2], int first, int rows,
+                                           int channels, int head, bf16* to, size_t start) {
+    unsigned thread = own_thread();
+    for (int half = 0; half < 2; half++) {
+        int row = first + thread % 32 / 4 + half * 8;
+        if (row >= rows) continue;
+        for (int n = 0; n < D / 32; n++) {
+            int c = n * 32 + thread % 4 * 8, left = head - c;
+            bf16* at = to + (start + size_t(row) * channels + c);
+            Pack<8> p;
+            for (int i = 0; i < 8; i++) p.x[i] = d[n * 4 + i / 2][half * 2 + i % 2] * factors[half];
+            if (head % 8 == 0) {
+                if (left > 0) store<8>(at, p);
+            } else {
+                for (int i = 0; i < 8; i++) {
+                    if (i < left) at[i] = __float2bfloat16_rn(p.x[i]);
                 }
             }
-            for (int other = 1; other < 4; other *= 2) {
-                float theirs = __shfl_xor_sync(ALL_LANES, largest, other);
-                largest = theirs > largest ? theirs : largest;
+        }
+    }
+}
+
+template <int D>
+__device__ __forceinline__ void forward(const bf16* q, const bf16* k, const bf16* v, int heads, int head, int queries,
+                                        int keys, int span, float scale, bf16* o, float* lse) {
+    SHARED(Row<D>, rows, [2][WINDOW<D>]);  // keys, values
+    constexpr int M = TILES<D>;
+    int image = blockIdx.y / heads, h = blockIdx.y % heads, channels = heads * head;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4 * 2;
+    size_t query_start = size_t(image) * queries * channels + h * head;
+    size_t key_start = size_t(image) * keys * channels + h * head;
+    int begin = blockIdx.x * span, end = min(queries, begin + span);
+    float factor = scale * LOG2_E;
+
+#pragma unroll 1
+    for (int tile = begin; tile < end; tile += QUERY_BLOCK / 2 * M) {
+        int first = tile + warp * 16 * M;
+        bool fresh = tile == begin || keys > WINDOW<D>;
+        if (fresh) load_window<D>(k, v, key_start, 0, keys, channels, head, rows);
+        unsigned a[M][D / 16][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) load_operand<D>(q, query_start, first + 16 * m, end, channels, head, a[m]);
+        // Of rows g and g + 8; logarithms are to base 2.
+        float top[M][2], sum[M][2] = {}, out[M][D / 8][4] = {};
+        for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY;
+#pragma unroll 1
+        for (int start = 0; start < keys; start += WINDOW<D>) {
+            if (start > 0) load_window<D>(k, v, key_start, start, keys, channels, head, rows);
+            if (fresh) {
+                copies_done();
+                __syncthreads();
             }
-            largest = largest > most[half] ? largest : most[half];
-            float factor = __expf(most[half] - largest);
-            most[half] = largest;
-            sum[half] *= factor;
-            for (int n = 0; n < D / 8; n++) {
-                for (int i = 2 * half; i < 2 * half + 2; i++) out[n][i] *= factor;
-            }
-            for (int n = 0; n < TILE / 8; n++) {
-                for (int i = 2 * half; i < 2 * half + 2; i++) {
-                    s[n][i] = __expf(s[n][i] - largest);
-                    sum[half] += s[n][i];
+            if (first >= end) continue;
+            int count = min(WINDOW<D>, keys - start);
+            const Row<D>* at = rows[0];
+#pragma unroll 1
+            for (int chunk = 0; chunk < count; chunk += CHUNK, at += CHUNK) {
+                float s[M][CHUNK / 8][4] = {};
+                for (int n = 0; n < CHUNK / 16; n++) add_scores<D>(a, at, n * 16, s, 2 * n);
+                if (chunk + CHUNK > count) {
+                    for (int n = 0; n < CHUNK / 8; n++) {
+                        for (int i = 0; i < 4 * M; i++) {
+                            if (chunk + n * 8 + t + i % 2 >= count) s[i / 4][n][i % 4] = -INFINITY;
+                        }
+                    }
+                }
+                float largest[M][2];
+                int rises = 0;
+                for (int m = 0; m < M; m++) {
+                    for (int half = 0; half < 2; half++) {
+                        float most = -INFINITY;
+                        for (int n = 0; n < CHUNK / 8; n++) {
+                            most = fmaxf(most, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                        }
+                        largest[m][half] = most * factor;
+                        rises |= largest[m][half] > top[m][half] + SLACK;
+                    }
+                }
+                if (__any_sync(ALL_LANES, rises)) {
+                    for (int m = 0; m < M; m++) {
+                        for (int half = 0; half < 2; half++) {
+                            float most = fmaxf(top[m][half], largest[m][half]);
+                            most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));
+                            most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
+                            float shrink = power_of_two(top[m][half] - most);
+                            top[m][half] = most;
+                            sum[m][half] *= shrink;
+                            for (int n = 0; n < D / 8; n++) {
+                                out[m][n][2 * half] *= shrink;
+                                out[m][n][2 * half + 1] *= shrink;
+                            }
+                        }
+                    }
+                }
+                for (int n = 0; n < CHUNK / 8; n++) {
+                    for (int m = 0; m < M; m++) {
+                        for (int i = 0; i < 4; i++) {
+                            s[m][n][i] = power_of_two(s[m][n][i] * factor - top[m][i / 2]);
+                            sum[m][i / 2] += s[m][n][i];
+                        }
+                    }
+                }
+                for (int n = 0; n < CHUNK / 16; n++) {
+                    unsigned p[M][4];
+                    for (int m = 0; m < M; m++) as_operand(s[m][2 * n], s[m][2 * n + 1], p[m]);
+                    accumulate<D>(p, at, WINDOW<D> + n * 16, out);
                 }
             }
         }
-        accumulate<D>(s, values, out);
+        if (first >= end) continue;
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            float shares[2];
+            for (int half = 0; half < 2; half++) {
+                float total = group_sum(sum[m][half], 4);
+                shares[half] = 1.0f / total;
+                int row = first + m * 16 + g + half * 8;
+                if (t == 0 && row < end) {
+                    lse[size_t(blockIdx.y) * queries + row] = top[m][half] * LN_2 + __logf(total);
+                }
+            }
+            store_rows<D>(out[m], shares, first + m * 16, end, channels, head, o, query_start);
+        }
     }
-    float shares[2];
-    for (int half = 0; half < 2; half++) {
-        float total = group_sum(sum[half], 4);
-        shares[half] = 1.0f / total;
-        int row = first + warp * 16 + g + half * 8;
-        if (t == 0 && row < queries) lse[size_t(blockIdx.y) * queries + row] = most[half] + __logf(total);
-    }
-    store_rows<D>(out, shares, first, queries, channels, head, o + query_start);
 }
 
-// For heads of up to 32 and of up to 64 channels. Grid: (ceil(queries / TILE), images·heads), blocks of BLOCK.
-KERNEL(BLOCK) attention_32(const bf16* q /* (images, queries, heads·head) */,
-                           const bf16* k /* (images, keys, heads·head) */, const bf16* v /* as k */, int heads,
-                           int head, int queries, int keys, float scale, bf16* o /* as q */,
-                           float* lse /* (images, heads, queries) */) {
-    forward<32>(q, k, v, heads, head, queries, keys, scale, o, lse);
+// For heads of up to 32 and of up to 64 channels. Grid: (ceil(queries / span), images·heads), blocks of QUERY_BLOCK;
+// `span` is a multiple of what a block takes at a time, QUERY_BLOCK / 2·TILES.
+KERNEL(QUERY_BOUNDS) attention_32(const bf16* q /* (images, queries, heads·head) */,
+                                  const bf16* k /* (images, keys, heads·head) */, const bf16* v /* as k */, int heads,
+                                  int head, int queries, int keys, int span, float scale, bf16* o /* as q */,
+                                  float* lse /* (images, heads, queries) */) {
+    forward<32>(q, k, v, heads, head, queries, keys, span, scale, o, lse);
 }
 
-KERNEL(BLOCK) attention_64(const bf16* q, const bf16* k, const bf16* v, int heads, int head, int queries, int keys,
-                           float scale, bf16* o, float* lse) {
-    forward<64>(q, k, v, heads, head, queries, keys, scale, o, lse);
+KERNEL(QUERY_BOUNDS) attention_64(const bf16* q, const bf16* k, const bf16* v, int heads, int head, int queries,
+                                  int keys, int span, float scale, bf16* o, float* lse) {
+    forward<64>(q, k, v, heads, head, queries, keys, span, scale, o, lse);
 }
 
-// delta = Σ o·do per query and head. Threads: images·queries·heads.
-KERNEL(THREADS) attention_delta(const bf16* o /* (images·queries, heads·head) */, const bf16* d_o /* as o */, int images,
-                                int heads, int head, int queries, float* delta /* (images, heads, queries) */) {
-    size_t i = thread_number();
-    if (i >= size_t(images) * queries * heads) return;
-    int h = int(i % heads);
-    size_t token = i / heads;
-    const bf16 *a = o + i * head, *b = d_o + i * head;
-    float sum = 0;
-    for (int c = 0; c < head; c++) sum += __bfloat162float(a[c]) * __bfloat162float(b[c]);
-    delta[(token / queries * heads + h) * queries + token % queries] = sum;
+// Product of two pairs.
+__device__ __forceinline__ float dot(unsigned a, unsigned b) {
+    return __uint_as_float(a << 16) * __uint_as_float(b << 16) +
+           __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
 }
 
-// ds = p·(dp - delta), p = exp(s·scale - lse). dP arrives in ds; p stays in s.
-__device__ __forceinline__ void through_softmax(float& s, float& ds, float scale, float lse, float delta) {
-    s = __expf(s * scale - lse);
-    ds = s * (ds - delta);
-}
-
+// The gradient of a score is ds = p·(dp - delta), where p = exp(s·scale - lse) and delta = Σ o·do.
 template <int D>
-__device__ void query_gradient(const bf16* q, const bf16* k, const bf16* v, const bf16* d_o, const float* lse,
-                               const float* delta, int heads, int head, int queries, int keys, float scale, bf16* dq) {
-    SHARED(bf16, rows, [TILE][D + PAD]);
-    SHARED(bf16, more_rows, [TILE][D + PAD]);
-    SHARED(bf16, across, [D][TILE + PAD]);
-    int image = blockIdx.y / heads, h = blockIdx.y % heads, channels = heads * head, first = blockIdx.x * TILE;
+__device__ __forceinline__ void query_gradient(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
+                                               const bf16* d_o, const float* lse, int heads, int head, int queries,
+                                               int keys, int span, float scale, bf16* dq, float* terms) {
+    SHARED(Row<D>, rows, [2][WINDOW<D>]);  // keys, values
+    constexpr int M = TILES<D>;
+    int image = blockIdx.y / heads, h = blockIdx.y % heads, channels = heads * head;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4 * 2;
     size_t query_start = size_t(image) * queries * channels + h * head;
     size_t key_start = size_t(image) * keys * channels + h * head;
+    int begin = blockIdx.x * span, end = min(queries, begin + span);
+    float factor = scale * LOG2_E;
 
-    load_tile<D>(q + query_start, first, queries, channels, head, rows);
-    load_tile<D>(d_o + query_start, first, queries, channels, head, more_rows);
-    __syncthreads();
-    unsigned qa[D / 16][4], da[D / 16][4];
-    for (int i = 0; i < D / 16; i++) {
-        fragment(rows, warp * 16, i * 16, qa[i]);
-        fragment(more_rows, warp * 16, i * 16, da[i]);
-    }
-    float own_lse[2], own_delta[2];
-    for (int half = 0; half < 2; half++) {
-        int row = first + warp * 16 + g + half * 8;
-        own_lse[half] = row < queries ? lse[size_t(blockIdx.y) * queries + row] : 0.0f;
-        own_delta[half] = row < queries ? delta[size_t(blockIdx.y) * queries + row] : 0.0f;
-    }
-    float out[D / 8][4] = {}, s[TILE / 8][4], ds[TILE / 8][4];
-    for (int start = 0; start < keys; start += TILE) {
-        __syncthreads();
-        load_tile<D>(k + key_start, start, keys, channels, head, rows);
-        load_tile<D>(v + key_start, start, keys, channels, head, more_rows);
-        load_transposed<D>(k + key_start, start, keys, channels, head, across);
-        __syncthreads();
-        scores<D>(qa, rows, s);
-        scores<D>(da, more_rows, ds);
-        for (int n = 0; n < TILE / 8; n++) {
-            for (int i = 0; i < 4; i++) {
-                through_softmax(s[n][i], ds[n][i], scale, own_lse[i / 2], own_delta[i / 2]);
-                if (start + n * 8 + t + i % 2 >= keys) ds[n][i] = 0.0f;
+#pragma unroll 1
+    for (int tile = begin; tile < end; tile += QUERY_BLOCK / 2 * M) {
+        int first = tile + warp * 16 * M;
+        bool fresh = tile == begin || keys > WINDOW<D>;
+        if (fresh) load_window<D>(k, v, key_start, 0, keys, channels, head, rows);
+        unsigned qa[M][D / 16][4], da[M][D / 16][4];
+        // -lse to base 2 and -delta, of rows g and g + 8.
+        float less[M][2], minus[M][2], out[M][D / 8][4] = {};
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            unsigned oa[D / 16][4];
+            load_operand<D>(q, query_start, first + 16 * m, end, channels, head, qa[m]);
+            load_operand<D>(d_o, query_start, first + 16 * m, end, channels, head, da[m]);
+            load_operand<D>(o, query_start, first + 16 * m, end, channels, head, oa);
+            for (int half = 0; half < 2; half++) {
+                float delta = 0;
+                for (int i = 0; i < D / 16; i++) {
+                    delta += dot(oa[i][half], da[m][i][half]) + dot(oa[i][half + 2], da[m][i][half + 2]);
+                }
+                minus[m][half] = -group_sum(delta, 4);
+                int row = first + m * 16 + g + half * 8;
+                size_t at = size_t(blockIdx.y) * queries + row;
+                less[m][half] = row < end ? -LOG2_E * lse[at] : 0.0f;
+                if (t == 0 && row < end) {
+                    reinterpret_cast<float2*>(terms)[at] = float2{less[m][half], minus[m][half]};
+                }
             }
         }
-        accumulate<D>(ds, across, out);
+#pragma unroll 1
+        for (int start = 0; start < keys; start += WINDOW<D>) {
+            if (start > 0) load_window<D>(k, v, key_start, start, keys, channels, head, rows);
+            if (fresh) {
+                copies_done();
+                __syncthreads();
+            }
+            if (first >= end) continue;
+            int count = min(WINDOW<D>, keys - start);
+            const Row<D>* at = rows[0];
+#pragma unroll 1
+            for (int chunk = 0; chunk < count; chunk += 16, at += 16) {
+                float s[M][2][4] = {}, ds[M][2][4];
+                for (int m = 0; m < M; m++) {
+                    for (int i = 0; i < 8; i++) ds[m][i / 4][i % 4] = minus[m][i / 2 % 2];
+                }
+                add_scores<D>(qa, at, 0, s);
+                add_scores<D>(da, at, WINDOW<D>, ds);
+                unsigned a[M][4];
+                for (int m = 0; m < M; m++) {
+                    for (int i = 0; i < 8; i++) {
+                        ds[m][i / 4][i % 4] *= power_of_two(s[m][i / 4][i % 4] * factor + less[m][i / 2 % 2]);
+                    }
+                    as_operand(ds[m][0], ds[m][1], a[m]);
+                }
+                if (chunk + 16 > count) {
+                    // Past the last key, where p may be infinite.
+                    for (int i = 0; i < 4 * M; i++) {
+                        int key = chunk + i % 4 / 2 * 8 + t;
+                        a[i / 4][i % 4] &= key + 1 < count ? ~0u : key < count ? 0xffffu : 0u;
+                    }
+                }
+                accumulate<D>(a, at, 0, out);
+            }
+        }
+        if (first >= end) continue;
+        float factors[2] = {scale, scale};
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            store_rows<D>(out[m], factors, first + m * 16, end, channels, head, dq, query_start);
+        }
     }
-    float factors[2] = {scale, scale};
-    store_rows<D>(out, factors, first, queries, channels, head, dq + query_start);
 }
 
-// Grid: (ceil(queries / TILE), images·heads), blocks of BLOCK.
-KERNEL(BLOCK) attention_backward_queries_32(const bf16* q /* (images, queries, heads·head) */,
-                                            const bf16* k /* (images, keys, heads·head) */, const bf16* v /* as k */,
-                                            const bf16* d_o /* as q */, const float* lse /* (images, heads, queries) */,
-                                            const float* delta /* as lse */, int heads, int head, int queries, int keys,
-                                            float scale, bf16* dq /* as q */) {
-    query_gradient<32>(q, k, v, d_o, lse, delta, heads, head, queries, keys, scale, dq);
+// Grid as of attention_32. `terms` receives what the gradients of keys need: -lse to base 2 and -delta.
+KERNEL(QUERY_BOUNDS) attention_backward_queries_32(const bf16* q /* (images, queries, heads·head) */,
+                                                   const bf16* k /* (images, keys, heads·head) */,
+                                                   const bf16* v /* as k */, const bf16* o /* as q */,
+                                                   const bf16* d_o /* as q */,
+                                                   const float* lse /* (images, heads, queries) */, int heads, int head,
+                                                   int queries, int keys, int span, float scale, bf16* dq /* as q */,
+                                                   float* terms /* (images, heads, queries, 2): lse, delta */) {
+    query_gradient<32>(q, k, v, o, d_o, lse, heads, head, queries, keys, span, scale, dq, terms);
 }
 
-KERNEL(BLOCK) attention_backward_queries_64(const bf16* q, const bf16* k, const bf16* v, const bf16* d_o,
-                                            const float* lse, const float* delta, int heads, int head, int queries,
-                                            int keys, float scale, bf16* dq) {
-    query_gradient<64>(q, k, v, d_o, lse, delta, heads, head, queries, keys, scale, dq);
+KERNEL(QUERY_BOUNDS) attention_backward_queries_64(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
+                                                   const bf16* d_o, const float* lse, int heads, int head, int queries,
+                                                   int keys, int span, float scale, bf16* dq, float* terms) {
+    query_gradient<64>(q, k, v, o, d_o, lse, heads, head, queries, keys, span, scale, dq, terms);
+}
+
+// ---- a warp owns keys
+
+// Begins to copy rows first.. first + COUNT of one head, zero beyond `rows` and beyond `head`.
+template <int COUNT, int D>
+__device__ __forceinline__ void copy_rows(const bf16* from /* (rows, channels), at the head's first channel */,
+                                          int first, int rows, int channels, int head, Row<D>* to) {
+    for (int i = threadIdx.x; i < COUNT * D / 8; i += KEY_BLOCK) {
+        int row = i / (D / 8), c = i % (D / 8) * 8, width = first + row < rows ? head : 0;
+        const bf16* at = from + size_t(first + row) * channels + c;
+        if (head % 8 == 0) {
+            copy_async<16>(&to[row].at[c], at, c < width ? 16 : 0);
+        } else {
+            *reinterpret_cast<uint4*>(&to[row].at[c]) = eight<false>(at, width - c);
+        }
+    }
 }
 
 template <int D>
-__device__ void key_gradient(const bf16* q, const bf16* k, const bf16* v, const bf16* d_o, const float* lse,
-                             const float* delta, int images, int heads, int head, int queries, int keys, int slice,
-                             float scale, float* partial) {
-    SHARED(bf16, rows, [TILE][D + PAD]);
-    SHARED(bf16, more_rows, [TILE][D + PAD]);
-    SHARED(bf16, across, [D][TILE + PAD]);
-    SHARED(bf16, more_across, [D][TILE + PAD]);
-    SHARED(float, tile_lse, [TILE]);
-    SHARED(float, tile_delta, [TILE]);
-    int image = blockIdx.y / heads, h = blockIdx.y % heads, channels = heads * head, first = blockIdx.x * TILE;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4 * 2;
+__device__ __forceinline__ void key_gradient(const bf16* q, const bf16* k, const bf16* v, const bf16* d_o,
+                                             const float* terms, int images, int heads, int head, int queries, int keys,
+                                             int slice, float scale, float* partial) {
+    // Two buffers each; first of all, the block's keys and values.
+    SHARED(Row<D>, rows, [2][2 * STEP]);  // queries, their gradients
+    // Of two queries each; the second terms twice, as a product takes them.
+    SHARED(float2, less, [STEP]);
+    SHARED(float4, minus, [STEP]);
+    constexpr int M = TILES<D>;
+    int image = blockIdx.y / heads, h = blockIdx.y % heads, channels = heads * head;
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4 * 2;
+    constexpr int OWN = KEY_BLOCK / 2 * M;
+    static_assert(OWN <= 2 * STEP, "the block's keys fit where its queries come");
+    int own = threadIdx.x / 32 * 16 * M, first = blockIdx.x * OWN + own;
     size_t query_start = size_t(image) * queries * channels + h * head;
     size_t key_start = size_t(image) * keys * channels + h * head;
-
-    load_tile<D>(k + key_start, first, keys, channels, head, rows);
-    load_tile<D>(v + key_start, first, keys, channels, head, more_rows);
-    __syncthreads();
-    unsigned ka[D / 16][4], va[D / 16][4];
-    for (int i = 0; i < D / 16; i++) {
-        fragment(rows, warp * 16, i * 16, ka[i]);
-        fragment(more_rows, warp * 16, i * 16, va[i]);
-    }
-    // Transposed scores: rows are the warp's keys, columns the tile's queries.
-    float dk[D / 8][4] = {}, dv[D / 8][4] = {}, s[TILE / 8][4], ds[TILE / 8][4];
+    const float* own_terms = terms + size_t(blockIdx.y) * queries * 2;
     int begin = blockIdx.z * slice, end = min(queries, begin + slice);
-    for (int start = begin; start < end; start += TILE) {
-        __syncthreads();
-        load_tile<D>(q + query_start, start, end, channels, head, rows);
-        load_tile<D>(d_o + query_start, start, end, channels, head, more_rows);
-        load_transposed<D>(q + query_start, start, end, channels, head, across);
-        load_transposed<D>(d_o + query_start, start, end, channels, head, more_across);
-        if (threadIdx.x < TILE) {
-            int query = start + threadIdx.x;
-            tile_lse[threadIdx.x] = query < end ? lse[size_t(blockIdx.y) * queries + query] : 0.0f;
-            tile_delta[threadIdx.x] = query < end ? delta[size_t(blockIdx.y) * queries + query] : 0.0f;
+    float factor = scale * LOG2_E;
+
+    auto copy = [&](int start, int buffer) {
+        copy_rows<STEP>(q + query_start, start, end, channels, head, rows[0] + buffer);
+        copy_rows<STEP>(d_o + query_start, start, end, channels, head, rows[1] + buffer);
+        if (threadIdx.x < STEP) {
+            int query = start + threadIdx.x, bytes = query < end ? 4 : 0, i = (buffer + threadIdx.x) / 2;
+            const float* from = own_terms + query * 2;
+            copy_async<4>(&less[i].x + threadIdx.x % 2, from, bytes);
+            copy_async<4>(&minus[i].x + threadIdx.x % 2, from + 1, bytes);
+            copy_async<4>(&minus[i].z + threadIdx.x % 2, from + 1, bytes);
         }
+    };
+    unsigned ka[M][D / 16][4], va[M][D / 16][4];
+    copy_rows<OWN>(k + key_start, blockIdx.x * OWN, keys, channels, head, rows[0]);
+    copy_rows<OWN>(v + key_start, blockIdx.x * OWN, keys, channels, head, rows[1]);
+    copies_done();
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        for (int i = 0; i < D / 16; i++) {
+            operand(rows[0], own + 16 * m, i * 16, ka[m][i]);
+            operand(rows[1], own + 16 * m, i * 16, va[m][i]);
+        }
+    }
+    __syncthreads();
+    copy(begin, 0);
+    // Transposed scores: rows are keys, columns queries.
+    float dk[M][D / 8][4] = {}, dv[M][D / 8][4] = {};
+    for (int start = begin, buffer = 0; start < end; start += STEP, buffer ^= STEP) {
+        copies_done();
         __syncthreads();
-        scores<D>(ka, rows, s);
-        scores<D>(va, more_rows, ds);
-        for (int n = 0; n < TILE / 8; n++) {
-            for (int i = 0; i < 4; i++) {
-                int column = n * 8 + t + i % 2;
-                through_softmax(s[n][i], ds[n][i], scale, tile_lse[column], tile_delta[column]);
+        if (start + STEP < end) copy(start + STEP, buffer ^ STEP);
+        if (first >= keys) continue;
+        const Row<D>* at = rows[0] + buffer;
+        int pair = buffer / 2 + lane % 4;
+#pragma unroll 1
+        for (int chunk = 0; chunk < min(STEP, end - start); chunk += 16, at += 16, pair += 8) {
+            float s[M][2][4] = {}, ds[M][2][4];
+            for (int n = 0; n < 2; n++) {
+                float4 x = minus[pair + n * 4];
+                for (int m = 0; m < M; m++) {
+                    ds[m][n][0] = x.x;
+                    ds[m][n][1] = x.y;
+                    ds[m][n][2] = x.z;
+                    ds[m][n][3] = x.w;
+                }
             }
+            add_scores<D>(ka, at, 0, s);
+            add_scores<D>(va, at, 2 * STEP, ds);
+            // Queries past the end are zero in both tiles, so what stands in their columns does not count.
+            unsigned p[M][4], dp[M][4];
+            float2 base[2] = {less[pair], less[pair + 4]};
+            for (int m = 0; m < M; m++) {
+                for (int i = 0; i < 8; i++) {
+                    float& x = s[m][i / 4][i % 4];
+                    x = power_of_two(x * factor + (i % 2 ? base[i / 4].y : base[i / 4].x));
+                    ds[m][i / 4][i % 4] *= x;
+                }
+                as_operand(s[m][0], s[m][1], p[m]);
+                as_operand(ds[m][0], ds[m][1], dp[m]);
+            }
+            accumulate<D>(p, at, 2 * STEP, dv);
+            accumulate<D>(dp, at, 0, dk);
         }
-        // Queries past the end are zero in both tiles, so what stands in their columns does not count.
-        accumulate<D>(s, more_across, dv);
-        accumulate<D>(ds, across, dk);
     }
     size_t n = size_t(images) * keys * channels;
     partial += blockIdx.z * 2 * n + key_start;
-    for (int m = 0; m < D / 8; m++) {
-        for (int i = 0; i < 4; i++) {
-            int row = first + warp * 16 + g + i / 2 * 8, c = m * 8 + t + i % 2;
-            if (row < keys && c < head) {
-                partial[size_t(row) * channels + c] = scale * dk[m][i];
-                partial[n + size_t(row) * channels + c] = dv[m][i];
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int i = 0; i < D / 4; i++) {
+            int row = first + m * 16 + g + i % 2 * 8, c = i / 2 * 8 + t;
+            if (row >= keys || c >= head) continue;
+            float* at = partial + size_t(row) * channels + c;
+            const float *key = dk[m][i / 2] + i % 2 * 2, *value = dv[m][i / 2] + i % 2 * 2;
+            if (head % 8 == 0) {
+                *reinterpret_cast<float2*>(at) = float2{scale * key[0], scale * key[1]};
+                *reinterpret_cast<float2*>(at + n) = float2{value[0], value[1]};
+            } else {
+                for (int j = 0; j < 2 && c + j < head; j++) {
+                    at[j] = scale * key[j];
+                    at[n + j] = value[j];
+                }
             }
         }
     }
 }
 
-// Grid: (ceil(keys / TILE), images·heads, ceil(queries / slice)), blocks of BLOCK. `slice` is a multiple of TILE.
-KERNEL(BLOCK) attention_backward_keys_32(const bf16* q /* (images, queries, heads·head) */,
-                                         const bf16* k /* (images, keys, heads·head) */, const bf16* v /* as k */,
-                                         const bf16* d_o /* as q */, const float* lse /* (images, heads, queries) */,
-                                         const float* delta /* as lse */, int images, int heads, int head, int queries,
-                                         int keys, int slice, float scale,
-                                         float* partial /* (slices, 2, images, keys, heads·head): dK, dV */) {
-    key_gradient<32>(q, k, v, d_o, lse, delta, images, heads, head, queries, keys, slice, scale, partial);
+// Grid: (ceil(keys / (KEY_BLOCK / 2·TILES)), images·heads, ceil(queries / slice)), blocks of KEY_BLOCK.
+KERNEL(KEY_BOUNDS) attention_backward_keys_32(const bf16* q /* (images, queries, heads·head) */,
+                                              const bf16* k /* (images, keys, heads·head) */, const bf16* v /* as k */,
+                                              const bf16* d_o /* as q */,
+                                              const float* terms /* (images, heads, queries, 2) */, int images,
+                                              int heads, int head, int queries, int keys, int slice, float scale,
+                                              float* partial /* (slices, 2, images, keys, heads·head): dK, dV */) {
+    key_gradient<32>(q, k, v, d_o, terms, images, heads, head, queries, keys, slice, scale, partial);
 }
 
-KERNEL(BLOCK) attention_backward_keys_64(const bf16* q, const bf16* k, const bf16* v, const bf16* d_o, const float* lse,
-                                         const float* delta, int images, int heads, int head, int queries, int keys,
-                                         int slice, float scale, float* partial) {
-    key_gradient<64>(q, k, v, d_o, lse, delta, images, heads, head, queries, keys, slice, scale, partial);
+KERNEL(KEY_BOUNDS) attention_backward_keys_64(const bf16* q, const bf16* k, const bf16* v, const bf16* d_o,
+                                              const float* terms, int images, int heads, int head, int queries,
+                                              int keys, int slice, float scale, float* partial) {
+    key_gradient<64>(q, k, v, d_o, terms, images, heads, head, queries, keys, slice, scale, partial);
 }
 
-// The slices of dK and dV in order. Threads: n.
-KERNEL(THREADS) attention_backward_join(const float* partial /* (slices, 2, n) */, int slices, u64 n, bf16* dk /* (n) */,
-                                        bf16* dv /* (n) */) {
-    size_t i = thread_number();
+template <int V>
+__device__ __forceinline__ void join(const float* partial, int slices, u64 n, bf16* dk, bf16* dv) {
+    size_t i = thread_number() * V;
     if (i >= n) return;
-    float k = 0, v = 0;
-    for (int s = 0; s < slices; s++) {
-        k += partial[s * 2 * n + i];
-        v += partial[(s * 2 + 1) * n + i];
+    Pack<V> sums[2] = {};
+    for (int s = 0; s < 2 * slices; s += 2) {
+        Pack<V> k = load<V>(partial + s * n + i), v = load<V>(partial + (s + 1) * n + i);
+        for (int j = 0; j < V; j++) {
+            sums[0].x[j] += k.x[j];
+            sums[1].x[j] += v.x[j];
+        }
     }
-    dk[i] = __float2bfloat16_rn(k);
-    dv[i] = __float2bfloat16_rn(v);
+    store<V>(dk + i, sums[0]);
+    store<V>(dv + i, sums[1]);
+}
+
+// The slices of dK and dV in order. Threads: n / V.
+KERNEL(THREADS) attention_backward_join(const float* partial /* (slices, 2, n) */, int slices, u64 n,
+                                        bf16* dk /* (n) */, bf16* dv /* (n) */) {
+    BY_WIDTH(n, join, partial, slices, n, dk, dv);
 }

@@ -1,15 +1,14 @@
 // Tensor-core products of one warp: D (16 x 8, f32) += A (16 x 16, bf16) · B (16 x 8, bf16).
 //
 // Lane l = 4·g + t holds, in pairs of neighbouring columns of A (or rows of B):
-//   A: rows g and g + 8, columns 2t and 2t + 8;   B: column g, rows 2t and 2t + 8;   D: rows g and g + 8, columns 2t, 2t + 1.
+//   A: rows g and g + 8, columns 2t and 2t + 8;   B: column g, rows 2t and 2t + 8;   D: rows g and g + 8, column 2t.
 // So a D, rounded, is at once half of an A: products chain without leaving the registers.
 #pragma once
 #include "common.cuh"
 
 __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
 #ifdef __CUDACC__
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -18,21 +17,64 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsig
 #endif
 }
 
-// Two neighbouring numbers.
-__device__ __forceinline__ unsigned pair_at(const bf16* p) { return *reinterpret_cast<const unsigned*>(p); }
-
-// A from rows row.. row + 16 and columns k.. k + 16 of a tile.
-template <int S> __device__ __forceinline__ void fragment(const bf16 (*tile)[S], int row, int k, unsigned (&a)[4]) {
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4 * 2;
-    a[0] = pair_at(&tile[row + g][k + t]);
-    a[1] = pair_at(&tile[row + g + 8][k + t]);
-    a[2] = pair_at(&tile[row + g][k + t + 8]);
-    a[3] = pair_at(&tile[row + g + 8][k + t + 8]);
+// Four 8 x 8 matrices from shared memory: lane l names row l % 8 of matrix l / 8, 16 aligned bytes. Of each, lane
+// 4·g + t receives columns 2t, 2t + 1 of row g; transposed, rows 2t, 2t + 1 of column g.
+template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(const bf16* row, unsigned (&x)[4]) {
+#ifdef __CUDACC__
+    unsigned at = unsigned(__cvta_generic_to_shared(row));
+    if constexpr (TRANSPOSED) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(at));
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(at));
+    }
+#else
+    host::load_matrices<TRANSPOSED>(row, x, __LINE__);
+#endif
 }
 
-// d += A·tileᵀ for 8 rows of a tile from `row` on, whose columns k.. k + 16 run along A's.
-template <int S>
-__device__ __forceinline__ void mma_tile(float (&d)[4], const unsigned (&a)[4], const bf16 (*tile)[S], int row, int k) {
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4 * 2;
-    mma(d, a, pair_at(&tile[row + g][k + t]), pair_at(&tile[row + g][k + t + 8]));
+// A row of a tile for them. The padding takes neighbouring rows to different banks.
+template <int D> struct alignas(16) Row {
+    bf16 at[D + 8];
+};
+
+// A from 16 rows and 16 columns of a tile.
+template <int D> __device__ __forceinline__ void operand(const Row<D>* tile, int row, int column, unsigned (&a)[4]) {
+    int lane = threadIdx.x % 32;
+    load_matrices<false>(&tile[row + lane % 16].at[column + lane / 16 * 8], a);
+}
+
+// Two B from 16 rows and 16 columns of a tile, the first in x[0], x[1]. Across: D's columns are the tile's rows, and
+// the sum runs along the tile's columns.
+template <int D> __device__ __forceinline__ void across(const Row<D>* tile, int row, int column, unsigned (&x)[4]) {
+    int lane = threadIdx.x % 32;
+    load_matrices<false>(&tile[row + lane / 16 * 8 + lane % 8].at[column + lane / 8 % 2 * 8], x);
+}
+
+// Along: D's columns are the tile's, and the sum runs along its rows.
+template <int D> __device__ __forceinline__ void along(const Row<D>* tile, int row, int column, unsigned (&x)[4]) {
+    int lane = threadIdx.x % 32;
+    load_matrices<true>(&tile[row + lane % 16].at[column + lane / 16 * 8], x);
+}
+
+// Begins to copy `bytes` bytes, and zeros up to N, to shared memory past the registers; done, for this thread, after
+// copies_done. Of no bytes, `from` may lie anywhere.
+template <int N> __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
+#ifdef __CUDACC__
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+                 "l"(__cvta_generic_to_global(from)), "n"(N), "r"(bytes)
+                 : "memory");
+#else
+    std::memset(to, 0, N);
+    std::memcpy(to, from, size_t(bytes));
+#endif
+}
+
+__device__ __forceinline__ void copies_done() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 }

@@ -80,6 +80,9 @@ void block_barrier(int line);
 typedef void (*Join)(const void* const* in, void* const* out);
 void warp_meeting(int line, const void* in, void* out, Join join);
 
+// Ends the launch with a message.
+void fail(std::string message);
+
 // Shared memory of this block that belongs to a declaration, poisoned when the block first asks for it.
 void* shared(const void* site, size_t bytes);
 
@@ -132,6 +135,16 @@ template <class T> T shuffle(T value, int from, int line) {
     return out;
 }
 
+inline int any(int predicate, int line) {
+    int out;
+    warp_meeting(line, &predicate, &out, [](const void* const* in, void* const* out) {
+        int any = 0;
+        for (int lane = 0; lane < 32; lane++) any |= *static_cast<const int*>(in[lane]) != 0;
+        for (int lane = 0; lane < 32; lane++) *static_cast<int*>(out[lane]) = any;
+    });
+    return out;
+}
+
 // m16n8k16 on bf16 pairs with the fragment layouts of the PTX manual.
 struct Fragments {
     float d[4];
@@ -165,6 +178,23 @@ inline void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
     });
 }
 
+// Four 8 x 8 matrices of 16-bit numbers, whose rows the lanes name, as ldmatrix distributes them.
+template <bool TRANSPOSED> void load_matrices(const void* row, unsigned (&x)[4], int line) {
+    if (bits<uintptr_t>(row) % 16 != 0) fail("a row of a matrix is not aligned to 16 bytes");
+    warp_meeting(line, row, &x, [](const void* const* in, void* const* out) {
+        auto at = [&](int matrix, int i, int j) {
+            if (TRANSPOSED) std::swap(i, j);
+            return unsigned(static_cast<const uint16_t*>(in[matrix * 8 + i])[j]);
+        };
+        for (int l = 0; l < 32; l++) {
+            int group = l / 4, pair = l % 4 * 2;
+            for (int m = 0; m < 4; m++) {
+                static_cast<unsigned*>(out[l])[m] = at(m, group, pair) | at(m, group, pair + 1) << 16;
+            }
+        }
+    });
+}
+
 inline int lane() {
     return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
 }
@@ -183,6 +213,7 @@ inline void __syncthreads(HOST_LINE) { host::block_barrier(line); }
 template <class T> T __shfl_xor_sync(unsigned, T value, int with, HOST_LINE) {
     return host::shuffle(value, host::lane() ^ with, line);
 }
+inline int __any_sync(unsigned, int predicate, HOST_LINE) { return host::any(predicate, line); }
 inline unsigned atomicAdd(unsigned* to, unsigned value) { return std::exchange(*to, *to + value); }
 inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
     return std::exchange(*to, *to + value);

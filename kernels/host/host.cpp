@@ -131,12 +131,6 @@ void fiber_main() {
     to_scheduler();
 }
 
-// Ends the launch: the scheduler drops the other fibers where they stand.
-void fail(std::string message) {
-    if (block.error.empty()) block.error = std::move(message);
-    to_scheduler();
-}
-
 uint64_t random_number() {
     block.random ^= block.random << 13;
     block.random ^= block.random >> 7;
@@ -189,6 +183,12 @@ std::string check(const Launch& launch, unsigned threads) {
 }
 
 }  // namespace
+
+// The scheduler drops the other fibers where they stand.
+void fail(std::string message) {
+    if (block.error.empty()) block.error = std::move(message);
+    to_scheduler();
+}
 
 void block_barrier(int line) {
     if (block.waiting == 0) block.barrier_line = line;
