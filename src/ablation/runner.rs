@@ -8,7 +8,7 @@ use super::config::{DataIdentity, RunConfig, SplitIdentity};
 use super::lock::Lock;
 use super::source::{ModelSource, Source};
 use crate::backend::Place;
-use crate::dataset::{self, PackedDataset, Split};
+use crate::dataset::{self, Augment, PackedDataset, Split};
 use crate::error::{Error, Kind, Result};
 use crate::files;
 use crate::progress::{Progress, duration, interrupted};
@@ -41,7 +41,7 @@ impl Setup {
         size: Option<usize>,
         model: &ModelSource,
         adapter: Option<&Path>,
-        place: Place,
+        mut place: Place,
         progress: &Progress,
     ) -> Result<Self> {
         // The model first: it is small, and what is wrong with it should not wait for the images.
@@ -56,6 +56,14 @@ impl Setup {
             source.model.path,
             s = packed.size()
         ));
+        let all: Vec<_> = (0..packed.len()).map(|i| train::sample(&packed, i, Augment::IDENTITY)).collect();
+        if place.hold(&all, packed.size())? {
+            progress.detail("the images stay on the GPU");
+        }
+        if let Place::Gpu(gpu) = &place {
+            progress.info(format!("device: {}", gpu.driver.name()));
+        }
+        drop(all);
         Ok(Self { data: packed, data_identity, source, place })
     }
 

@@ -60,7 +60,7 @@ pub(super) fn measure<B: Backend>(
 }
 
 /// Image `index` of `data` as a sample.
-pub(super) fn sample(data: &PackedDataset, index: usize, augment: Augment) -> Sample<'_> {
+pub fn sample(data: &PackedDataset, index: usize, augment: Augment) -> Sample<'_> {
     Sample { index, pixels: data.pixels(index), labels: data.mask(index), augment }
 }
 

@@ -32,16 +32,25 @@ pub enum StepKind {
 /// # Errors
 /// When the worker threads cannot be started, or the device fails.
 pub fn measure_step(place: &Place, kind: StepKind, size: usize, batch: usize, steps: usize) -> Result<Vec<f64>> {
+    let noise = Philox::new(0, Purpose::Demo, 0, 0);
+    let pixels: Vec<u8> = (0..batch * size * size * 3).map(|i| noise.word(i as u64) as u8).collect();
+    let labels: Vec<u8> = (0..batch * size * size).map(|i| u8::from(i / 64 % 3 == 0)).collect();
+    let samples: Vec<Sample<'_>> =
+        (pixels.chunks_exact(size * size * 3).zip(labels.chunks_exact(size * size)).enumerate())
+            .map(|(index, (pixels, labels))| Sample { index, pixels, labels, augment: Augment::IDENTITY })
+            .collect();
+    let mut place = place.clone();
+    place.hold(&samples, size)?;
     let (options, prepared) = prepare(kind)?;
     let Prepared { config, tensors, trainable } = &prepared;
     let sizes = ModelOptions { size, batch };
-    match place {
+    match &place {
         Place::Cpu => {
             let model = on_cpu(config, sizes, trainable, tensors)?;
             drop(prepared);
-            time(model, &options, kind, steps)
+            time(model, &samples, &options, kind, steps)
         }
-        Place::Gpu(gpu) => time(on_gpu(gpu, config, sizes, trainable, tensors)?, &options, kind, steps),
+        Place::Gpu(gpu) => time(on_gpu(gpu, config, sizes, trainable, tensors)?, &samples, &options, kind, steps),
     }
 }
 
@@ -91,26 +100,25 @@ pub fn demand(kind: StepKind, size: usize, batch: usize) -> Result<Demand> {
     Ok(Demand { memory: model.backend().device().bytes(), work })
 }
 
-fn time<B: Backend>(mut model: Model<B>, options: &TrainOptions, kind: StepKind, steps: usize) -> Result<Vec<f64>> {
-    let (size, batch) = (model.size(), model.batch());
-    let noise = Philox::new(0, Purpose::Demo, 0, 0);
-    let pixels: Vec<u8> = (0..batch * size * size * 3).map(|i| noise.word(i as u64) as u8).collect();
-    let labels: Vec<u8> = (0..batch * size * size).map(|i| u8::from(i / 64 % 3 == 0)).collect();
-    let samples: Vec<Sample<'_>> =
-        (pixels.chunks_exact(size * size * 3).zip(labels.chunks_exact(size * size)).enumerate())
-            .map(|(index, (pixels, labels))| Sample { index, pixels, labels, augment: Augment::IDENTITY })
-            .collect();
+fn time<B: Backend>(
+    mut model: Model<B>,
+    samples: &[Sample<'_>],
+    options: &TrainOptions,
+    kind: StepKind,
+    steps: usize,
+) -> Result<Vec<f64>> {
+    let pixels = samples.len() * model.size() * model.size();
     let mut moments = model.moments();
     let decays = vec![false; moments.first.len()];
     let mut seconds = Vec::with_capacity(steps);
     for step in 0..=steps {
         let started = Instant::now();
         if kind == StepKind::Eval {
-            model.evaluate(&samples);
+            model.evaluate(samples);
         } else {
             model.clear_gradients();
             let random = StepRandom { seed: options.seed, step: step as u32 };
-            model.train_micro_batch(&samples, 1.0 / labels.len() as f64, random);
+            model.train_micro_batch(samples, 1.0 / pixels as f64, random);
             model.finish_gradients();
             model.update(&adamw(options, options.lr, step as u64 + 1), &decays, &mut moments);
             // A device works on after the calls have returned; the norm is known when the gradients are.

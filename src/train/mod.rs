@@ -11,7 +11,7 @@ mod run;
 mod schedule;
 mod start;
 
-pub use evaluate::{Predictor, evaluate};
+pub use evaluate::{Predictor, evaluate, sample};
 pub use measure::{Demand, StepKind, demand, measure_step};
 pub use metrics::Confusion;
 pub use run::{Inputs, run};
