@@ -86,6 +86,7 @@ def main():
             setattr(options, name, value)
     if not options.binary.exists():
         parser.error(f"{options.binary} does not exist: cargo build --release, or give --binary")
+    options.binary = options.binary.resolve()
 
     common = [f"--device={options.device}", f"--size={options.size}", f"--batch-size={options.batch_size}"]
     common.append(f"--steps={options.steps}")

@@ -46,12 +46,9 @@ find_libraries() {
         echo /usr/local/cuda/lib64)
 }
 
+# Ends the part with the program's own words where GPU 0 cannot be used.
 need_gpu() {
-    ./segpeft-native doctor >"$scratch/doctor.txt"
-    if ! grep -E '^CUDA backend +works' "$scratch/doctor.txt" >/dev/null; then
-        sed -n 's/^note: no GPU in use: /no usable GPU: /p' "$scratch/doctor.txt"
-        exit 1
-    fi
+    ./segpeft-native doctor --device cuda --step eval --size 32 --batch-size 1 --steps 1 >/dev/null || exit 1
 }
 
 # The pictures in one file, packed once for all parts.
@@ -81,7 +78,9 @@ fenced() {
 
 doctor() {
     need_gpu
-    cat "$scratch/doctor.txt"
+    ./segpeft-native doctor | tee "$scratch/doctor.txt"
+    grep -E '^CUDA backend +works' "$scratch/doctor.txt" >/dev/null || exit 1
+    sed -n 's/^note: GPU 0/GPU 0/p' "$scratch/doctor.txt"
 }
 
 tests() {
@@ -117,9 +116,8 @@ sanitize() { # tool
     local program summary code=0
     program=$(PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin:/usr/local/cuda/bin command -v compute-sanitizer) ||
         skip "compute-sanitizer is not here: it comes with the CUDA toolkit"
-    SEGPEFT_TEST_GPU=0 "$program" --tool "$1" --print-limit 20 ./cuda-tests operations:: >"$scratch/$1.txt" 2>&1 ||
-        code=$?
-    cat "$scratch/$1.txt"
+    SEGPEFT_TEST_GPU=0 "$program" --tool "$1" --print-limit 20 ./cuda-tests operations:: 2>&1 |
+        tee "$scratch/$1.txt" || code=$?
     summary=$(grep -o '[A-Z]* SUMMARY: .*' "$scratch/$1.txt" | tail -1 || true)
     echo "${summary:-no summary}; exit code $code"
     [[ $code == 0 && $summary == *"SUMMARY: 0 "* ]]
@@ -149,9 +147,8 @@ steps() {
         printf '\nWhere the time of %s goes:\n\n' "$step"
         head -25 "$results/profile-$step.txt" | fenced
     done >>"$results/steps.md"
-    echo "images/s: $(for step in fft lora eval; do
-        printf '%s %.0f  ' "$step" "$(number images_per_second "$results/step-$step.json")"
-    done)"
+    awk -F ' *[|] *' '/^[|] (fft|lora|eval) / { all = all "  " $2 " " $4 } END { print "images/s:" all }' \
+        "$results/steps.md"
 }
 
 kernels() {
@@ -167,13 +164,16 @@ compare() {
     python3 -c 'import torch, transformers, peft' 2>/dev/null ||
         skip "python3 cannot import torch, transformers and peft: install baseline/requirements.txt"
     need_gpu
-    python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
-        echo "PyTorch sees no GPU: install one built for CUDA"
-        exit 1
-    }
+    python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+        { echo "PyTorch sees no GPU: install one built for CUDA" && exit 1; }
+    local code=0
     TORCHINDUCTOR_CACHE_DIR=$scratch/inductor python3 baseline/compare.py --binary ./segpeft-native --device cuda \
-        --compile both --size "$SIZE" --batch-size "$BATCH" --rounds 2 --seconds 150 --json "$results/compare.json" |
-        tee "$results/compare.md"
+        --compile both --size "$SIZE" --batch-size "$BATCH" --rounds 2 --seconds 150 --json "$results/compare.json" \
+        >"$results/compare.md" || code=$?
+    cat "$results/compare.md"
+    [[ $code == 0 ]] || { echo "a measurement failed, see above" && exit 1; }
+    awk -F ' *[|] *' '/^[|] (training|evaluation)/ { all = all "  " $5 } END { print "speed-up:" all }' \
+        "$results/compare.md"
 }
 
 train() {
