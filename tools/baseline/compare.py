@@ -29,10 +29,15 @@ DEFAULTS = {
 MEMORY = {"cpu": ("peak_rss_bytes", "peak_rss_bytes"), "cuda": ("device_bytes", "peak_device_bytes")}
 
 
-def run(command: list[str], threads: int) -> dict | None:
-    """Runs a measuring process and reads the JSON document on its standard output; None if it fails."""
+def run(command: list[str], threads: int, seconds: float) -> dict | None:
+    """Runs a measuring process and reads the JSON document on its standard output; None if it fails or takes longer."""
     environment = os.environ | {"RAYON_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    limit = None if seconds == float("inf") else seconds
+    try:
+        result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        print(f"{' '.join(command)}: stopped, the time given with --seconds is over", file=sys.stderr)
+        return None
     if result.returncode:
         print(f"{' '.join(command)}: exit code {result.returncode}", file=sys.stderr)
         return None
@@ -77,7 +82,7 @@ def main():
     parser.add_argument("--batch-size", type=int, help="default: 4; 64 on a GPU")
     parser.add_argument("--steps", type=int, help="timed steps per process (default: 3; 10 on a GPU)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no step of a round after this long")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop measuring after this long")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="write every measurement here")
     options = parser.parse_args()
@@ -92,12 +97,16 @@ def main():
     common.append(f"--steps={options.steps}")
     names = SIDES[options.compile]
     measured = {step: {side: [] for side in names} for step in options.step}
-    started = time.monotonic()
     failed = False
+    end = time.monotonic() + options.seconds
+
+    def left():
+        return end - time.monotonic()
+
     # Rounds outermost: when time runs out, every step has been compared, if less often.
     for round_ in range(options.rounds):
         for step in options.step:
-            if time.monotonic() - started > options.seconds:
+            if left() <= 0:
                 print(f"{step} round {round_ + 1}: left out, {options.seconds:.0f} s are over", file=sys.stderr)
                 continue
             theirs = [options.python, str(HERE / "baseline.py"), "--step", step, "--dtype", options.dtype, *common]
@@ -107,9 +116,9 @@ def main():
                 "compiled": [*theirs, "--compile"],
             }
             for side in names if round_ % 2 == 0 else reversed(names):
-                result = run(commands[side], options.threads)
+                result = run(commands[side], options.threads, max(0.0, left()))
                 measured[step][side].append(result)
-                failed |= result is None
+                failed |= result is None and left() > 0
                 rate = f"{result['images_per_second']:.2f} images/s" if result else "failed"
                 print(f"{step} round {round_ + 1} {side}: {rate}", file=sys.stderr)
 
@@ -132,7 +141,7 @@ def main():
     print(f"| ours, {unit} | PyTorch, {unit} | memory |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     print("\n".join(filter(None, table)))
-    sys.exit(failed)
+    sys.exit(failed or not all(table))
 
 
 if __name__ == "__main__":
