@@ -102,20 +102,24 @@ __device__ __forceinline__ float block_sum(float x) {
     return total;
 }
 
-// Sums of `term` over rows, per channel, K at a time, by slabs of `slab` rows: grid (ceil(channels/32), slabs), blocks of
-// THREADS. term(row, channel, terms) fills terms[K] for V channels from `channel` on; each row and channel is asked for
-// once. What the slabs leave in `partial` is added up, in order, by sum_partials.
+// Channels that a block of column_partials takes: in packs of V, side by side up to a warp.
+template <int V> __device__ __forceinline__ int column_span(int channels) { return min(channels / V, 32) * V; }
+
+// Sums of `term` over rows, per channel, K at a time, by slabs of `slab` rows: grid (ceil(channels / column_span), slabs),
+// blocks of THREADS. term(row, channel, terms) fills terms[K] for V channels from `channel` on; each row and channel is asked
+// for once. What the slabs leave in `partial` is added up, in order, by sum_partials.
 template <int V, int K, class Term>
 __device__ __forceinline__ void column_partials(Term term, int rows, int channels, int slab,
                                                 float* partial /* (slabs, K, channels) */) {
-    constexpr int COLUMNS = 32 / V, LINES = THREADS / COLUMNS;
-    SHARED(float, tile, [LINES][32 + 1]);
-    int column = threadIdx.x % COLUMNS, line = threadIdx.x / COLUMNS;
-    int channel = blockIdx.x * 32 + column * V;
+    SHARED(float, tile, [THREADS * V]);
+    int span = column_span<V>(channels), columns = span / V, lines = THREADS / columns;
+    int column = threadIdx.x % columns, line = threadIdx.x / columns;
+    int channel = blockIdx.x * span + column * V;
     int end = min(rows, (int(blockIdx.y) + 1) * slab);
     Pack<V> sums[K] = {};
-    if (channel < channels) {
-        for (int row = blockIdx.y * slab + line; row < end; row += LINES) {
+    if (channel < channels && line < lines) {
+#pragma unroll(K < 4 ? 2 : 1)  // more would take too many registers
+        for (int row = blockIdx.y * slab + line; row < end; row += lines) {
             Pack<V> terms[K];
             term(row, channel, terms);
             for (int k = 0; k < K; k++) {
@@ -124,12 +128,14 @@ __device__ __forceinline__ void column_partials(Term term, int rows, int channel
         }
     }
     for (int k = 0; k < K; k++) {
-        for (int i = 0; i < V; i++) tile[line][column * V + i] = sums[k].x[i];
+        if (line < lines) {
+            for (int i = 0; i < V; i++) tile[line * span + column * V + i] = sums[k].x[i];
+        }
         __syncthreads();
-        int c = blockIdx.x * 32 + threadIdx.x;
-        if (threadIdx.x < 32 && c < channels) {
+        int c = blockIdx.x * span + threadIdx.x;
+        if (int(threadIdx.x) < span && c < channels) {
             float total = 0;
-            for (int l = 0; l < LINES; l++) total += tile[l][threadIdx.x];
+            for (int l = 0; l < lines; l++) total += tile[l * span + threadIdx.x];
             partial[(size_t(blockIdx.y) * K + k) * channels + c] = total;
         }
         __syncthreads();
@@ -169,6 +175,16 @@ struct Dropout {
             return p;
         }
         u64 at = first + start;
+        if (V % 4 == 0 && at % 4 == 0) {
+            for (int i = 0; i < V; i += 4) {
+                uint4 words = block((at + i) / 4);
+                p.x[i] = of(words.x);
+                p.x[i + 1] = of(words.y);
+                p.x[i + 2] = of(words.z);
+                p.x[i + 3] = of(words.w);
+            }
+            return p;
+        }
         uint4 words = block(at / 4);
         for (int i = 0; i < V; i++, at++) {
             if (i > 0 && at % 4 == 0) words = block(at / 4);

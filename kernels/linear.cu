@@ -16,12 +16,21 @@ KERNEL(THREADS) linear_backward_bias(const bf16* dy /* (rows, outputs) */, int r
     BY_WIDTH(outputs, bias_partials, dy, rows, outputs, slab, partial);
 }
 
-// out = scale·Σ_s partial[s], added to out if `add`. Threads: n. Rows of `partial` are `stride` apart.
+// out = scale·Σ_s partial[s], added to out if `add`. Rows of `partial` are `stride` apart. A warp takes every eighth slab,
+// so that many reads are under way at once. Grid: ceil(n / 32).
 KERNEL(THREADS) sum_partials(const float* partial /* (slabs, stride) */, int slabs, int stride, int n, float scale,
                              float* out /* (n) */, int add) {
-    size_t i = thread_number();
-    if (i >= size_t(n)) return;
+    constexpr int LINES = THREADS / 32;
+    SHARED(float, sums, [LINES][32]);
+    int lane = threadIdx.x % 32, line = threadIdx.x / 32, i = blockIdx.x * 32 + lane;
     float total = 0;
-    for (int s = 0; s < slabs; s++) total += partial[size_t(s) * stride + i];
+    if (i < n) {
+        for (int s = line; s < slabs; s += LINES) total += partial[size_t(s) * stride + i];
+    }
+    sums[line][lane] = total;
+    __syncthreads();
+    if (line > 0 || i >= n) return;
+    total = 0;
+    for (int l = 0; l < LINES; l++) total += sums[l][lane];
     out[i] = add ? out[i] + scale * total : scale * total;
 }

@@ -2,8 +2,8 @@
 // never exist in memory.
 //
 // A thread owns one logit and visits the label pixels that read it (8 x 8 at a quarter of the resolution), recomputing
-// each pixel's softmax: arithmetic is cheap here, and gathering needs no atomics. The loss of a pixel is counted by the
-// owner of its upper left logit of class 0.
+// each pixel's softmax: gathering needs no atomics. The loss of a pixel is counted by the owner of its upper left logit of
+// class 0. Two classes at a quarter of the resolution, the common case, have a kernel that visits each pixel once.
 #include "interpolate.cuh"
 
 // Four logits around a pixel and their weights.
@@ -30,14 +30,15 @@ struct Corners {
 
 // Grid: (ceil(height·width·labels / THREADS), images).
 KERNEL(THREADS) cross_entropy(const bf16* logits /* (images, height, width, labels) */, int height, int width, int labels,
-                              const unsigned char* truths /* (images, size, size) */,
+                              const unsigned char* truths /* (pictures, size, size) */,
+                              const int* positions /* (images): which picture */,
                               const unsigned char* flips /* (images) */, int size, float scale,
                               float* partial /* (images, gridDim.x): loss per block, unscaled */,
                               bf16* gradient /* as logits, or null */) {
     int image = blockIdx.y, cell = int(thread_number());
     int label = cell % labels, x = cell / labels % width, y = cell / labels / width;
     logits += size_t(image) * height * width * labels;
-    truths += size_t(image) * size * size;
+    truths += size_t(positions[image]) * size * size;
     float loss = 0, slope = 0;
     if (cell < height * width * labels) {
         int top, bottom, left, right;
@@ -74,6 +75,75 @@ KERNEL(THREADS) cross_entropy(const bf16* logits /* (images, height, width, labe
     if (threadIdx.x == 0) partial[size_t(image) * gridDim.x + blockIdx.x] = total;
 }
 
+// Two classes, labels at four times the logits' resolution. A block owns TILE x TILE cells: it brings their difference of
+// logits, on which alone softmax depends, to shared memory, makes each pixel's gradient once, and gathers.
+// Grid: (ceil(width / TILE), ceil(height / TILE), images).
+KERNEL(THREADS) cross_entropy_two(const bf16* logits /* (images, height, width, 2) */, int height, int width,
+                                  const unsigned char* truths /* (pictures, 4·height, 4·width) */,
+                                  const int* positions /* (images): which picture */,
+                                  const unsigned char* flips /* (images) */, float scale,
+                                  float* partial /* (images, tiles): loss per block, unscaled */,
+                                  bf16* gradient /* as logits, or null */) {
+    constexpr int TILE = 16, RATIO = 4, CELLS = TILE + 2, PIXELS = TILE * RATIO + RATIO;
+    SHARED(float, differences, [CELLS][CELLS + 1]);
+    SHARED(float, slopes, [PIXELS][PIXELS + 1]);
+    int image = blockIdx.z, top = blockIdx.y * TILE, left = blockIdx.x * TILE;
+    int tall = RATIO * height, wide = RATIO * width;
+    logits += size_t(image) * height * width * 2;
+    truths += size_t(positions[image]) * tall * wide;
+    bool flipped = flips[image] != 0;
+    for (int i = threadIdx.x; i < CELLS * CELLS; i += THREADS) {
+        int y = min(max(top - 1 + i / CELLS, 0), height - 1), x = min(max(left - 1 + i % CELLS, 0), width - 1);
+        unsigned pair = *reinterpret_cast<const unsigned*>(logits + (size_t(y) * width + x) * 2);
+        differences[i / CELLS][i % CELLS] = __uint_as_float(pair & 0xffff0000u) - __uint_as_float(pair << 16);
+    }
+    __syncthreads();
+    // The pixels that read the tile's cells: RATIO / 2 more on every side than lie over them.
+    int first_row = top * RATIO - RATIO / 2, first_column = left * RATIO - RATIO / 2;
+    float loss = 0;
+    for (int i = threadIdx.x; i < PIXELS * PIXELS; i += THREADS) {
+        int y = first_row + i / PIXELS, x = first_column + i % PIXELS;
+        float slope = 0;
+        if (y >= 0 && y < tall && x >= 0 && x < wide) {
+            int truth = truths[size_t(y) * wide + (flipped ? wide - 1 - x : x)];
+            if (truth < 2) {
+                Source line = source(y, height, tall), column = source(x, width, wide);
+                int low = line.low - top + 1, high = line.high - top + 1;
+                int near = column.low - left + 1, far = column.high - left + 1;
+                float above = (1.0f - column.weight) * differences[low][near] + column.weight * differences[low][far];
+                float below = (1.0f - column.weight) * differences[high][near] + column.weight * differences[high][far];
+                float difference = (1.0f - line.weight) * above + line.weight * below;
+                float small = __expf(difference > 0.0f ? -difference : difference), share = 1.0f / (1.0f + small);
+                slope = (difference > 0.0f ? share : small * share) - float(truth);
+                bool owned = y >= top * RATIO && y < (top + TILE) * RATIO && x >= left * RATIO && x < (left + TILE) * RATIO;
+                float wrong = truth == 1 ? -difference : difference;
+                if (owned) loss += (wrong < 0.0f ? 0.0f : wrong) + log1pf(small);
+            }
+        }
+        slopes[i / PIXELS][i % PIXELS] = slope;
+    }
+    float total = block_sum(loss);
+    if (threadIdx.x == 0) partial[(size_t(image) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = total;
+    int y = top + int(threadIdx.x) / TILE, x = left + int(threadIdx.x) % TILE;
+    if (gradient == nullptr || y >= height || x >= width) return;
+    constexpr int REACH = 2 * RATIO;
+    int row = (y - top) * RATIO, column = (x - left) * RATIO;
+    float weights[REACH];
+    for (int i = 0; i < REACH; i++) {
+        int pixel = first_column + column + i;
+        weights[i] = pixel >= 0 && pixel < wide ? weight_of(source(pixel, width, wide), x) : 0.0f;
+    }
+    float slope = 0;
+    for (int i = 0; i < REACH; i++) {
+        int pixel = first_row + row + i;
+        float line = pixel >= 0 && pixel < tall ? weight_of(source(pixel, height, tall), y) : 0.0f, along = 0;
+        for (int j = 0; j < REACH; j++) along += weights[j] * slopes[row + i][column + j];
+        slope += line * along;
+    }
+    unsigned pair = pair_of(-scale * slope, scale * slope);
+    *reinterpret_cast<unsigned*>(gradient + ((size_t(image) * height + y) * width + x) * 2) = pair;
+}
+
 // out[image] += scale·Σ partial[image]. Grid: images blocks.
 KERNEL(THREADS) sum_losses(const float* partial /* (images, blocks) */, int blocks, float scale,
                            float* out /* (images) */) {
@@ -86,7 +156,8 @@ KERNEL(THREADS) sum_losses(const float* partial /* (images, blocks) */, int bloc
 // Adds to counts[image][truth·labels + prediction] for the first largest class. Integer atomics: any order gives the same
 // counts; with few labels a block counts in shared memory first. Grid: (ceil(size² / THREADS), images).
 KERNEL(THREADS) confusion(const bf16* logits /* (images, height, width, labels) */, int height, int width, int labels,
-                          const unsigned char* truths /* (images, size, size) */,
+                          const unsigned char* truths /* (pictures, size, size) */,
+                          const int* positions /* (images): which picture */,
                           const unsigned char* flips /* (images) */, int size, u64* counts /* (images, labels²) */) {
     constexpr int SHARED_COUNTS = 1024;
     SHARED(unsigned, block_counts, [SHARED_COUNTS]);
@@ -97,7 +168,7 @@ KERNEL(THREADS) confusion(const bf16* logits /* (images, height, width, labels) 
     __syncthreads();
     if (pixel < size * size) {
         int oy = pixel / size, ox = pixel % size;
-        int truth = truths[(size_t(image) * size + oy) * size + (flips[image] ? size - 1 - ox : ox)];
+        int truth = truths[(size_t(positions[image]) * size + oy) * size + (flips[image] ? size - 1 - ox : ox)];
         if (truth < labels) {
             Corners corners(logits, width, labels, source(oy, height, size), source(ox, width, size));
             int best = 0;

@@ -6,7 +6,8 @@
 #include "common.cuh"
 
 // Threads: ceil(images·windows·side²·3 / 8).
-KERNEL(THREADS) pixel_patches(const unsigned char* pixels /* (images, size, size, 3) */,
+KERNEL(THREADS) pixel_patches(const unsigned char* pixels /* (pictures, size, size, 3) */,
+                              const int* positions /* (images): which picture */,
                               const unsigned char* levels /* (images, 256) */,
                               const unsigned char* flips /* (images) */, int images, int size, int side, int stride,
                               int padding, int out_size, bf16* out /* (images, out_size², side²·3) */) {
@@ -23,7 +24,7 @@ KERNEL(THREADS) pixel_patches(const unsigned char* pixels /* (images, size, size
             int y = at / out_size * stride + tap / side - padding, x = at % out_size * stride + tap % side - padding;
             if (y >= 0 && y < size && x >= 0 && x < size) {
                 int column = flips[image] ? size - 1 - x : x;
-                int level = levels[image * 256 + pixels[((size_t(image) * size + y) * size + column) * 3 + c]];
+                int level = levels[image * 256 + pixels[((size_t(positions[image]) * size + y) * size + column) * 3 + c]];
                 float mean = c == 0 ? 0.485f : c == 1 ? 0.456f : 0.406f;
                 float deviation = c == 0 ? 0.229f : c == 1 ? 0.224f : 0.225f;
                 p.x[i] = (float(level) / 255.0f - mean) / deviation;

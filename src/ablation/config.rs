@@ -31,6 +31,8 @@ pub struct RunConfig {
     pub model: Identity,
     /// The adapter it started from.
     pub adapter: Option<Identity>,
+    /// The GPU it was trained on, by the vendor's name; none for the CPU. Another kind rounds differently.
+    pub device: Option<String>,
 }
 
 /// What identifies a packed dataset.
@@ -195,6 +197,7 @@ mod tests {
             split: SplitIdentity::new(&Split { train: (0..8).collect(), val: vec![8, 9] }),
             model: identity,
             adapter: None,
+            device: None,
         }
     }
 

@@ -6,6 +6,7 @@ use std::path::Path;
 use super::lock::Lock;
 use super::runner::{Setup, SplitPlan, run_one};
 use super::source::ModelSource;
+use crate::backend::Place;
 use crate::dataset::demo::{self, Domain};
 use crate::error::Result;
 use crate::progress::Progress;
@@ -54,7 +55,13 @@ fn architecture() -> SegformerConfig {
 ///
 /// # Errors
 /// Those of writing, training and reading.
-pub fn setup(out: &Path, size: Option<usize>, grid: &TrainOptions, progress: &Progress) -> Result<Setup> {
+pub fn setup(
+    out: &Path,
+    size: Option<usize>,
+    grid: &TrainOptions,
+    place: &Place,
+    progress: &Progress,
+) -> Result<Setup> {
     let size = size.unwrap_or(SIZE);
     let folder = out.join("demo");
     let _lock = Lock::wait(&folder, ".lock", "prepare the demo", progress)?;
@@ -75,9 +82,9 @@ pub fn setup(out: &Path, size: Option<usize>, grid: &TrainOptions, progress: &Pr
     let model = folder.join(name);
     progress.info("demo: a small model is first trained on plainer pictures, so that there is something to adapt");
     let part = progress.part("[demo]".into());
-    let setup = Setup::open(&source, &cache, Some(size), &random, None, &part)?;
+    let setup = Setup::open(&source, &cache, Some(size), &random, None, place.clone(), &part)?;
     let record = run_one(&setup, name, &pretraining, &SplitPlan::Seeded, 0, &model, &part)?;
     let dice = record.final_evaluation.eval_mean_dice.unwrap_or(f64::NAN);
     progress.info(format!("demo: it reaches Dice {dice:.4} there; now every configuration adapts it to drawn polyps"));
-    Setup::open(&target, &cache, Some(size), &ModelSource::Path(model.join("final")), None, progress)
+    Setup::open(&target, &cache, Some(size), &ModelSource::Path(model.join("final")), None, place.clone(), progress)
 }

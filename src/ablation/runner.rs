@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::config::{DataIdentity, RunConfig, SplitIdentity};
 use super::lock::Lock;
 use super::source::{ModelSource, Source};
+use crate::backend::Place;
 use crate::dataset::{self, PackedDataset, Split};
 use crate::error::{Error, Kind, Result};
 use crate::files;
@@ -26,6 +27,7 @@ pub struct Setup {
     data: PackedDataset,
     data_identity: DataIdentity,
     source: Source,
+    place: Place,
 }
 
 impl Setup {
@@ -39,6 +41,7 @@ impl Setup {
         size: Option<usize>,
         model: &ModelSource,
         adapter: Option<&Path>,
+        place: Place,
         progress: &Progress,
     ) -> Result<Self> {
         // The model first: it is small, and what is wrong with it should not wait for the images.
@@ -53,7 +56,7 @@ impl Setup {
             source.model.path,
             s = packed.size()
         ));
-        Ok(Self { data: packed, data_identity, source })
+        Ok(Self { data: packed, data_identity, source, place })
     }
 
     /// Says what a run with `options` trains; `grid`: for all ranks at once.
@@ -73,6 +76,10 @@ impl Setup {
             split: SplitIdentity::new(split),
             model: self.source.model.clone(),
             adapter: self.source.adapter.clone(),
+            device: match &self.place {
+                Place::Cpu => None,
+                Place::Gpu(gpu) => Some(gpu.driver.name().into()),
+            },
         }
     }
 }
@@ -161,7 +168,7 @@ pub fn run_one(
     }
     config.write(folder)?;
     split.write(folder, &setup.data)?;
-    let inputs = Inputs { data: &setup.data, split: &split, model: &setup.source.start };
+    let inputs = Inputs { data: &setup.data, split: &split, model: &setup.source.start, place: &setup.place };
     let outcome = train::run(name, options, &inputs, folder, progress);
     let failure = folder.join(FAILURE);
     match &outcome {

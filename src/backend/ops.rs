@@ -248,8 +248,88 @@ pub struct BatchNormView<'a, F> {
     pub beta: &'a F,
 }
 
-/// The end of the decoder: BatchNorm (Ioffe and Szegedy, 2015; eps 1e-5) → ReLU → dropout → classifier.
-pub trait Head: Memory {
+/// The product at the end of the decoder.
+pub struct Classifier<'a, B: Memory> {
+    /// `(labels, channels)`
+    pub weight: &'a B::Act,
+    /// `(labels)`
+    pub bias: &'a B::Full,
+    /// Classes.
+    pub labels: usize,
+}
+
+/// The end of the decoder: stages joined → BatchNorm (Ioffe and Szegedy, 2015; eps 1e-5) → ReLU → dropout → classifier.
+///
+/// The operations named after joining and classifying consist of the others; their plain forms are what a backend that
+/// fuses them is tested against.
+pub trait Head: Resize + Linear {
+    /// Adds `parts`, each resized to `to`, to z `(to, channels)`; then measures it as [`Head::batch_moments`] does, if asked.
+    fn join_stages(
+        &self,
+        parts: &[(&Self::Act, Grid)],
+        to: Grid,
+        channels: usize,
+        z: &mut Self::Act,
+        moments: Option<&mut Self::Full>,
+    ) {
+        for (part, from) in parts {
+            self.upsample(part, *from, to, channels, z, true);
+        }
+        if let Some(moments) = moments {
+            self.batch_moments(z, to.rows(), channels, moments);
+        }
+    }
+    /// `logits = classifier(dropout(relu(batch_norm(z))))`; `room` is `(rows, channels)`, and
+    /// [`Head::classify_backward`] wants it as it was left.
+    fn classify(
+        &self,
+        z: &Self::Act,
+        norm: BatchNormView<'_, Self::Full>,
+        drop: Option<Dropout>,
+        rows: usize,
+        channels: usize,
+        classifier: Classifier<'_, Self>,
+        room: &mut Self::Act,
+        logits: &mut Self::Act,
+    ) {
+        classify_plainly(self, z, norm, drop, rows, channels, classifier, room, logits);
+    }
+    /// Adds the gradient of the classifier's weight, and writes what [`Head::head_backward`] writes to `sums`.
+    fn classify_backward(
+        &self,
+        z: &Self::Act,
+        norm: BatchNormView<'_, Self::Full>,
+        drop: Option<Dropout>,
+        rows: usize,
+        channels: usize,
+        classifier: Classifier<'_, Self>,
+        dlogits: &Self::Act,
+        room: &mut Self::Act,
+        weight_gradient: Option<&mut Self::Full>,
+        sums: &mut Self::Full,
+    ) {
+        let rest = (dlogits, room, weight_gradient, sums);
+        classify_backward_plainly(self, z, norm, drop, rows, channels, classifier, rest);
+    }
+    /// dz `(rows, channels)` from the logits' gradient; `total` as [`Head::batch_sums`] made it over so many rows, `sums` is
+    /// room.
+    fn classify_backward_input(
+        &self,
+        z: &Self::Act,
+        norm: BatchNormView<'_, Self::Full>,
+        drop: Option<Dropout>,
+        rows: usize,
+        channels: usize,
+        classifier: Classifier<'_, Self>,
+        dlogits: &Self::Act,
+        total: (&Self::Full, usize),
+        sums: &mut Self::Full,
+        dz: &mut Self::Act,
+    ) {
+        let rest = (dlogits, total, sums, dz);
+        classify_backward_input_plainly(self, z, norm, drop, rows, channels, classifier, rest);
+    }
+
     /// Measures z `(rows, channels)`: `moments` receives, per channel, the mean and then (from `channels` on) the sum of
     /// squared deviations from it.
     fn batch_moments(&self, z: &Self::Act, rows: usize, channels: usize, moments: &mut Self::Full);
@@ -309,6 +389,62 @@ pub trait Head: Memory {
         channels: usize,
         dy: &mut Self::Act,
     );
+}
+
+/// [`Head::classify`] by its parts.
+pub(super) fn classify_plainly<B: Head + ?Sized>(
+    backend: &B,
+    z: &B::Act,
+    norm: BatchNormView<'_, B::Full>,
+    drop: Option<Dropout>,
+    rows: usize,
+    channels: usize,
+    classifier: Classifier<'_, B>,
+    room: &mut B::Act,
+    logits: &mut B::Act,
+) {
+    backend.head_activation(z, norm, drop, rows, channels, room);
+    let product = Product { rows, inputs: channels, outputs: classifier.labels };
+    backend.linear(room, classifier.weight, Some(classifier.bias), product, logits, false);
+}
+
+/// [`Head::classify_backward`] by its parts; `rest` is its last arguments.
+pub(super) fn classify_backward_plainly<B: Head + ?Sized>(
+    backend: &B,
+    z: &B::Act,
+    norm: BatchNormView<'_, B::Full>,
+    drop: Option<Dropout>,
+    rows: usize,
+    channels: usize,
+    classifier: Classifier<'_, B>,
+    rest: (&B::Act, &mut B::Act, Option<&mut B::Full>, &mut B::Full),
+) {
+    let (dlogits, room, weight_gradient, sums) = rest;
+    let product = Product { rows, inputs: channels, outputs: classifier.labels };
+    if let Some(dw) = weight_gradient {
+        backend.linear_backward_weight(dlogits, room, product, dw);
+    }
+    backend.linear_backward_input(dlogits, classifier.weight, product, room, false);
+    backend.head_backward(z, norm, drop, rows, channels, room, sums);
+}
+
+/// [`Head::classify_backward_input`] by its parts; `rest` is its last arguments.
+pub(super) fn classify_backward_input_plainly<B: Head + ?Sized>(
+    backend: &B,
+    z: &B::Act,
+    norm: BatchNormView<'_, B::Full>,
+    drop: Option<Dropout>,
+    rows: usize,
+    channels: usize,
+    classifier: Classifier<'_, B>,
+    rest: (&B::Act, (&B::Full, usize), &mut B::Full, &mut B::Act),
+) {
+    let (dlogits, (total, batch_rows), sums, dz) = rest;
+    let product = Product { rows, inputs: channels, outputs: classifier.labels };
+    backend.linear_backward_input(dlogits, classifier.weight, product, dz, false);
+    let BatchNormView { stats, gamma, beta } = norm;
+    backend.head_backward(z, BatchNormView { stats, gamma, beta }, drop, rows, channels, dz, sums);
+    backend.batch_norm_backward(z, BatchNormView { stats, gamma, beta }, total, batch_rows, rows, channels, dz);
 }
 
 /// What the loss leaves on the device: numbers per image.

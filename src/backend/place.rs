@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::cuda::{Cuda, Driver};
+use super::Sample;
+use super::cuda::{Arena, Cuda, Driver, Dry, Pictures};
 use crate::Result;
 
 /// What the user asks for.
@@ -23,8 +24,19 @@ pub enum Place {
     /// On the CPU, in f32.
     Cpu,
     /// On a GPU, in bf16 with f32 parameters.
-    Gpu(Arc<Driver>),
+    Gpu(GpuPlace),
 }
+
+/// A GPU, with a dataset that may stay on it.
+#[derive(Clone)]
+pub struct GpuPlace {
+    /// The GPU.
+    pub driver: Arc<Driver>,
+    pictures: Option<Arc<Pictures>>,
+}
+
+/// A backend on a GPU.
+pub type Gpu = Cuda<Arena<Arc<Driver>>>;
 
 impl Place {
     /// Opens what `choice` names. With [`Choice::Auto`] a GPU that cannot be used is passed over; the second value says why.
@@ -32,25 +44,44 @@ impl Place {
     /// # Errors
     /// [`crate::error::Kind::Device`] when a GPU is asked for and cannot be used, with the remedy.
     pub fn open(choice: Choice) -> Result<(Self, Option<String>)> {
-        let gpu = |number| Driver::open(number).map(|driver| Self::Gpu(Arc::new(driver)));
+        let gpu = |number| {
+            let driver = Arc::new(Driver::open(number)?);
+            Ok(Self::Gpu(GpuPlace { driver, pictures: None }))
+        };
         match choice {
             Choice::Cpu => Ok((Self::Cpu, None)),
             Choice::Cuda(number) => Ok((gpu(number)?, None)),
-            Choice::Auto => Ok(gpu(0).map_or_else(|e| (Self::Cpu, Some(e.to_string())), |place| (place, None))),
+            Choice::Auto => Ok(match gpu(0) {
+                Ok(place) => (place, None),
+                Err(error) => (Self::Cpu, Some(error.to_string())),
+            }),
         }
     }
 
-    /// The device in words: `cpu`, or the GPU's name.
+    /// Copies a dataset to the device, to stay there for all runs, unless that would take more than half of what is free
+    /// (batches are then brought as they come). `samples` are all its pictures of `size`², in order. Returns whether it stays.
     ///
     /// # Errors
-    /// When the driver does not say.
-    pub fn name(&self) -> Result<String> {
-        match self {
-            Self::Cpu => Ok("cpu".into()),
-            Self::Gpu(driver) => Ok(driver.describe()?.name),
+    /// When the device fails.
+    pub fn hold(&mut self, samples: &[Sample<'_>], size: usize) -> Result<bool> {
+        let Self::Gpu(gpu) = self else { return Ok(false) };
+        if Pictures::bytes(samples.len(), size) > gpu.driver.free_memory()? / 2 {
+            return Ok(false);
         }
+        gpu.pictures = Some(Arc::new(Pictures::new(&gpu.driver, samples, size)?));
+        Ok(true)
     }
 }
 
-/// A backend on a GPU that may be shared.
-pub type Gpu = Cuda<Arc<Driver>>;
+impl GpuPlace {
+    /// A backend with one block of memory for everything that the work planned in `dry` allocates.
+    ///
+    /// # Errors
+    /// When there is not so much.
+    pub fn backend(&self, dry: &Cuda<Dry>) -> Result<Gpu> {
+        let arena = Arena::new(Arc::clone(&self.driver), dry.device().bytes())?;
+        let backend = Cuda::new(arena).with_pictures(self.pictures.clone());
+        backend.reserve(dry.rooms());
+        Ok(backend)
+    }
+}

@@ -80,7 +80,7 @@ fn slice(text: &str) -> std::result::Result<(usize, usize), String> {
 impl Ablate {
     pub fn run(&self, context: &Context) -> Result<()> {
         let progress = &context.progress;
-        let _place = self.files.device.open(&context.progress)?;
+        let place = self.files.device.open(&context.progress)?;
         let base = if self.demo { demo::options() } else { TrainOptions::default() };
         let options = self.training.options(base, self.files.hf_names);
         // Rank and alpha are the grid's.
@@ -91,9 +91,9 @@ impl Ablate {
         signals::install(progress)?;
         let setup = match (&self.data, &self.model) {
             (Some(data), Some(model)) => {
-                Setup::open(data, &self.files.cache(&out), self.files.size, model, None, progress)?
+                Setup::open(data, &self.files.cache(&out), self.files.size, model, None, place, progress)?
             }
-            _ => demo::setup(&out, self.files.size, &options, progress)?,
+            _ => demo::setup(&out, self.files.size, &options, &place, progress)?,
         };
         let plan = GridPlan { runs, selected, options, split: self.files.split_plan(), out };
         let outcome = ablation::run_grid(&setup, &plan, progress)?;

@@ -2,12 +2,13 @@
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
+use serde_json::json;
 
 use super::args::DeviceArgs;
 use super::{Context, args, output};
 use crate::backend::Place;
 use crate::backend::cpu::simd_level;
-use crate::backend::cuda::{self, Cuda, Driver};
+use crate::backend::cuda::{self, Cuda, Driver, Work};
 use crate::error::Result;
 use crate::system::{available_memory, proc_bytes};
 use crate::train::{self, StepKind};
@@ -17,7 +18,9 @@ use crate::train::{self, StepKind};
 #[command(after_help = "\
 Examples:
   segpeft-native doctor
-  segpeft-native doctor --step lora --size 512 --batch-size 4 --steps 5 --json")]
+  segpeft-native doctor --step lora --size 512 --batch-size 4 --steps 5 --json
+  segpeft-native doctor --step fft --batch-size 64 --device cuda --profile
+  segpeft-native doctor --step fft --batch-size 64 --traffic")]
 pub struct Doctor {
     /// Time steps on made-up images: fft or lora (forward, backward, update; B0) or eval (forward, metrics)
     #[arg(long, value_enum, value_name = "KIND", hide_possible_values = true)]
@@ -34,6 +37,9 @@ pub struct Doctor {
     /// On a GPU: run the steps once more and say how long each kernel and product took
     #[arg(long, requires = "step")]
     profile: bool,
+    /// Do not time, but say what a step asks of a GPU: memory, launches, bytes moved, multiply-adds. Needs no GPU
+    #[arg(long, requires = "step", conflicts_with_all = ["profile", "steps"])]
+    traffic: bool,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -71,11 +77,75 @@ struct Timing {
     median_seconds: f64,
     images_per_second: f64,
     peak_rss_bytes: Option<u64>,
+    /// The CPU, or the GPU's name.
+    device: String,
+    /// Memory that a run takes on a GPU, its dataset aside.
+    device_bytes: Option<usize>,
+    profile: Vec<Share>,
+}
+
+/// What one kernel at one size, or one product, took in all.
+#[derive(Serialize)]
+struct Share {
+    name: String,
+    launches: usize,
+    seconds: f64,
+    bytes: usize,
+    multiply_adds: usize,
+}
+
+impl Share {
+    fn text(&self) -> String {
+        let gigabytes = self.bytes as f64 / self.seconds / 1e9;
+        let operations = match self.multiply_adds {
+            0 => String::new(),
+            n => format!(" {:>6.1} TFLOP/s", 2.0 * n as f64 / self.seconds / 1e12),
+        };
+        let each = 1e6 * self.seconds / self.launches as f64;
+        let total = 1e3 * self.seconds;
+        format!(
+            "{total:>9.3} ms {:>5} x {each:>8.1} us {gigabytes:>6.0} GB/s  {}{operations}\n",
+            self.launches, self.name
+        )
+    }
+}
+
+/// What one kernel moves in a step.
+#[derive(Serialize)]
+struct Traffic {
+    kernel: String,
+    launches: usize,
+    read_bytes: usize,
+    written_bytes: usize,
+    multiply_adds: usize,
+}
+
+impl Traffic {
+    fn new(kernel: &str, work: &Work) -> Self {
+        Self {
+            kernel: kernel.into(),
+            launches: work.calls,
+            read_bytes: work.read,
+            written_bytes: work.written,
+            multiply_adds: work.multiply_adds,
+        }
+    }
+}
+
+impl Step {
+    fn kind(self) -> StepKind {
+        match self {
+            Step::Fft => StepKind::Fft,
+            Step::Lora => StepKind::Lora,
+            Step::Eval => StepKind::Eval,
+        }
+    }
 }
 
 impl Doctor {
     pub fn run(&self, context: &Context) -> Result<()> {
         match self.step {
+            Some(step) if self.traffic => self.traffic(step, context),
             Some(step) => self.time(step, context),
             None => {
                 let machine = Machine::look();
@@ -84,22 +154,46 @@ impl Doctor {
         }
     }
 
+    fn traffic(&self, step: Step, context: &Context) -> Result<()> {
+        let demand = train::demand(step.kind(), self.size, self.batch_size)?;
+        let mut rows: Vec<Traffic> = demand.work.iter().map(|(name, work)| Traffic::new(name, work)).collect();
+        rows.sort_by_key(|row| std::cmp::Reverse(row.read_bytes + row.written_bytes));
+        let total = demand.work.values().fold(Work::default(), |mut sum, work| {
+            sum.add(work);
+            sum
+        });
+        rows.push(Traffic::new("together", &total));
+        let document = json!({
+            "step": step, "size": self.size, "batch_size": self.batch_size, "memory_bytes": demand.memory, "work": rows,
+        });
+        context.result(&document, || {
+            let each = |bytes: usize| bytes as f64 / 1e6 / self.batch_size as f64;
+            let mut text = output::fields(&[
+                ("memory of a run, its dataset aside", gigabytes(Some(demand.memory as u64))),
+                ("moved per image", format!("{:.1} MB", each(total.bytes()))),
+                ("multiply-adds in products, per image", format!("{:.0} million", each(total.multiply_adds))),
+            ]);
+            text += &format!("\n{:<28} {:>8} {:>10} {:>10}  MB per image\n", "kernel", "launches", "read", "written");
+            for row in &rows {
+                let (read, written) = (each(row.read_bytes), each(row.written_bytes));
+                text += &format!("{:<28} {:>8} {read:>10.2} {written:>10.2}\n", row.kernel, row.launches);
+            }
+            text
+        })
+    }
+
     fn time(&self, step: Step, context: &Context) -> Result<()> {
-        let kind = match step {
-            Step::Fft => StepKind::Fft,
-            Step::Lora => StepKind::Lora,
-            Step::Eval => StepKind::Eval,
-        };
+        let kind = step.kind();
         let place = self.device.open(&context.progress)?;
         let seconds = train::measure_step(&place, kind, self.size, self.batch_size, self.steps)?;
-        if let (true, Place::Gpu(driver)) = (self.profile, &place) {
-            driver.start_profile();
-            train::measure_step(&place, kind, self.size, self.batch_size, self.steps)?;
-            for spent in driver.end_profile()? {
-                let each = 1e6 * spent.seconds / spent.calls as f64;
-                eprintln!("{:>9.3} ms {:>6} x {each:>9.1} us  {}", 1e3 * spent.seconds, spent.calls, spent.name);
+        let profile = match &place {
+            Place::Gpu(gpu) if self.profile => {
+                gpu.driver.start_profile();
+                train::measure_step(&place, kind, self.size, self.batch_size, self.steps)?;
+                gpu.driver.end_profile()?
             }
-        }
+            _ => Vec::new(),
+        };
         let mut sorted = seconds.clone();
         sorted.sort_by(f64::total_cmp);
         let median_seconds = sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);
@@ -112,14 +206,36 @@ impl Doctor {
             median_seconds,
             seconds,
             peak_rss_bytes: proc_bytes("/proc/self/status", "VmHWM:"),
+            device: match &place {
+                Place::Cpu => "cpu".into(),
+                Place::Gpu(gpu) => gpu.driver.name().into(),
+            },
+            device_bytes: match &place {
+                Place::Cpu => None,
+                Place::Gpu(_) => Some(train::demand(kind, self.size, self.batch_size)?.memory),
+            },
+            profile: (profile.into_iter())
+                .map(|spent| Share {
+                    name: spent.name,
+                    launches: spent.work.calls,
+                    seconds: spent.seconds,
+                    bytes: spent.work.bytes(),
+                    multiply_adds: spent.work.multiply_adds,
+                })
+                .collect(),
         };
         context.result(&timing, || {
-            output::fields(&[
-                ("median step", format!("{:.3} s", timing.median_seconds)),
+            let mut fields = vec![
+                ("device", timing.device.clone()),
+                ("median step", format!("{:.4} s", timing.median_seconds)),
                 ("images/s", format!("{:.2}", timing.images_per_second)),
-                ("peak memory", gigabytes(timing.peak_rss_bytes)),
-                ("threads", timing.threads.to_string()),
-            ])
+            ];
+            fields.push(match timing.device_bytes {
+                Some(bytes) => ("device memory", gigabytes(Some(bytes as u64))),
+                None => ("peak memory", gigabytes(timing.peak_rss_bytes)),
+            });
+            fields.push(("threads", timing.threads.to_string()));
+            output::fields(&fields) + &timing.profile.iter().map(Share::text).collect::<String>()
         })
     }
 }
@@ -137,8 +253,7 @@ impl Machine {
         });
         match &gpu {
             Ok(gpu) => notes.push(format!(
-                "GPU 0 ({}, compute capability {}.{}, {:.1} of {:.1} GB free, cuBLASLt {}) passes its self-test, but \
-                 training runs on the CPU so far",
+                "GPU 0 ({}, compute capability {}.{}, {:.1} of {:.1} GB free, cuBLASLt {}) passes its self-test",
                 gpu.name,
                 gpu.capability.0,
                 gpu.capability.1,

@@ -60,7 +60,7 @@ enum Part {
 
 impl Eval {
     pub fn run(&self, context: &Context) -> Result<()> {
-        let _place = self.device.open(&context.progress)?;
+        let place = self.device.open(&context.progress)?;
         let part = self.part.unwrap_or(if self.split.is_some() { Part::Val } else { Part::All });
         if part != Part::All && self.split.is_none() {
             return Err(Error::usage("--part: which images are train and val is not known; give --split DIR too"));
@@ -73,7 +73,7 @@ impl Eval {
             (Part::Val, Some(split)) => split.val,
             _ => (0..data.len()).collect(),
         };
-        let row = train::evaluate(&source.start, &data, &indices, self.eval_batch_size, &context.progress)?;
+        let row = train::evaluate(&place, &source.start, &data, &indices, self.eval_batch_size, &context.progress)?;
         context.result(&row, || {
             let metric = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.4}"));
             let extra = row.extra.clone().unwrap_or_default();

@@ -58,10 +58,10 @@ pub struct Predict {
 
 impl Predict {
     pub fn run(&self, context: &Context) -> Result<()> {
-        let _place = self.device.open(&context.progress)?;
+        let place = self.device.open(&context.progress)?;
         let pictures = pictures(&self.images)?;
         let source = Source::open(&ModelSource::Path(self.model.clone()), self.adapter.as_deref())?;
-        let mut predictor = Predictor::new(&source.start, self.size, &context.progress)?;
+        let mut predictor = Predictor::new(&place, &source.start, self.size, &context.progress)?;
         let (masks, overlays) = (self.out.join("masks"), self.out.join("overlays"));
         for folder in [&masks, &overlays] {
             files::create_folder(folder)?;

@@ -62,7 +62,7 @@ pub struct Train {
 
 impl Train {
     pub fn run(&self, context: &Context) -> Result<()> {
-        let _place = self.files.device.open(&context.progress)?;
+        let place = self.files.device.open(&context.progress)?;
         let options = TrainOptions {
             method: self.method()?,
             ..self.training.options(TrainOptions::default(), self.files.hf_names)
@@ -79,6 +79,7 @@ impl Train {
             self.files.size,
             &self.model,
             self.adapter.as_deref(),
+            place,
             &context.progress,
         )?;
         let split = self.files.split_plan();

@@ -7,7 +7,7 @@ use super::encoder::StageActs;
 use super::model::{Pass, Scratch, Worker};
 use super::norm::Norm;
 use super::tensors::{Gradients, Id};
-use crate::backend::{Backend, BatchNormView, Dropout, Grid, Sample, Transpose};
+use crate::backend::{Backend, BatchNormView, Classifier, Dropout, Grid, Sample, Transpose};
 use crate::random::Purpose;
 
 /// The layer.
@@ -75,21 +75,39 @@ impl Decoder {
         pass.dropout(Purpose::HeadDropout, 0, self.dropout, grid.area() * self.width)
     }
 
-    /// Stage outputs to z.
+    /// Stage outputs to z; with `measures`, its moments too.
     pub fn forward_linear<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
         stages: &[StageActs<B>],
         acts: &mut DecoderActs<B>,
+        measures: bool,
         scratch: &mut Scratch<B>,
     ) {
         let to = stages[0].grid;
-        let rows = to.rows();
-        let Scratch { wide: [own, _], side, .. } = scratch;
-        self.folded[0].forward(pass, &stages[0].out, rows, &mut acts.z, side);
-        for (folded, stage) in self.folded.iter().zip(stages).skip(1) {
-            folded.forward(pass, &stage.out, stage.grid.rows(), own, side);
-            pass.backend.upsample(own, stage.grid, to, self.width, &mut acts.z, true);
+        let Scratch { wide: [first, second], tokens, side, .. } = scratch;
+        self.folded[0].forward(pass, &stages[0].out, to.rows(), &mut acts.z, side);
+        let rooms = [first, second].into_iter().chain(tokens);
+        let mut parts: Vec<(&B::Act, Grid)> = Vec::with_capacity(stages.len());
+        for ((folded, stage), room) in self.folded.iter().zip(stages).skip(1).zip(rooms) {
+            folded.forward(pass, &stage.out, stage.grid.rows(), room, side);
+            parts.push((room, stage.grid));
+        }
+        let moments = measures.then_some(&mut acts.moments);
+        pass.backend.join_stages(&parts, to, self.width, &mut acts.z, moments);
+    }
+
+    /// Numbers that [`Decoder::forward_linear`] needs in each of `Scratch::tokens`.
+    pub fn token_room(&self, grids: &[Grid]) -> usize {
+        grids.iter().skip(3).map(|grid| grid.rows() * self.width).max().unwrap_or(0)
+    }
+
+    fn classifier<'a, B: Backend>(&self, pass: &Pass<'a, B>) -> Classifier<'a, B> {
+        let Some(bias) = self.classifier.bias else { unreachable!("the classifier has a bias") };
+        Classifier {
+            weight: pass.tensors.product(self.classifier.weight),
+            bias: pass.tensors.value(bias),
+            labels: self.labels,
         }
     }
 
@@ -102,10 +120,9 @@ impl Decoder {
         acts: &mut DecoderActs<B>,
         scratch: &mut Scratch<B>,
     ) {
-        let drop = self.drop(pass, grid);
-        let Scratch { wide: [a, _], side, .. } = scratch;
-        pass.backend.head_activation(&acts.z, self.view(pass, stats), drop, grid.rows(), self.width, a);
-        self.classifier.forward(pass, a, grid.rows(), &mut acts.logits, side);
+        let (norm, drop, rows) = (self.view(pass, stats), self.drop(pass, grid), grid.rows());
+        let (classifier, room) = (self.classifier(pass), &mut scratch.wide[0]);
+        pass.backend.classify(&acts.z, norm, drop, rows, self.width, classifier, room, &mut acts.logits);
     }
 
     /// Logits to the loss, its gradient, the classifier's gradients and the sums BatchNorm needs. `scratch` must be as
@@ -125,14 +142,12 @@ impl Decoder {
         let (backend, rows) = (pass.backend, grid.rows());
         let DecoderActs { logits, dlogits, sums, .. } = acts;
         backend.cross_entropy(logits, grid, self.labels, samples, size, scale, loss, Some(dlogits));
-        if self.classifier.trains(gradients) {
-            let Scratch { wide: [a, _], side, .. } = &mut *scratch;
-            self.classifier.backward_params(pass, a, dlogits, rows, gradients, side);
+        if let Some(db) = self.classifier.bias.and_then(|id| gradients.get_mut(id)) {
+            backend.linear_backward_bias(dlogits, rows, self.labels, db);
         }
-        let Scratch { wide: [da, _], side, .. } = scratch;
-        self.classifier.backward_input(pass, dlogits, rows, da, false, side);
-        let drop = self.drop(pass, grid);
-        backend.head_backward(&acts.z, self.view(pass, stats), drop, rows, self.width, da, sums);
+        let (norm, drop, classifier) = (self.view(pass, stats), self.drop(pass, grid), self.classifier(pass));
+        let (room, dw) = (&mut scratch.wide[0], gradients.get_mut(self.classifier.weight));
+        backend.classify_backward(&acts.z, norm, drop, rows, self.width, classifier, dlogits, room, dw, sums);
     }
 
     /// From the gradient of the logits to `worker.out_gradients`, with the folded weights' gradients. `total` is the
@@ -152,11 +167,10 @@ impl Decoder {
         let rows = grid.rows();
         let Worker { scratch, out_gradients, .. } = worker;
         let Scratch { wide: [dz, own], side, .. } = scratch;
-        // Made again rather than kept: two labels are far narrower than the decoder.
-        self.classifier.backward_input(pass, &acts.dlogits, rows, dz, false, side);
-        let (view, drop) = (self.view(pass, stats), self.drop(pass, grid));
-        backend.head_backward(&acts.z, view, drop, rows, self.width, dz, &mut acts.sums);
-        backend.batch_norm_backward(&acts.z, self.view(pass, stats), total, batch_rows, rows, self.width, dz);
+        let (norm, drop, classifier) = (self.view(pass, stats), self.drop(pass, grid), self.classifier(pass));
+        let DecoderActs { z, dlogits, sums, .. } = acts;
+        let total = (total, batch_rows);
+        backend.classify_backward_input(z, norm, drop, rows, self.width, classifier, dlogits, total, sums, dz);
         for (i, (folded, stage)) in self.folded.iter().zip(stages).enumerate() {
             let trains = folded.trains(gradients);
             if !trains && !self.reached[i] {

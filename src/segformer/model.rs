@@ -193,7 +193,7 @@ impl<B: Backend> Model<B> {
 
         let grids: Vec<Grid> = units.first().map_or(Vec::new(), |u| u.stages.iter().map(|s| s.grid).collect());
         let largest = |size: &dyn Fn(usize) -> usize| (0..grids.len()).map(size).max().unwrap_or(0);
-        let tokens = largest(&|s| grids[s].rows() * plan.stages[s].channels);
+        let tokens = largest(&|s| grids[s].rows() * plan.stages[s].channels).max(plan.decoder.token_room(&grids));
         let hidden = largest(&|s| {
             let hidden = plan.stages[s].blocks.iter().map(|b| b.ffn.hidden).max().unwrap_or(0);
             grids[s].rows() * hidden
@@ -384,8 +384,7 @@ impl<B: Backend> Model<B> {
         backend.each_unit(units, slots, workers, |u, unit, _, worker| {
             let pass = Pass::training(backend, tensors, random, u * per_unit, part(u).len());
             encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, worker);
-            decoder.forward_linear(&pass, &unit.stages, &mut unit.decoder, &mut worker.scratch);
-            backend.batch_moments(&unit.decoder.z, rows[u], decoder.width, &mut unit.decoder.moments);
+            decoder.forward_linear(&pass, &unit.stages, &mut unit.decoder, true, &mut worker.scratch);
         });
 
         let moments: Vec<&B::Full> = units.iter().map(|u| &u.decoder.moments).collect();
@@ -564,7 +563,7 @@ impl<B: Backend> Model<B> {
                 let pass = Pass { backend, tensors, images: part(u).len(), random: None };
                 encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, worker);
                 let (scratch, grid) = (&mut worker.scratch, unit.stages[0].grid);
-                decoder.forward_linear(&pass, &unit.stages, &mut unit.decoder, scratch);
+                decoder.forward_linear(&pass, &unit.stages, &mut unit.decoder, false, scratch);
                 decoder.forward_head(&pass, stats, grid, &mut unit.decoder, scratch);
                 inside(backend, decoder, size, part(u), unit);
             });

@@ -10,9 +10,9 @@ use super::options::{Method, TrainOptions};
 use super::record::HistoryRow;
 use crate::backend::Backend;
 use crate::formats::{
-    self, Adapter, AdapterConfig, HostData, HostTensor, StateDict, read_safetensors, write_safetensors,
+    self, Adapter, AdapterConfig, HfNames, HostData, HostTensor, StateDict, read_safetensors, write_safetensors,
 };
-use crate::segformer::{BATCH_COUNTER, Id, Model, Moments, Role};
+use crate::segformer::{BATCH_COUNTER, Id, Model, Moments, Role, SegformerConfig};
 use crate::{Error, Result, files};
 
 const STATE: &str = "trainer_state.json";
@@ -67,62 +67,90 @@ fn tensors<B: Backend>(model: &Model<B>, keep: impl Fn(&str, Role) -> bool) -> S
     result
 }
 
-/// Writes the model as Hugging Face knows it: all of it, or its adapter with the sidecar.
-///
-/// # Errors
-/// When the folder cannot be written.
-pub fn write_model<B: Backend>(model: &Model<B>, options: &TrainOptions, base_model: &str, dir: &Path) -> Result<()> {
-    match &options.method {
-        Method::Fft => formats::checkpoint::write(dir, model.config(), &stored(model), model.size()),
-        Method::Lora(lora) => {
-            let plan = model.plan();
-            let mut factors: StateDict = (plan.adapters.iter().flat_map(|a| [a.a, a.b]))
-                .map(|id| {
-                    let spec = &plan.specs[id.0];
-                    let data = HostData::F32(model.get(id));
-                    (spec.name.clone(), HostTensor { shape: spec.shape.clone(), data })
-                })
-                .collect();
-            // peft's file holds a module that is trained as a whole with its buffers, and refuses to load without them. Of any
-            // other it loses BatchNorm's statistics, which move, and the classifier, which may have been made anew.
-            let sidecar = if lora.train_head {
-                factors.extend(tensors(model, |name, _| name.starts_with("decode_head.")));
-                StateDict::new()
-            } else {
-                tensors(model, |name, role| role == Role::Statistic || name.starts_with("decode_head.classifier."))
-            };
-            let config = AdapterConfig {
-                r: lora.rank,
-                lora_alpha: lora.alpha,
-                lora_dropout: lora.dropout,
-                target_modules: lora.targets.clone(),
-                modules_to_save: if lora.train_head { vec!["decode_head".into()] } else { Vec::new() },
-                base_model: base_model.into(),
-                use_rslora: false,
-            };
-            formats::adapter::write(dir, &Adapter { config, tensors: factors, sidecar }, options.hf_names)
+/// A model as Hugging Face knows it, copied from the device: all of it, or its adapter with the sidecar.
+pub enum Trained {
+    /// Every tensor, and the side of the images.
+    Full(SegformerConfig, StateDict, usize),
+    /// Factors, and what peft has no place for.
+    Adapter(Adapter, HfNames),
+}
+
+impl Trained {
+    /// Copies what a run with `options` has trained.
+    ///
+    /// # Errors
+    /// When the device has failed.
+    pub fn of<B: Backend>(model: &Model<B>, options: &TrainOptions, base_model: &str) -> Result<Self> {
+        let copy = match &options.method {
+            Method::Fft => Self::Full(model.config().clone(), stored(model), model.size()),
+            Method::Lora(lora) => {
+                let plan = model.plan();
+                let mut factors: StateDict = (plan.adapters.iter().flat_map(|a| [a.a, a.b]))
+                    .map(|id| {
+                        let spec = &plan.specs[id.0];
+                        let data = HostData::F32(model.get(id));
+                        (spec.name.clone(), HostTensor { shape: spec.shape.clone(), data })
+                    })
+                    .collect();
+                // peft's file holds a module that is trained as a whole with its buffers, and refuses to load without them. Of
+                // any other it loses BatchNorm's statistics, which move, and the classifier, which may have been made anew.
+                let sidecar = if lora.train_head {
+                    factors.extend(tensors(model, |name, _| name.starts_with("decode_head.")));
+                    StateDict::new()
+                } else {
+                    tensors(model, |name, role| {
+                        role == Role::Statistic || name.starts_with("decode_head.classifier.")
+                    })
+                };
+                let config = AdapterConfig {
+                    r: lora.rank,
+                    lora_alpha: lora.alpha,
+                    lora_dropout: lora.dropout,
+                    target_modules: lora.targets.clone(),
+                    modules_to_save: if lora.train_head { vec!["decode_head".into()] } else { Vec::new() },
+                    base_model: base_model.into(),
+                    use_rslora: false,
+                };
+                Self::Adapter(Adapter { config, tensors: factors, sidecar }, options.hf_names)
+            }
+        };
+        // A failed device has no numbers to keep.
+        model.backend().check()?;
+        Ok(copy)
+    }
+
+    /// Writes it into the folder `dir`.
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        match self {
+            Self::Full(config, tensors, size) => formats::checkpoint::write(dir, config, tensors, *size),
+            Self::Adapter(adapter, names) => formats::adapter::write(dir, adapter, *names),
         }
     }
 }
 
-/// Writes a whole checkpoint, which appears under its name only when complete.
-///
-/// # Errors
-/// When it cannot be written; nothing is left of it then.
-pub fn save<B: Backend>(
-    model: &Model<B>,
-    moments: &Moments<B>,
-    state: &State,
-    options: &TrainOptions,
-    base_model: &str,
-    out: &Path,
-) -> Result<()> {
-    let target = folder(out, state.global_step);
-    let unfinished = out.join(format!(".checkpoint-{}.unfinished", state.global_step));
-    files::remove_folder(&unfinished)?;
-    files::create_folder(&unfinished)?;
-    let written = (|| {
-        write_model(model, options, base_model, &unfinished)?;
+/// Everything a checkpoint holds, copied from the device.
+pub struct Snapshot {
+    trained: Trained,
+    optimizer: StateDict,
+    /// Where the run stands.
+    pub state: State,
+}
+
+impl Snapshot {
+    /// Copies model, moments and state.
+    ///
+    /// # Errors
+    /// When the device has failed.
+    pub fn take<B: Backend>(
+        model: &Model<B>,
+        moments: &Moments<B>,
+        state: &State,
+        options: &TrainOptions,
+        base_model: &str,
+    ) -> Result<Self> {
         let mut optimizer = StateDict::new();
         for (i, (name, _)) in model.trained().enumerate() {
             for (kind, moment) in [("exp_avg", &moments.first[i]), ("exp_avg_sq", &moments.second[i])] {
@@ -131,16 +159,32 @@ pub fn save<B: Backend>(
                 optimizer.insert(format!("{kind}.{name}"), tensor);
             }
         }
-        write_safetensors(&unfinished.join(OPTIMIZER), &optimizer, &[])?;
-        files::replace_json(&unfinished.join(STATE), state)?;
-        files::remove_folder(&target)?;
-        fs::rename(&unfinished, &target).map_err(|e| Error::io(&target, "put the checkpoint in place", e))
-    })();
-    if written.is_err() {
-        // Room on a full disk; what went wrong is reported already.
-        let _ = files::remove_folder(&unfinished);
+        Ok(Self { trained: Trained::of(model, options, base_model)?, optimizer, state: state.clone() })
     }
-    written
+
+    /// Writes the checkpoint's folder in `out`, which appears under its name only when complete.
+    ///
+    /// # Errors
+    /// When it cannot be written; nothing is left of it then.
+    pub fn write(&self, out: &Path) -> Result<()> {
+        let step = self.state.global_step;
+        let target = folder(out, step);
+        let unfinished = out.join(format!(".checkpoint-{step}.unfinished"));
+        files::remove_folder(&unfinished)?;
+        files::create_folder(&unfinished)?;
+        let written = (|| {
+            self.trained.write(&unfinished)?;
+            write_safetensors(&unfinished.join(OPTIMIZER), &self.optimizer, &[])?;
+            files::replace_json(&unfinished.join(STATE), &self.state)?;
+            files::remove_folder(&target)?;
+            fs::rename(&unfinished, &target).map_err(|e| Error::io(&target, "put the checkpoint in place", e))
+        })();
+        if written.is_err() {
+            // Room on a full disk; what went wrong is reported already.
+            let _ = files::remove_folder(&unfinished);
+        }
+        written
+    }
 }
 
 /// Removes checkpoints beyond the newest and the best until `keep` are left.

@@ -4,17 +4,17 @@ use std::time::Instant;
 
 use super::metrics::Confusion;
 use super::record::HistoryRow;
-use super::start::{Start, merged, on_cpu};
-use crate::backend::cpu::Cpu;
-use crate::backend::{Backend, Sample};
+use super::start::{Start, merged, on_cpu, on_gpu};
+use crate::backend::{Backend, Place, Sample};
 use crate::dataset::{Augment, PackedDataset};
 use crate::error::Kind;
+use crate::formats::Checkpoint;
 use crate::progress::{Progress, interrupted};
 use crate::segformer::{Model, ModelOptions, Trainable};
 use crate::{Error, Result};
 
-/// Images whose activations are held at once when a model only evaluates.
-const BATCH: usize = 8;
+/// Images whose activations are held at once when a model only evaluates on the CPU, at least.
+const CPU_BATCH: usize = 8;
 
 /// Evaluates the images `indices` of `data`, each augmented by `augment`: loss as the mean of batch means of
 /// `batch_size` images, weighted by their sizes, and all metrics. Row and step are left to the caller.
@@ -38,6 +38,7 @@ pub(super) fn measure<B: Backend>(
             }
             let samples: Vec<Sample<'_>> = part.iter().map(|&i| sample(data, i, augment(i))).collect();
             let measured = model.evaluate(&samples);
+            model.backend().check()?;
             batch_loss += measured.loss.iter().sum::<f64>();
             for counts in measured.counts.chunks_exact(labels * labels) {
                 pixels += counts.iter().sum::<u64>();
@@ -63,10 +64,47 @@ pub(super) fn sample(data: &PackedDataset, index: usize, augment: Augment) -> Sa
     Sample { index, pixels: data.pixels(index), labels: data.mask(index), augment }
 }
 
-fn model(start: &Start, size: usize, progress: &Progress) -> Result<Model<Cpu<f32>>> {
-    let checkpoint = merged(start, progress)?;
-    let options = ModelOptions { size, batch: BATCH.max(rayon::current_num_threads()) };
-    on_cpu(&checkpoint.config, options, &Trainable::Nothing, &checkpoint.tensors)
+/// A model that only evaluates, in batches of up to `batch` images, as `on_cpu` or `on_gpu` make it.
+fn evaluating(place: &Place, checkpoint: &Checkpoint, size: usize, batch: usize) -> Result<Box<dyn Evaluating>> {
+    let Checkpoint { config, tensors } = checkpoint;
+    let nothing = &Trainable::Nothing;
+    Ok(match place {
+        Place::Cpu => {
+            let batch = CPU_BATCH.max(rayon::current_num_threads());
+            Box::new(on_cpu(config, ModelOptions { size, batch }, nothing, tensors)?)
+        }
+        Place::Gpu(gpu) => Box::new(on_gpu(gpu, config, ModelOptions { size, batch }, nothing, tensors)?),
+    })
+}
+
+/// A model in evaluation mode on some device.
+trait Evaluating {
+    fn measure(
+        &mut self,
+        data: &PackedDataset,
+        indices: &[usize],
+        batch_size: usize,
+        advance: &dyn Fn(u64),
+    ) -> Result<HistoryRow>;
+    fn logits(&mut self, sample: Sample<'_>) -> Result<Vec<f32>>;
+}
+
+impl<B: Backend> Evaluating for Model<B> {
+    fn measure(
+        &mut self,
+        data: &PackedDataset,
+        indices: &[usize],
+        batch_size: usize,
+        advance: &dyn Fn(u64),
+    ) -> Result<HistoryRow> {
+        measure(self, data, indices, batch_size, |_| Augment::IDENTITY, advance)
+    }
+
+    fn logits(&mut self, sample: Sample<'_>) -> Result<Vec<f32>> {
+        let logits = Model::logits(self, &[sample]).swap_remove(0);
+        self.backend().check()?;
+        Ok(logits)
+    }
 }
 
 /// Evaluates a model on the images `indices` of `data`, without augmentation.
@@ -74,52 +112,58 @@ fn model(start: &Start, size: usize, progress: &Progress) -> Result<Model<Cpu<f3
 /// # Errors
 /// When model and adapter do not fit together, the model does not have the dataset's classes, or on interruption.
 pub fn evaluate(
+    place: &Place,
     start: &Start,
     data: &PackedDataset,
     indices: &[usize],
     batch_size: usize,
     progress: &Progress,
 ) -> Result<HistoryRow> {
-    let mut model = model(start, data.size(), progress)?;
-    if model.config().num_labels() != 2 {
+    let checkpoint = merged(start, progress)?;
+    if checkpoint.config.num_labels() != 2 {
         return Err(Error::usage(format!(
             "--model: it tells {} classes apart, the dataset has 2; fine-tune it first (train)",
-            model.config().num_labels()
+            checkpoint.config.num_labels()
         )));
     }
+    let mut model = evaluating(place, &checkpoint, data.size(), batch_size.min(indices.len().max(1)))?;
     let bar = progress.bar("evaluating", indices.len() as u64, "images");
-    measure(&mut model, data, indices, batch_size, |_| Augment::IDENTITY, |n| bar.inc(n))
+    model.measure(data, indices, batch_size, &|n| bar.inc(n))
 }
 
 /// A model that segments single pictures.
 pub struct Predictor {
-    model: Model<Cpu<f32>>,
+    model: Box<dyn Evaluating>,
+    size: usize,
+    labels: usize,
 }
 
 impl Predictor {
     /// A predictor for pictures of `size` by `size` pixels.
     ///
     /// # Errors
-    /// When model and adapter do not fit together.
-    pub fn new(start: &Start, size: usize, progress: &Progress) -> Result<Self> {
-        Ok(Self { model: model(start, size, progress)? })
+    /// When model and adapter do not fit together, or the device cannot hold them.
+    pub fn new(place: &Place, start: &Start, size: usize, progress: &Progress) -> Result<Self> {
+        let checkpoint = merged(start, progress)?;
+        let labels = checkpoint.config.num_labels();
+        Ok(Self { model: evaluating(place, &checkpoint, size, 1)?, size, labels })
     }
 
     /// Number of classes.
     pub fn labels(&self) -> usize {
-        self.model.config().num_labels()
+        self.labels
     }
 
     /// Logits `(labels, size/4, size/4)` of an RGB picture `(size, size, 3)`.
     ///
     /// # Errors
-    /// When the picture has another size.
+    /// When the picture has another size, or the device fails.
     pub fn logits(&mut self, pixels: &[u8]) -> Result<Vec<f32>> {
-        let size = self.model.size();
+        let size = self.size;
         if pixels.len() != size * size * 3 {
             return Err(Error::new(Kind::Internal, format!("the picture has {} bytes, not {size}²·3", pixels.len())));
         }
         let sample = Sample { index: 0, pixels, labels: &[], augment: Augment::IDENTITY };
-        Ok(self.model.logits(&[sample]).swap_remove(0))
+        self.model.logits(sample)
     }
 }

@@ -1,11 +1,13 @@
 //! Times training and evaluation steps on made-up pictures, for `doctor` and comparisons with other programs.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::options::{LoraOptions, Method, TrainOptions};
 use super::run::adamw;
-use super::start::{Start, Weights, on_cpu, on_gpu};
+use super::start::{Prepared, Start, Weights, dry_steps, on_cpu, on_gpu};
 use crate::Result;
+use crate::backend::cuda::{Cuda, Dry, Work};
 use crate::backend::{Backend, Place, Sample};
 use crate::dataset::Augment;
 use crate::lora;
@@ -30,6 +32,21 @@ pub enum StepKind {
 /// # Errors
 /// When the worker threads cannot be started, or the device fails.
 pub fn measure_step(place: &Place, kind: StepKind, size: usize, batch: usize, steps: usize) -> Result<Vec<f64>> {
+    let (options, prepared) = prepare(kind)?;
+    let Prepared { config, tensors, trainable } = &prepared;
+    let sizes = ModelOptions { size, batch };
+    match place {
+        Place::Cpu => {
+            let model = on_cpu(config, sizes, trainable, tensors)?;
+            drop(prepared);
+            time(model, &options, kind, steps)
+        }
+        Place::Gpu(gpu) => time(on_gpu(gpu, config, sizes, trainable, tensors)?, &options, kind, steps),
+    }
+}
+
+/// Options and fresh weights for steps of this kind.
+fn prepare(kind: StepKind) -> Result<(TrainOptions, Prepared)> {
     let lora = LoraOptions {
         rank: 16,
         alpha: 32.0,
@@ -45,19 +62,33 @@ pub fn measure_step(place: &Place, kind: StepKind, size: usize, batch: usize, st
         adapter: None,
         adapter_name: String::new(),
     };
-    let prepared = start.prepare(&options, &Progress::quiet())?;
-    let trainable = if kind == StepKind::Eval { Trainable::Nothing } else { prepared.trainable };
-    let sizes = ModelOptions { size, batch };
-    match place {
-        Place::Cpu => {
-            let model = on_cpu(&prepared.config, sizes, &trainable, &prepared.tensors)?;
-            drop(prepared.tensors);
-            time(model, &options, kind, steps)
-        }
-        Place::Gpu(driver) => {
-            time(on_gpu(driver, &prepared.config, sizes, &trainable, &prepared.tensors)?, &options, kind, steps)
-        }
+    let mut prepared = start.prepare(&options, &Progress::quiet())?;
+    if kind == StepKind::Eval {
+        prepared.trainable = Trainable::Nothing;
     }
+    Ok((options, prepared))
+}
+
+/// What a step of one kind asks of a GPU.
+pub struct Demand {
+    /// Bytes of memory that a run takes, its dataset aside.
+    pub memory: usize,
+    /// What is launched, by kernel: of a training step one micro-batch and one update.
+    pub work: BTreeMap<String, Work>,
+}
+
+/// What a step over `batch` pictures of `size`² asks of a GPU, counted without one.
+///
+/// # Errors
+/// None in practice: fresh weights fit.
+pub fn demand(kind: StepKind, size: usize, batch: usize) -> Result<Demand> {
+    let (_, prepared) = prepare(kind)?;
+    let sizes = ModelOptions { size, batch };
+    let mut model = Model::new(Cuda::new(Dry::default()), &prepared.config, sizes, &prepared.trainable);
+    let mut ledgers = Vec::new();
+    dry_steps(&mut model, |model| ledgers.push(model.backend().device().take_ledger()));
+    let work = ledgers.swap_remove(if kind == StepKind::Eval { 2 } else { 1 });
+    Ok(Demand { memory: model.backend().device().bytes(), work })
 }
 
 fn time<B: Backend>(mut model: Model<B>, options: &TrainOptions, kind: StepKind, steps: usize) -> Result<Vec<f64>> {

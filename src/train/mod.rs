@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod evaluate;
+mod keeper;
 mod measure;
 mod metrics;
 pub mod options;
@@ -11,7 +12,7 @@ mod schedule;
 mod start;
 
 pub use evaluate::{Predictor, evaluate};
-pub use measure::{StepKind, measure_step};
+pub use measure::{Demand, StepKind, demand, measure_step};
 pub use metrics::Confusion;
 pub use run::{Inputs, run};
 pub use schedule::Schedule;

@@ -5,13 +5,14 @@ use std::time::Instant;
 
 use half::bf16;
 
-use super::checkpoint::{self, State};
+use super::checkpoint::{self, Snapshot, State, Trained};
 use super::evaluate::{measure, sample};
+use super::keeper::Keeper;
 use super::options::{Method, Protocol, TrainOptions};
 use super::record::{HistoryRow, RunRecord};
 use super::schedule::Schedule;
-use super::start::{Start, load, on_cpu};
-use crate::backend::{AdamW, Backend, Sample};
+use super::start::{Prepared, Start, load, on_cpu, on_gpu};
+use crate::backend::{AdamW, Backend, Place, Sample};
 use crate::dataset::{Augment, PackedDataset, Split};
 use crate::error::Kind;
 use crate::formats::{HostData, StateDict};
@@ -29,6 +30,8 @@ pub struct Inputs<'a> {
     pub split: &'a Split,
     /// The starting point.
     pub model: &'a Start,
+    /// The device.
+    pub place: &'a Place,
 }
 
 /// The update number `step` (from 1) at learning rate `lr`.
@@ -65,18 +68,40 @@ pub fn run(
     // What there is to say about the start has been said (`Start::announce`), once for a whole grid.
     let prepared = inputs.model.prepare(options, &Progress::silent())?;
     let batch = options.batch_size.min(inputs.split.train.len().max(1));
-    let size = ModelOptions { size: inputs.data.size(), batch };
-    let model = on_cpu(&prepared.config, size, &prepared.trainable, &prepared.tensors)?;
-    progress.detail(format!(
-        "planned memory: {:.0} MB for micro-batches of {batch} images at {1} x {1}",
-        model.planned_bytes() as f64 / 1e6,
-        size.size
-    ));
-    let moments = model.moments();
-    let mut run = Run { name, options, inputs, out, progress, model, moments, state: State::default() };
-    run.resume(&prepared.tensors)?;
-    run.epochs()?;
-    run.finish()
+    let sizes = ModelOptions { size: inputs.data.size(), batch };
+    let Prepared { config, tensors, trainable } = &prepared;
+    let task = Task { name, options, inputs, out, progress };
+    match inputs.place {
+        Place::Cpu => task.run(on_cpu(config, sizes, trainable, tensors)?, tensors),
+        Place::Gpu(gpu) => task.run(on_gpu(gpu, config, sizes, trainable, tensors)?, tensors),
+    }
+}
+
+/// What [`run`] was asked to do.
+#[derive(Clone, Copy)]
+struct Task<'a> {
+    name: &'a str,
+    options: &'a TrainOptions,
+    inputs: &'a Inputs<'a>,
+    out: &'a Path,
+    progress: &'a Progress,
+}
+
+impl Task<'_> {
+    fn run<B: Backend>(self, model: Model<B>, start: &StateDict) -> Result<RunRecord> {
+        let Self { name, options, inputs, out, progress } = self;
+        progress.detail(format!(
+            "planned memory: {:.0} MB for micro-batches of {} images at {2} x {2}",
+            model.planned_bytes() as f64 / 1e6,
+            model.batch(),
+            model.size()
+        ));
+        let moments = model.moments();
+        let mut run = Run { name, options, inputs, out, progress, model, moments, state: State::default() };
+        run.resume(start)?;
+        run.epochs()?;
+        run.finish()
+    }
 }
 
 struct Run<'a, B: Backend> {
@@ -115,6 +140,7 @@ impl<B: Backend> Run<'_, B> {
     fn epochs(&mut self) -> Result<()> {
         let updates = self.updates_per_epoch();
         let schedule = Schedule::new(self.options.lr, self.options.warmup_ratio, updates * self.options.epochs as u64);
+        let mut keeper = Keeper::new(self.name, self.out.to_path_buf(), self.options.keep_checkpoints);
         while self.state.epoch < self.options.epochs && !self.stopped_early() {
             let started = Instant::now();
             let epoch = self.state.epoch + 1;
@@ -149,9 +175,8 @@ impl<B: Backend> Run<'_, B> {
                 self.state.stale += 1;
             }
             self.state.seconds += started.elapsed().as_secs_f64();
-            checkpoint::save(&self.model, &self.moments, &self.state, self.options, &self.base_model(), self.out)?;
-            checkpoint::prune(self.out, &self.state, self.options.keep_checkpoints)?;
-            report::run::refresh(self.out, self.name, &self.state.log_history)?;
+            let base = self.base_model();
+            keeper.keep(Snapshot::take(&self.model, &self.moments, &self.state, self.options, &base)?)?;
             if self.stopped_early() {
                 self.progress.info(format!(
                     "{}: stops after epoch {epoch}, {} evaluations without improvement",
@@ -159,7 +184,7 @@ impl<B: Backend> Run<'_, B> {
                 ));
             }
         }
-        Ok(())
+        keeper.finish()
     }
 
     /// One pass over the training split; returns its row of the history.
@@ -200,11 +225,14 @@ impl<B: Backend> Run<'_, B> {
             rate = schedule.rate(self.state.global_step);
             let update = adamw(options, rate, self.state.global_step + 1);
             self.model.update(&update, &decays, &mut self.moments);
+            self.model.backend().check()?;
             self.state.global_step += 1;
         }
         if !micro_batches.is_empty() {
             losses = self.model.take_loss();
             norm = self.model.gradient_norm();
+            // Before a failed device's answers are taken for a diverged loss.
+            self.model.backend().check()?;
         }
         self.state.total_loss += losses;
         let row = HistoryRow {
@@ -288,7 +316,7 @@ impl<B: Backend> Run<'_, B> {
         });
         history.push(final_evaluation.clone());
         let final_dir = self.out.join("final");
-        checkpoint::write_model(&self.model, self.options, &self.base_model(), &final_dir)?;
+        Trained::of(&self.model, self.options, &self.base_model())?.write(&final_dir)?;
         let record = RunRecord {
             name: self.name.into(),
             method: self.options.method.clone(),

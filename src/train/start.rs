@@ -1,18 +1,20 @@
 //! Where a run starts: a checkpoint or fresh weights, perhaps with an adapter, and how they enter a model.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 use super::options::{LoraOptions, Method, Protocol, TrainOptions};
+use super::run::adamw;
 use crate::backend::cpu::Cpu;
-use crate::backend::cuda::{Cuda, Driver};
-use crate::backend::{Backend, Gpu, Memory};
+use crate::backend::cuda::{Cuda, Dry};
+use crate::backend::{Backend, Gpu, GpuPlace, Memory, Sample};
+use crate::dataset::Augment;
+use crate::error::Kind;
 use crate::formats::{Adapter, Checkpoint, HostData, HostTensor, StateDict};
 use crate::lora::{self, Match};
 use crate::progress::Progress;
 use crate::random::{Philox, Purpose};
 use crate::segformer::{
-    BATCH_COUNTER, Id, Model, ModelOptions, Module, Role, SegformerConfig, TensorSpec, Trainable, modules,
+    BATCH_COUNTER, Id, Model, ModelOptions, Module, Role, SegformerConfig, StepRandom, TensorSpec, Trainable, modules,
 };
 use crate::system::check_memory;
 use crate::{Error, Result};
@@ -352,21 +354,70 @@ pub(super) fn on_cpu(
     Ok(model)
 }
 
-/// A model on a GPU that holds `tensors`.
+/// A model on a GPU that holds `tensors`, in one block of memory that suffices for all it will do.
 ///
 /// # Errors
-/// When the memory does not suffice, or the device fails.
+/// When the memory does not suffice, with the batch that would fit; or when the device fails.
 pub(super) fn on_gpu(
-    driver: &Arc<Driver>,
+    gpu: &GpuPlace,
     config: &SegformerConfig,
     options: ModelOptions,
     trainable: &Trainable,
     tensors: &StateDict,
 ) -> Result<Model<Gpu>> {
-    let mut model = Model::new(Cuda::new(Arc::clone(driver)), config, options, trainable);
+    let planned = |batch| {
+        let mut model = Model::new(Cuda::new(Dry::default()), config, ModelOptions { batch, ..options }, trainable);
+        dry_steps(&mut model, |_| {});
+        model
+    };
+    let plan = planned(options.batch);
+    let (bytes, free) = (plan.backend().device().bytes(), gpu.driver.free_memory()?);
+    if bytes > free {
+        // Memory grows with the batch.
+        let fits = |&batch: &usize| planned(batch).backend().device().bytes() <= free;
+        let fitting = (1..options.batch).collect::<Vec<_>>().partition_point(fits);
+        let remedy = match fitting {
+            0 => "not even one fits: lower --size".into(),
+            n => format!("{n} would fit: --batch-size {n}, and raise --grad-accum"),
+        };
+        return Err(Error::new(
+            Kind::Device,
+            format!(
+                "{}: batches of {} images at {3} x {3} need {:.1} GB, {4:.1} GB are free; {remedy}",
+                gpu.driver.name(),
+                options.batch,
+                bytes as f64 / 1e9,
+                options.size,
+                free as f64 / 1e9,
+            ),
+        ));
+    }
+    let mut model = Model::new(gpu.backend(plan.backend())?, config, options, trainable);
     load(&mut model, tensors);
     model.backend().check()?;
     Ok(model)
+}
+
+/// A training step (one micro-batch, one update) if the model trains, and an evaluation, on blank pictures; `between` is
+/// called after each.
+pub(super) fn dry_steps<B: Backend>(model: &mut Model<B>, mut between: impl FnMut(&Model<B>)) {
+    let size = model.size();
+    let (pixels, labels) = (vec![0; size * size * 3], vec![0; size * size]);
+    let blank = |index| Sample { index, pixels: &pixels, labels: &labels, augment: Augment::IDENTITY };
+    let samples: Vec<Sample<'_>> = (0..model.batch()).map(blank).collect();
+    model.refresh();
+    let mut moments = model.moments();
+    between(model);
+    if !moments.first.is_empty() {
+        let options = TrainOptions::default();
+        model.clear_gradients();
+        model.train_micro_batch(&samples, 1.0, StepRandom { seed: 0, step: 0 });
+        model.finish_gradients();
+        model.update(&adamw(&options, options.lr, 1), &vec![true; moments.first.len()], &mut moments);
+    }
+    between(model);
+    model.evaluate(&samples);
+    between(model);
 }
 
 /// Puts tensors into a model and makes what is derived from them.

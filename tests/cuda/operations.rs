@@ -4,12 +4,15 @@
 //! rounding costs: `U` = 2^-8 of its own size for each rounding to bf16 of the number itself, and `U` of the largest output
 //! for each rounding of something it is summed from. Sums in f32 add a few 1e-6 of the largest.
 
+use std::sync::Arc;
+
 use half::bf16;
 use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
-use segpeft_native::backend::cuda::{Cuda, Device};
+use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
-    AdamW, AttentionShape, Backend, BatchNormView, Dropout, Grid, Memory, Product, Sample, Transpose, Window,
+    AdamW, AttentionShape, Backend, BatchNormView, Classifier, Dropout, Grid, Loss as _, Memory, Patches as _, Product,
+    Sample, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -393,6 +396,84 @@ case!(
 );
 
 case!(
+    join_stages,
+    JoinStages { images: usize, to: (usize, usize), parts: Vec<(usize, usize)>, channels: usize },
+    |self, lab| {
+        let grid = |(height, width)| Grid { images: self.images, height, width };
+        let (to, channels) = (grid(self.to), self.channels);
+        let n = to.rows() * channels;
+        let parts: Vec<_> = self.parts.iter().map(|&part| grid(part)).collect();
+        let acts: Vec<_> = (10..).zip(&parts).map(|(site, part)| lab.act(part.rows() * channels, site)).collect();
+        let parts: Vec<_> = acts.iter().zip(parts).collect();
+        let (mut z, mut moments, mut silent) = (lab.act(n, 1), lab.full(2 * channels, 2), lab.act(n, 1));
+        lab.0.join_stages(&parts, to, channels, &mut z, Some(&mut moments));
+        lab.0.join_stages(&parts, to, channels, &mut silent, None);
+        // What is measured has been rounded.
+        let moments = lab.0.scalars(&moments, 2 * channels);
+        let output = |name, values: &[f64]| Output { name, values: values.to_vec(), own: 0.0, summed: 1.0 };
+        let roundings = self.parts.len().div_ceil(3) as f64;
+        vec![
+            lab.read("z", &z, n, 1.0, roundings - 1.0),
+            lab.read("z without moments", &silent, n, 1.0, roundings - 1.0),
+            output("means", &moments[..channels]),
+            output("squared deviations", &moments[channels..]),
+        ]
+    },
+    [
+        (1, (5, 7), vec![(2, 3)], 3),
+        (2, (8, 8), vec![(4, 4), (2, 2), (1, 1)], 8),
+        (3, (12, 16), vec![(6, 8), (3, 4)], 64),
+        (2, (16, 8), vec![(8, 4), (4, 2), (2, 1), (1, 1)], 24),
+        (1, (4, 4), vec![(2, 2), (1, 1), (1, 1)], 256)
+    ]
+);
+
+case!(
+    classify,
+    Classify { rows: usize, channels: usize, labels: usize, rate: f32 },
+    |self, lab| {
+        let (b, &Self { rows, channels, labels, .. }) = (lab.0, self);
+        let drop = (self.rate > 0.0).then(|| drop_of(Purpose::HeadDropout, self.rate));
+        let n = rows * channels;
+        let (z, gamma, beta) = (lab.act(n, 1), lab.full(channels, 2), lab.full(channels, 3));
+        let stats = lab.full_of(&numbers(2 * channels, 4).iter().map(|x| 1.0 + 0.5 * x).collect::<Vec<_>>());
+        let (w, bias, dlogits) = (lab.act(labels * channels, 5), lab.full(labels, 6), lab.act(rows * labels, 7));
+        let view = || BatchNormView { stats: &stats, gamma: &gamma, beta: &beta };
+        let classifier = || Classifier { weight: &w, bias: &bias, labels };
+        let (mut room, mut logits) = (lab.act(n, 8), lab.act(rows * labels, 9));
+        let (mut dw, mut sums, mut again) =
+            (lab.full(labels * channels, 10), lab.full(2 * channels, 11), lab.full(2 * channels, 12));
+        let (total, mut dz) = (lab.full(2 * channels, 13), lab.act(n, 14));
+        b.classify(&z, view(), drop, rows, channels, classifier(), &mut room, &mut logits);
+        b.classify_backward(
+            &z,
+            view(),
+            drop,
+            rows,
+            channels,
+            classifier(),
+            &dlogits,
+            &mut room,
+            Some(&mut dw),
+            &mut sums,
+        );
+        let total = (&total, 3 * rows);
+        b.classify_backward_input(&z, view(), drop, rows, channels, classifier(), &dlogits, total, &mut again, &mut dz);
+        // Where the classifier is not fused, activations and their gradients are rounded on the way.
+        let fused = labels == 2 && channels <= 256 && channels % 8 == 0 && (channels / 8).is_power_of_two();
+        let plain = if fused { 0.0 } else { 1.0 };
+        let full = |name, full, n| Output { name, values: b.scalars(full, n), own: 0.0, summed: plain };
+        vec![
+            lab.read("logits", &logits, rows * labels, 1.0, 2.0 * plain),
+            full("dw", &dw, labels * channels),
+            full("sums", &sums, 2 * channels),
+            lab.read("dz", &dz, n, 1.0, 2.0 * plain),
+        ]
+    },
+    [(70, 32, 2, 0.1), (301, 256, 2, 0.1), (5, 8, 2, 0.0), (33, 24, 2, 0.2), (20, 64, 3, 0.1), (9, 35, 2, 0.3)]
+);
+
+case!(
     loss,
     Loss { images: usize, from: usize, size: usize, labels: usize, flip: bool },
     |self, lab| {
@@ -420,7 +501,14 @@ case!(
             Output { name: "counts", values: counts, own: 0.0, summed: 0.0 },
         ]
     },
-    [(1, 2, 5, 2, false), (3, 2, 8, 3, true), (1, 3, 3, 2, false), (2, 8, 32, 2, true), (1, 4, 16, 40, false)]
+    [
+        (1, 2, 5, 2, false),
+        (3, 2, 8, 3, true),
+        (1, 3, 3, 2, false),
+        (2, 8, 32, 2, true),
+        (1, 4, 16, 40, false),
+        (2, 19, 76, 2, false)
+    ]
 );
 
 case!(
@@ -480,6 +568,48 @@ case!(
     },
     [((1, 3), 1.0), ((5000, 257), 1.0), ((300, 1), 1e6)]
 );
+
+/// Pictures that stay on the device give the same bits as pictures that are brought.
+#[test]
+fn pictures_stay_on_the_device() {
+    let (size, window) = (16, Window { side: 7, stride: 4, padding: 3 });
+    let data: Vec<(Vec<u8>, Vec<u8>)> = (0..3)
+        .map(|k| ((0..size * size * 3).map(|i| (i * 31 + k * 77) as u8).collect(), vec![(k % 2) as u8; size * size]))
+        .collect();
+    let sample = |index: usize| Sample {
+        index,
+        pixels: &data[index].0,
+        labels: &data[index].1,
+        augment: Augment { flip: index == 2, ..Augment::IDENTITY },
+    };
+    let all: Vec<Sample<'_>> = (0..3).map(sample).collect();
+    fn outputs<D: Device>(
+        backend: Cuda<D>,
+        samples: &[Sample<'_>],
+        size: usize,
+        window: Window,
+    ) -> (Vec<f32>, Vec<f64>) {
+        let lab = Lab(&backend);
+        let grid = Grid { images: samples.len(), height: size / 4, width: size / 4 };
+        let n = grid.rows() * 147;
+        let mut out = lab.act(n, 1);
+        backend.pixel_patches(samples, size, window, &mut out);
+        let logits = lab.act(2 * grid.rows(), 2);
+        let mut loss = lab.full(samples.len(), 3);
+        backend.cross_entropy(&logits, grid, 2, samples, size, 0.5, &mut loss, None);
+        backend.check().expect("the device works");
+        (backend.download_act(&out, n), backend.scalars(&loss, samples.len()))
+    }
+    let host = Host(Order::Forward);
+    let pictures = Arc::new(Pictures::new(&host, &all, size).expect("memory"));
+    let other = vec![9; size * size * 3];
+    // In another order; then with a picture that is not among those kept.
+    for samples in [vec![all[2], all[0]], vec![all[1], Sample { pixels: &other, ..all[0] }]] {
+        let kept =
+            outputs(Cuda::new(Host(Order::Forward)).with_pictures(Some(pictures.clone())), &samples, size, window);
+        assert_eq!(kept, outputs(Cuda::new(Host(Order::Forward)), &samples, size, window));
+    }
+}
 
 /// A device that refuses what is larger than a limit.
 #[test]

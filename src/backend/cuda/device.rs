@@ -4,6 +4,9 @@ use std::sync::Arc;
 
 use crate::Result;
 
+/// Alignment of a block of device memory, and of the pieces of an arena, in bytes.
+pub(super) const ALIGNMENT: usize = 256;
+
 /// Memory, launches and products. Everything but [`Device::read`] may return before the work is done; work is done in the
 /// order of the calls.
 pub trait Device: Send + Sync {
@@ -178,6 +181,16 @@ pub enum Element {
     Bf16,
     /// Single precision.
     F32,
+}
+
+impl Element {
+    /// Bytes of a number.
+    pub fn size(self) -> usize {
+        match self {
+            Self::Bf16 => 2,
+            Self::F32 => 4,
+        }
+    }
 }
 
 /// `c = alpha·op(a)·op(b) + bias`, plus c itself with `add`; all row-major and contiguous, summed in f32.

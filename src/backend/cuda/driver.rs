@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::cublaslt::{result as blas, sys as lt};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result as cuda, sys};
 
-use super::{Argument, Device, Element, MatrixProduct};
+use super::{Argument, Device, Element, MatrixProduct, Work};
 use crate::error::Kind;
 use crate::{Error, Result};
 
@@ -40,11 +40,26 @@ pub struct Driver {
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
     profile: Mutex<Option<Vec<Timed>>>,
+    pinned: Mutex<Pinned>,
+    name: String,
 }
+
+/// Bytes of host memory through which small copies go.
+const PINNED: usize = 4 << 20;
+
+/// Page-locked host memory, used from front to back and then again: copies from it need not wait for the device.
+struct Pinned {
+    start: *mut u8,
+    used: usize,
+}
+
+// SAFETY: memory that belongs to the device's owner, used by one thread at a time (behind a mutex).
+unsafe impl Send for Pinned {}
 
 /// A piece of work between two events.
 struct Timed {
     name: String,
+    work: Work,
     begin: Event,
     end: Event,
 }
@@ -60,8 +75,8 @@ unsafe impl Send for Event {}
 pub struct Spent {
     /// Kernel and grid, or product and sizes.
     pub name: String,
-    /// How often.
-    pub calls: usize,
+    /// What was done.
+    pub work: Work,
     /// Seconds in all.
     pub seconds: f64,
 }
@@ -163,6 +178,9 @@ impl Driver {
             .map_err(failed("refuses the kernels; the driver may be too old (580 or newer is needed)"))?;
         let products = Products::new().map_err(|e| device_error(format!("GPU {ordinal}: cuBLASLt: {e}")))?;
         let workspace = allocate(&stream, ordinal, WORKSPACE)?;
+        let name = context.name().map_err(failed("does not say what it is"))?;
+        // SAFETY: the context is bound; freed by `drop`.
+        let pinned = unsafe { cuda::malloc_host(PINNED, 0) }.map_err(failed("has no room for copies"))?;
         Ok(Self {
             ordinal,
             products: Mutex::new(products),
@@ -172,6 +190,8 @@ impl Driver {
             stream,
             context,
             profile: Mutex::default(),
+            pinned: Mutex::new(Pinned { start: pinned.cast(), used: 0 }),
+            name,
         })
     }
 
@@ -189,15 +209,15 @@ impl Driver {
         self.bind()?;
         self.stream.synchronize().map_err(|e| self.failed("failed at its work", e))?;
         let mut spent: HashMap<String, Spent> = HashMap::new();
-        for Timed { name, begin, end } in timed {
+        for Timed { name, work, begin, end } in timed {
             // SAFETY: both events were recorded, and are destroyed once.
             let milliseconds = unsafe {
                 let time = cuda::event::elapsed(begin.0, end.0);
                 let _ = (cuda::event::destroy(begin.0), cuda::event::destroy(end.0));
                 time.map_err(|e| self.failed("cannot tell the time", e))?
             };
-            let entry = spent.entry(name.clone()).or_insert(Spent { name, calls: 0, seconds: 0.0 });
-            entry.calls += 1;
+            let entry = spent.entry(name.clone()).or_insert(Spent { name, work: Work::default(), seconds: 0.0 });
+            entry.work.add(&work);
             entry.seconds += f64::from(milliseconds) / 1e3;
         }
         let mut spent: Vec<Spent> = spent.into_values().collect();
@@ -205,10 +225,10 @@ impl Driver {
         Ok(spent)
     }
 
-    /// Runs `work`, between events if a profile is being taken.
-    fn timed(&self, name: impl FnOnce() -> String, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// Calls `run`, between events if a profile is being taken.
+    fn timed(&self, describe: impl FnOnce() -> (String, Work), run: impl FnOnce() -> Result<()>) -> Result<()> {
         let mut profile = self.profile.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(profile) = profile.as_mut() else { return work() };
+        let Some(profile) = profile.as_mut() else { return run() };
         let record = || -> Result<Event> {
             let event = cuda::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT);
             let event = event.map_err(|e| self.failed("has no room for an event", e))?;
@@ -218,9 +238,25 @@ impl Driver {
             Ok(Event(event))
         };
         let begin = record()?;
-        work()?;
-        profile.push(Timed { name: name(), begin, end: record()? });
+        run()?;
+        let end = record()?;
+        let (name, work) = describe();
+        profile.push(Timed { name, work, begin, end });
         Ok(())
+    }
+
+    /// The GPU's name, as the vendor calls it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Bytes of memory that are free.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    pub fn free_memory(&self) -> Result<usize> {
+        self.bind()?;
+        Ok(self.context.mem_get_info().map_err(|e| self.failed("does not say what is free", e))?.0)
     }
 
     /// What this GPU is.
@@ -230,7 +266,7 @@ impl Driver {
     pub fn describe(&self) -> Result<Description> {
         let failed = |e| self.failed("does not say what it is", e);
         Ok(Description {
-            name: self.context.name().map_err(failed)?,
+            name: self.name.clone(),
             capability: self.context.compute_capability().map_err(failed)?,
             memory: self.context.mem_get_info().map_err(failed)?,
             // SAFETY: the library was there when the device was opened.
@@ -265,8 +301,12 @@ impl Drop for Driver {
     fn drop(&mut self) {
         let _ = self.context.bind_to_thread();
         let _ = self.stream.synchronize();
-        // SAFETY: loaded once by `open`; nothing runs any more.
-        let _ = unsafe { cuda::module::unload(self.module.0) };
+        let pinned = self.pinned.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: loaded and allocated once by `open`; nothing runs any more.
+        unsafe {
+            let _ = cuda::free_host(pinned.start.cast());
+            let _ = cuda::module::unload(self.module.0);
+        }
     }
 }
 
@@ -299,9 +339,24 @@ impl Device for Driver {
 
     unsafe fn write(&self, from: &[u8], to: u64) -> Result<()> {
         self.bind()?;
-        // SAFETY: the caller's; a copy from pageable memory returns when that has been read.
-        unsafe { cuda::memcpy_htod_async(to, from, self.stream.cu_stream()) }
-            .map_err(|e| self.failed("cannot copy to it", e))
+        let failed = |e| self.failed("cannot copy to it", e);
+        if from.len() > PINNED / 16 {
+            // SAFETY: the caller's; a copy from pageable memory returns when that has been read.
+            return unsafe { cuda::memcpy_htod_async(to, from, self.stream.cu_stream()) }.map_err(failed);
+        }
+        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        if pinned.used + from.len() > PINNED {
+            self.stream.synchronize().map_err(failed)?;
+            pinned.used = 0;
+        }
+        // SAFETY: the room is as large as PINNED, and copies out of this part of it have ended; the rest is the caller's.
+        unsafe {
+            let room = pinned.start.add(pinned.used);
+            room.copy_from_nonoverlapping(from.as_ptr(), from.len());
+            pinned.used += from.len();
+            let room = std::slice::from_raw_parts(room, from.len());
+            cuda::memcpy_htod_async(to, room, self.stream.cu_stream()).map_err(failed)
+        }
     }
 
     unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<()> {
@@ -341,7 +396,7 @@ impl Device for Driver {
             .collect();
         let [x, y, z] = grid.map(|n| n as u32);
         self.timed(
-            || format!("{kernel} {x}x{y}x{z}"),
+            || (format!("{kernel} {x}x{y}x{z}"), Work::launch(arguments)),
             || {
                 // SAFETY: the caller's; the driver only reads the values, and has done so when it returns.
                 unsafe {
@@ -360,7 +415,7 @@ impl Device for Driver {
             let (m, n, k) = product.size;
             let transposed = |yes: bool| if yes { "t" } else { "n" };
             let (a, b) = (transposed(product.transpose_a), transposed(product.transpose_b));
-            format!("product {a}{b} {m}x{n}x{k} {:?}", product.inputs)
+            (format!("product {a}{b} {m}x{n}x{k} {:?}", product.inputs), Work::product(product))
         };
         self.timed(name, || {
             // SAFETY: the caller's, and the workspace is the device's own.

@@ -1,26 +1,159 @@
-//! BatchNorm, ReLU and dropout at the end of the decoder.
+//! The end of the decoder, from the joined stages to the logits.
 
-use super::memory::{ColumnSums, dropout_arguments, width};
+use super::memory::{ColumnSums, THREADS, column_span, dropout_arguments, slabs, width};
 use super::{Argument, Cuda, Device};
-use crate::backend::{BatchNormView, Dropout, Head, Memory};
+use crate::backend::{
+    BatchNormView, Classifier, Dropout, Grid, Head, Memory, classify_backward_input_plainly, classify_backward_plainly,
+    classify_plainly,
+};
+
+/// Stages that one launch joins.
+const PARTS: usize = 3;
+/// Rows that a thread of the fused classifier takes.
+const EACH: usize = 8;
+
+/// Whether the fused kernels serve these sizes.
+fn fuses(channels: usize, labels: usize) -> bool {
+    labels == 2 && channels <= 256 && channels.is_multiple_of(8) && (channels / 8).is_power_of_two()
+}
+
+impl<D: Device> Cuda<D> {
+    /// Adds up to [`PARTS`] stages to z, and measures it.
+    fn join(
+        &self,
+        z: Argument,
+        parts: &[(&<Self as Memory>::Act, Grid)],
+        to: Grid,
+        channels: usize,
+        moments: Option<&mut <Self as Memory>::Full>,
+    ) {
+        let rows = to.rows();
+        let (slab, slabs) = slabs(rows);
+        let partial = moments.as_ref().map_or(0, |_| self.scratch(slabs * 2 * channels));
+        let mut arguments = vec![z];
+        for i in 0..PARTS {
+            arguments.extend(match parts.get(i) {
+                Some((part, from)) => [part.at(from.rows() * channels), from.height.into(), from.width.into()],
+                None => [Argument::pointer(0), 0usize.into(), 0usize.into()],
+            });
+        }
+        arguments.extend([rows, to.height, to.width, channels, slab].map(Argument::from));
+        arguments.push(Argument::pointer(partial));
+        self.launch_blocks("join_stages", [channels.div_ceil(column_span(channels)), slabs, 1], THREADS, &arguments);
+        if let Some(moments) = moments {
+            let sizes = [slabs, rows, slab, channels].map(Argument::from);
+            let arguments =
+                [Argument::pointer(partial), sizes[0], sizes[1], sizes[2], sizes[3], moments.to(2 * channels)];
+            self.launch_blocks("join_moments", [channels.div_ceil(32), 1, 1], THREADS, &arguments);
+        }
+    }
+}
 
 impl<D: Device> Head for Cuda<D> {
     fn batch_moments(&self, z: &Self::Act, rows: usize, channels: usize, moments: &mut Self::Full) {
-        let n = rows * channels;
-        let mean = moments.to(channels);
-        let deviation = Argument::pointer(moments.address(2 * channels) + (channels * size_of::<f32>()) as u64);
-        self.column_sums(
-            "batch_sum",
-            (rows, channels),
-            |slab, partial| vec![z.at(n), rows.into(), channels.into(), slab, partial],
-            &[ColumnSums { kinds: 1, factor: (1.0 / rows as f64) as f32, to: mean, add: false }],
-        );
-        self.column_sums(
-            "batch_deviation",
-            (rows, channels),
-            |slab, partial| vec![z.at(n), mean, rows.into(), channels.into(), slab, partial],
-            &[ColumnSums { kinds: 1, factor: 1.0, to: deviation, add: false }],
-        );
+        let grid = Grid { images: 1, height: rows, width: 1 };
+        self.join(z.at(rows * channels), &[], grid, channels, Some(moments));
+    }
+
+    fn join_stages(
+        &self,
+        parts: &[(&Self::Act, Grid)],
+        to: Grid,
+        channels: usize,
+        z: &mut Self::Act,
+        moments: Option<&mut Self::Full>,
+    ) {
+        let (first, rest) = parts.split_at(parts.len().min(PARTS));
+        let arguments = z.both(to.rows() * channels);
+        if rest.is_empty() {
+            return self.join(arguments, first, to, channels, moments);
+        }
+        self.join(arguments, first, to, channels, None);
+        self.join_stages(rest, to, channels, z, moments);
+    }
+
+    fn classify(
+        &self,
+        z: &Self::Act,
+        norm: BatchNormView<'_, Self::Full>,
+        drop: Option<Dropout>,
+        rows: usize,
+        channels: usize,
+        classifier: Classifier<'_, Self>,
+        room: &mut Self::Act,
+        logits: &mut Self::Act,
+    ) {
+        if !fuses(channels, classifier.labels) {
+            return classify_plainly(self, z, norm, drop, rows, channels, classifier, room, logits);
+        }
+        let mut arguments = vec![z.at(rows * channels)];
+        arguments.extend(view(&norm, channels));
+        arguments.extend(dropout_arguments(drop));
+        arguments.extend([classifier.weight.at(2 * channels), classifier.bias.at(2)]);
+        arguments.extend([rows, channels, EACH].map(Argument::from));
+        arguments.push(logits.to(2 * rows));
+        self.launch("classify", rows.div_ceil(EACH) * channels / 8, &arguments);
+    }
+
+    fn classify_backward(
+        &self,
+        z: &Self::Act,
+        norm: BatchNormView<'_, Self::Full>,
+        drop: Option<Dropout>,
+        rows: usize,
+        channels: usize,
+        classifier: Classifier<'_, Self>,
+        dlogits: &Self::Act,
+        room: &mut Self::Act,
+        weight_gradient: Option<&mut Self::Full>,
+        sums: &mut Self::Full,
+    ) {
+        if !fuses(channels, classifier.labels) {
+            let rest = (dlogits, room, weight_gradient, sums);
+            return classify_backward_plainly(self, z, norm, drop, rows, channels, classifier, rest);
+        }
+        let (slab, slabs) = slabs(rows);
+        let partial = Argument::pointer(self.scratch(slabs * 4 * channels));
+        let mut arguments = vec![z.at(rows * channels)];
+        arguments.extend(view(&norm, channels));
+        arguments.extend(dropout_arguments(drop));
+        arguments.push(dlogits.at(2 * rows));
+        arguments.extend([rows, channels, slab].map(Argument::from));
+        arguments.push(partial);
+        let grid = [channels.div_ceil(column_span(channels)), slabs, 1];
+        self.launch_blocks("classify_backward", grid, THREADS, &arguments);
+        let (gamma, beta) = (norm.gamma.at(channels), norm.beta.at(channels));
+        let weights = weight_gradient.map_or(Argument::pointer(0), |dw| dw.both(2 * channels));
+        let (weight, sums) = (classifier.weight.at(2 * channels), sums.to(2 * channels));
+        let arguments = [partial, slabs.into(), channels.into(), gamma, beta, weight, weights, sums];
+        self.launch_blocks("classify_sums", [channels.div_ceil(32), 1, 1], THREADS, &arguments);
+    }
+
+    fn classify_backward_input(
+        &self,
+        z: &Self::Act,
+        norm: BatchNormView<'_, Self::Full>,
+        drop: Option<Dropout>,
+        rows: usize,
+        channels: usize,
+        classifier: Classifier<'_, Self>,
+        dlogits: &Self::Act,
+        (total, batch_rows): (&Self::Full, usize),
+        sums: &mut Self::Full,
+        dz: &mut Self::Act,
+    ) {
+        if !fuses(channels, classifier.labels) {
+            let rest = (dlogits, (total, batch_rows), sums, dz);
+            return classify_backward_input_plainly(self, z, norm, drop, rows, channels, classifier, rest);
+        }
+        let mut arguments = vec![z.at(rows * channels)];
+        arguments.extend(view(&norm, channels));
+        arguments.extend(dropout_arguments(drop));
+        let share = Argument::F32((1.0 / batch_rows as f64) as f32);
+        arguments.extend([classifier.weight.at(2 * channels), dlogits.at(2 * rows), total.at(2 * channels), share]);
+        arguments.extend([rows, channels, EACH].map(Argument::from));
+        arguments.push(dz.to(rows * channels));
+        self.launch("classify_backward_input", rows.div_ceil(EACH) * channels / 8, &arguments);
     }
 
     fn batch_stats(

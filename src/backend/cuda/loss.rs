@@ -1,17 +1,19 @@
 //! Cross-entropy and confusion counts at label resolution.
 
 use super::memory::THREADS;
+use super::pictures::Part;
 use super::{Argument, Cuda, Device};
 use crate::backend::{Grid, Loss, Sample};
 
+/// Side of the square of logits that a block takes, of two classes.
+const TILE: usize = 16;
+
 impl<D: Device> Cuda<D> {
-    /// Brings the samples' labels and flips to the device.
-    fn stage_labels(&self, samples: &[Sample<'_>], size: usize) -> [Argument; 2] {
+    /// Labels, positions and flips of the samples, as three arguments.
+    fn stage_labels(&self, samples: &[Sample<'_>], size: usize) -> [Argument; 3] {
         let flips: Vec<u8> = samples.iter().map(|s| s.augment.flip.into()).collect();
-        let mut parts: Vec<&[u8]> = vec![&flips];
-        parts.extend(samples.iter().map(|s| &s.labels[..size * size]));
-        let staged = self.stage(&parts);
-        [staged[1], staged[0]].map(Argument::pointer)
+        let (truths, positions, more) = self.stage_samples(samples, size, Part::Labels, &[&flips]);
+        [truths, positions, more[0]]
     }
 }
 
@@ -31,15 +33,26 @@ impl<D: Device> Loss for Cuda<D> {
         if images == 0 {
             return;
         }
-        let [truths, flips] = self.stage_labels(samples, size);
-        let blocks = (from.area() * labels).div_ceil(THREADS);
+        let [truths, positions, flips] = self.stage_labels(samples, size);
         let n = images * from.area() * labels;
-        let partial = Argument::pointer(self.scratch(images * blocks));
         let scale = Argument::F32(scale as f32);
         let gradient = gradient.map_or(Argument::pointer(0), |gradient| gradient.to(n));
-        let [height, width, labels, size] = [from.height, from.width, labels, size].map(Argument::from);
-        let arguments = [logits.at(n), height, width, labels, truths, flips, size, scale, partial, gradient];
-        self.launch_blocks("cross_entropy", [blocks, images, 1], THREADS, &arguments);
+        let [height, width] = [from.height, from.width].map(Argument::from);
+        let two = labels == 2 && size == 4 * from.height && size == 4 * from.width;
+        let tiles = [from.width.div_ceil(TILE), from.height.div_ceil(TILE)];
+        let blocks = if two { tiles[0] * tiles[1] } else { (from.area() * labels).div_ceil(THREADS) };
+        let partial = Argument::pointer(self.scratch(images * blocks));
+        if two {
+            let arguments = [logits.at(n), height, width, truths, positions, flips, scale, partial, gradient];
+            self.launch_blocks("cross_entropy_two", [tiles[0], tiles[1], images], THREADS, &arguments);
+        } else {
+            let sizes = [labels, size].map(Argument::from);
+            let pictures = [truths, positions, flips];
+            let mut arguments = vec![logits.at(n), height, width, sizes[0]];
+            arguments.extend(pictures);
+            arguments.extend([sizes[1], scale, partial, gradient]);
+            self.launch_blocks("cross_entropy", [blocks, images, 1], THREADS, &arguments);
+        }
         self.launch_blocks("sum_losses", [images, 1, 1], THREADS, &[partial, blocks.into(), scale, out.both(images)]);
     }
 
@@ -56,7 +69,7 @@ impl<D: Device> Loss for Cuda<D> {
         if images == 0 {
             return;
         }
-        let [truths, flips] = self.stage_labels(samples, size);
+        let [truths, positions, flips] = self.stage_labels(samples, size);
         let n = images * from.area() * labels;
         let counts = &mut counts[..images * labels * labels];
         let bytes = size_of_val(counts);
@@ -66,7 +79,8 @@ impl<D: Device> Loss for Cuda<D> {
         self.attempt(|device| unsafe { device.clear(address, bytes) });
         let blocks = (size * size).div_ceil(THREADS);
         let [height, width, labels, size] = [from.height, from.width, labels, size].map(Argument::from);
-        let arguments = [logits.at(n), height, width, labels, truths, flips, size, Argument::pointer(address)];
+        let arguments =
+            [logits.at(n), height, width, labels, truths, positions, flips, size, Argument::pointer(address)];
         self.launch_blocks("confusion", [blocks, images, 1], THREADS, &arguments);
         let mut found = vec![0u64; counts.len()];
         // SAFETY: the scratch has room for the counts.

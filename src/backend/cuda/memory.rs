@@ -2,11 +2,11 @@
 
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
-use super::{Argument, Device};
+use super::{Argument, Device, Pictures};
 use crate::backend::{Dropout, Memory};
 use crate::{Error, Result};
 
@@ -71,8 +71,9 @@ pub struct Cuda<D: Device> {
     device: D,
     /// Partial sums.
     scratch: Room<D>,
-    /// Pixels and labels on their way from the host.
+    /// What is on its way from the host.
     staging: Room<D>,
+    pictures: Option<Arc<Pictures>>,
     allocated: AtomicUsize,
     failure: Mutex<Option<Error>>,
 }
@@ -88,9 +89,31 @@ impl<D: Device> Cuda<D> {
             device,
             scratch: Room::new(),
             staging: Room::new(),
+            pictures: None,
             allocated: AtomicUsize::new(0),
             failure: Mutex::new(None),
         }
+    }
+
+    /// The same, with pictures that need not be brought again.
+    pub fn with_pictures(self, pictures: Option<Arc<Pictures>>) -> Self {
+        Self { pictures, ..self }
+    }
+
+    /// Bytes of the two rooms that operations share, after the largest so far.
+    pub fn rooms(&self) -> [usize; 2] {
+        [&self.scratch, &self.staging].map(|room| locked(&room.0).1)
+    }
+
+    /// Makes the rooms this large, as [`Cuda::rooms`] told of another backend that did the same work.
+    pub fn reserve(&self, [scratch, staging]: [usize; 2]) {
+        self.room(&self.scratch, scratch);
+        self.room(&self.staging, staging);
+    }
+
+    /// The pictures that stay on the device.
+    pub(super) fn pictures(&self) -> Option<&Pictures> {
+        self.pictures.as_deref()
     }
 
     /// The device.
@@ -176,10 +199,9 @@ impl<D: Device> Cuda<D> {
         outputs: &[ColumnSums],
     ) {
         let kinds = outputs.iter().map(|o| o.kinds).sum::<usize>();
-        let slab = rows.div_ceil(SLABS).max(SMALLEST_SLAB);
-        let slabs = rows.div_ceil(slab);
+        let (slab, slabs) = slabs(rows);
         let partial = self.scratch(slabs * kinds * channels);
-        let grid = [channels.div_ceil(32), slabs, 1];
+        let grid = [channels.div_ceil(column_span(channels)), slabs, 1];
         self.launch_blocks(kernel, grid, THREADS, &arguments(slab.into(), Argument::pointer(partial)));
         let mut first = 0;
         for output in outputs {
@@ -187,16 +209,28 @@ impl<D: Device> Cuda<D> {
             let from = Argument::pointer(partial + (first * channels * size_of::<f32>()) as u64);
             let (stride, factor) = ((kinds * channels).into(), output.factor.into());
             let arguments = [from, slabs.into(), stride, n.into(), factor, output.to, output.add.into()];
-            self.launch("sum_partials", n, &arguments);
+            self.launch_blocks("sum_partials", [n.div_ceil(32), 1, 1], THREADS, &arguments);
             first += output.kinds;
         }
     }
 }
 
 /// Slabs that a column-wise sum is cut into at most: a fixed number, so that results do not depend on the device.
-const SLABS: usize = 256;
+const SLABS: usize = 1024;
 /// Rows of a slab at least.
-const SMALLEST_SLAB: usize = 256;
+const SMALLEST_SLAB: usize = 128;
+
+/// Rows of a slab, and how many slabs `rows` make.
+pub(super) fn slabs(rows: usize) -> (usize, usize) {
+    let slab = rows.div_ceil(SLABS).max(SMALLEST_SLAB);
+    (slab, rows.div_ceil(slab))
+}
+
+/// Channels that a block of a column-wise sum takes, as `kernels/common.cuh` has it.
+pub(super) fn column_span(channels: usize) -> usize {
+    let packs = width(channels);
+    (channels / packs).min(32) * packs
+}
 
 /// Where column-wise sums go.
 pub(super) struct ColumnSums {

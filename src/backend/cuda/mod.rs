@@ -7,10 +7,12 @@
 //! A device works asynchronously and operations return nothing, so the first failure is kept, everything after it is
 //! skipped, and [`Cuda::check`] reports it.
 
+mod arena;
 mod attention;
 mod depthwise;
 mod device;
 mod driver;
+mod dry;
 mod head;
 mod layer_norm;
 mod linear;
@@ -19,11 +21,15 @@ mod matrix;
 mod memory;
 mod optimizer;
 mod patches;
+mod pictures;
 mod residual;
 mod resize;
 mod self_test;
 
+pub use arena::Arena;
 pub use device::{Argument, Device, Element, MatrixProduct};
 pub use driver::{Description, DeviceMemory, Driver, Spent};
+pub use dry::{Dry, Work};
 pub use memory::{Array, Cuda};
+pub use pictures::Pictures;
 pub use self_test::self_test;

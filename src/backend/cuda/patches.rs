@@ -1,6 +1,7 @@
 //! Gathering convolution windows.
 
 use super::memory::width;
+use super::pictures::Part;
 use super::{Argument, Cuda, Device};
 use crate::backend::{Grid, Patches, Sample, Window};
 
@@ -21,14 +22,13 @@ impl<D: Device> Patches for Cuda<D> {
         let n = images * out_size * out_size * window.side * window.side * 3;
         let levels: Vec<[u8; 256]> = samples.iter().map(|s| s.augment.table()).collect();
         let flips: Vec<u8> = samples.iter().map(|s| s.augment.flip.into()).collect();
-        let mut parts: Vec<&[u8]> = vec![levels.as_flattened(), &flips];
-        parts.extend(samples.iter().map(|s| &s.pixels[..size * size * 3]));
-        let staged = self.stage(&parts);
-        let [levels, flips, pixels] = [staged[0], staged[1], staged[2]].map(Argument::pointer);
+        let more: [&[u8]; 2] = [levels.as_flattened(), &flips];
+        let (pixels, positions, more) = self.stage_samples(samples, size, Part::Pixels, &more);
+        let (levels, flips) = (more[0], more[1]);
         let Window { side, stride, padding } = window;
         let [images, size, side, stride, padding, out_size] =
             [images, size, side, stride, padding, out_size].map(Argument::from);
-        let arguments = [pixels, levels, flips, images, size, side, stride, padding, out_size, out.to(n)];
+        let arguments = [pixels, positions, levels, flips, images, size, side, stride, padding, out_size, out.to(n)];
         self.launch("pixel_patches", n.div_ceil(8), &arguments);
     }
 

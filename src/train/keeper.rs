@@ -1,0 +1,65 @@
+//! Checkpoints, history and plots are written while the next epoch trains.
+
+use std::path::PathBuf;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::JoinHandle;
+
+use super::checkpoint::{self, Snapshot};
+use crate::error::Kind;
+use crate::{Error, Result, report};
+
+/// A thread that writes what an epoch leaves in a run's folder. Dropped, it finishes what it has begun.
+pub struct Keeper {
+    jobs: Option<SyncSender<Snapshot>>,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+impl Keeper {
+    /// A keeper of the run `name` in the folder `out`, where `keep` checkpoints stay.
+    pub fn new(name: &str, out: PathBuf, keep: usize) -> Self {
+        let name = name.to_string();
+        // Nothing waits in line: at most one epoch is being written while another trains.
+        let (jobs, queue) = sync_channel::<Snapshot>(0);
+        let thread = std::thread::spawn(move || {
+            for snapshot in queue {
+                snapshot.write(&out)?;
+                checkpoint::prune(&out, &snapshot.state, keep)?;
+                report::run::refresh(&out, &name, &snapshot.state.log_history)?;
+            }
+            Ok(())
+        });
+        Self { jobs: Some(jobs), thread: Some(thread) }
+    }
+
+    /// Hands over an epoch, as soon as the one before it is written.
+    ///
+    /// # Errors
+    /// When the one before could not be written.
+    pub fn keep(&mut self, snapshot: Snapshot) -> Result<()> {
+        match &self.jobs {
+            Some(jobs) if jobs.send(snapshot).is_ok() => Ok(()),
+            // The thread ends early only with an error.
+            _ => self.finish(),
+        }
+    }
+
+    /// Waits until everything is written.
+    ///
+    /// # Errors
+    /// When something could not be.
+    pub fn finish(&mut self) -> Result<()> {
+        self.jobs = None;
+        match self.thread.take().map(JoinHandle::join) {
+            None => Ok(()),
+            Some(Ok(outcome)) => outcome,
+            Some(Err(_)) => Err(Error::new(Kind::Internal, "the thread that writes checkpoints ended in a panic")),
+        }
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        // What led here is the error to report.
+        let _ = self.finish();
+    }
+}
