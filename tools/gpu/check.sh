@@ -69,6 +69,21 @@ number() { # field, file
     sed -n "s/^ *\"$1\": *\([0-9.eE+-]*\),\{0,1\}$/\1/p" "$2"
 }
 
+# The longest entries of a profile, as `doctor --profile --json` prints it.
+profile() { # file
+    echo "| kernel or product | launches | ms | GB/s | TFLOP/s |"
+    echo "| --- | --- | --- | --- | --- |"
+    awk '$1 == "\"name\":" { name = $0; sub(/^[^:]*: "/, "", name); sub(/",?$/, "", name) }
+        { sub(/,$/, "") }
+        $1 == "\"launches\":" { launches = $2 }
+        $1 == "\"seconds\":" { seconds = $2 }
+        $1 == "\"bytes\":" { bytes = $2 }
+        $1 == "\"multiply_adds\":" && seconds > 0 && ++rows <= 25 {
+            rate = $2 > 0 ? sprintf("%.1f", 2 * $2 / seconds / 1e12) : ""
+            printf "| %s | %d | %.3f | %.0f | %s |\n", name, launches, 1e3 * seconds, bytes / seconds / 1e9, rate
+        }' "$1"
+}
+
 # Standard input as a block of code.
 fenced() {
     echo "\`\`\`"
@@ -135,7 +150,7 @@ steps() {
     for step in fft lora eval; do
         json=$results/step-$step.json
         ./segpeft-native doctor --device cuda --step "$step" --size "$SIZE" --batch-size "$BATCH" --steps 10 --profile \
-            --json >"$json" 2>"$results/profile-$step.txt" || { cat "$results/profile-$step.txt" && exit 1; }
+            --json >"$json"
         bytes=$(number device_bytes "$json")
         awk -v step="$step" -v seconds="$(number median_seconds "$json")" -v bytes="${bytes:-0}" \
             -v rate="$(number images_per_second "$json")" 'BEGIN {
@@ -144,8 +159,8 @@ steps() {
             }' | tee -a "$results/steps.md"
     done
     for step in fft lora eval; do
-        printf '\nWhere the time of %s goes:\n\n' "$step"
-        head -25 "$results/profile-$step.txt" | fenced
+        printf '\nWhere most of the time of %s goes, all steps together:\n\n' "$step"
+        profile "$results/step-$step.json"
     done >>"$results/steps.md"
     awk -F ' *[|] *' '/^[|] (fft|lora|eval) / { all = all "  " $2 " " $4 } END { print "images/s:" all }' \
         "$results/steps.md"
