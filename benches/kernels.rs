@@ -8,15 +8,13 @@
 #![allow(missing_docs)]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, SamplingMode, Throughput};
-use segpeft_native::Result;
-use segpeft_native::backend::cuda::{Argument, Cuda, Device, DeviceMemory, Driver, Element, MatrixProduct, Spent};
+use segpeft_native::backend::cuda::{Cuda, Driver, Spent};
 use segpeft_native::backend::{
-    Attention, AttentionShape, BatchNormView, Depthwise, Dropout, Grid, Head, LayerNorm, Linear, Loss, Memory, Patches,
-    Product, Residual, Resize, Sample, Window,
+    Attention, AttentionShape, BatchNormView, Classifier, Depthwise, Dropout, Grid, Head, LayerNorm, Linear, Loss,
+    Memory, Patches, Product, Residual, Resize, Sample, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -35,63 +33,12 @@ const FLUSH: usize = 64 << 20;
 /// Rows and columns of the product that shows what the tensor cores reach.
 const LARGE: usize = 8192;
 
-type Act = <Cuda<Counted> as Memory>::Act;
-type Full = <Cuda<Counted> as Memory>::Full;
-
-/// The GPU, with a tally of the bytes that its launches declare and its products read and write.
-struct Counted {
-    driver: Arc<Driver>,
-    bytes: AtomicUsize,
-}
-
-impl Counted {
-    fn count(&self, bytes: usize) {
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-    }
-}
-
-impl Device for Counted {
-    type Memory = DeviceMemory;
-
-    fn allocate(&self, bytes: usize) -> Result<DeviceMemory> {
-        self.driver.allocate(bytes)
-    }
-
-    fn address(memory: &DeviceMemory) -> u64 {
-        Driver::address(memory)
-    }
-
-    unsafe fn write(&self, from: &[u8], to: u64) -> Result<()> {
-        // SAFETY: the caller's, here and below.
-        unsafe { self.driver.write(from, to) }
-    }
-
-    unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<()> {
-        unsafe { self.driver.read(from, to) }
-    }
-
-    unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()> {
-        unsafe { self.driver.clear(at, bytes) }
-    }
-
-    unsafe fn launch(&self, kernel: &'static str, grid: [usize; 3], threads: usize, values: &[Argument]) -> Result<()> {
-        let (read, written) = Argument::traffic(values);
-        self.count(read + written);
-        unsafe { self.driver.launch(kernel, grid, threads, values) }
-    }
-
-    unsafe fn product(&self, product: &MatrixProduct) -> Result<()> {
-        let bytes = |element| if element == Element::Bf16 { 2 } else { 4 };
-        let (m, n, k) = product.size;
-        let outputs = m * n * (1 + usize::from(product.add));
-        self.count((m * k + k * n) * bytes(product.inputs) + outputs * bytes(product.output));
-        unsafe { self.driver.product(product) }
-    }
-}
+type Act = <Cuda<Arc<Driver>> as Memory>::Act;
+type Full = <Cuda<Arc<Driver>> as Memory>::Full;
 
 /// The backend and operands for everything: an operation takes as much of each as it needs.
 struct Lab<'a> {
-    cuda: Cuda<Counted>,
+    cuda: Cuda<Arc<Driver>>,
     /// Activations to read.
     x: [Act; 3],
     /// Activations to write.
@@ -111,7 +58,7 @@ struct Lab<'a> {
 
 impl<'a> Lab<'a> {
     fn new(driver: Arc<Driver>, batch: usize, pixels: &'a [u8], labels: &'a [u8]) -> Self {
-        let cuda = Cuda::new(Counted { driver, bytes: AtomicUsize::new(0) });
+        let cuda = Cuda::new(driver);
         let full = |n: usize| {
             let stream = Philox::new(1, Purpose::Demo, 0, 0);
             let mut full = cuda.full(n);
@@ -150,17 +97,16 @@ impl<'a> Lab<'a> {
         }
     }
 
-    /// What one call spends on the device, and the bytes it declares.
-    fn measure(&mut self, run: &dyn Fn(&mut Lab<'_>)) -> (Vec<Spent>, usize) {
+    /// What one call spends on the device.
+    fn measure(&mut self, run: &dyn Fn(&mut Lab<'_>)) -> Vec<Spent> {
         // The launches are queued while this writes, so that no event waits for the host; but where an operation first
         // brings pictures to the device, a few microseconds of launching count.
         self.cuda.zero(&mut self.flush);
-        let bytes = self.cuda.device().bytes.load(Ordering::Relaxed);
-        self.cuda.device().driver.start_profile();
+        self.cuda.device().start_profile();
         run(self);
-        let spent = self.cuda.device().driver.end_profile().unwrap_or_else(|e| panic!("{e}"));
+        let spent = self.cuda.device().end_profile().unwrap_or_else(|e| panic!("{e}"));
         self.cuda.check().unwrap_or_else(|e| panic!("{e}"));
-        (spent, self.cuda.device().bytes.load(Ordering::Relaxed) - bytes)
+        spent
     }
 
     /// Bytes per second of the best of a few large sums, and operations per second of large products.
@@ -171,9 +117,9 @@ impl<'a> Lab<'a> {
         let product = |lab: &mut Lab<'_>| lab.cuda.linear(&lab.x[0], &lab.x[1], None, p, &mut lab.y[0], false);
         let (mut stream, mut multiply) = (0.0f64, 0.0f64);
         for _ in 0..20 {
-            let (spent, bytes) = self.measure(&sum);
-            stream = stream.max(bytes as f64 / seconds(&spent));
-            multiply = multiply.max(2.0 * (n * LARGE) as f64 / seconds(&self.measure(&product).0));
+            let spent = self.measure(&sum);
+            stream = stream.max(bytes(&spent) as f64 / seconds(&spent));
+            multiply = multiply.max(2.0 * (n * LARGE) as f64 / seconds(&self.measure(&product)));
         }
         (stream, multiply)
     }
@@ -181,6 +127,11 @@ impl<'a> Lab<'a> {
 
 fn seconds(spent: &[Spent]) -> f64 {
     spent.iter().map(|s| s.seconds).sum()
+}
+
+/// Bytes that launches and products declare.
+fn bytes(spent: &[Spent]) -> usize {
+    spent.iter().map(|s| s.work.bytes()).sum()
 }
 
 fn grid(images: usize, side: usize) -> Grid {
@@ -346,7 +297,29 @@ fn head(batch: usize) -> Vec<Case> {
             cuda.upsample_backward(d, from, to, WIDTH, y);
         }));
     }
+    fn classifier<'a>(weight: &'a Act, bias: &'a Full) -> Classifier<'a, Cuda<Arc<Driver>>> {
+        Classifier { weight, bias, labels: LABELS }
+    }
     cases.extend([
+        plain(name("join_stages"), move |Lab { cuda, x: [a, b, c], y: [z, _], s: [moments, _], .. }| {
+            let parts = [(&*a, grid(batch, STAGES[1].0)), (b, grid(batch, STAGES[2].0)), (c, grid(batch, STAGES[3].0))];
+            cuda.join_stages(&parts, to, WIDTH, z, Some(moments));
+        }),
+        plain(name("classify"), move |Lab { cuda, x: [z, ..], w: [w, _], p, y: [room, logits], .. }| {
+            cuda.classify(z, view(p), drop, rows, WIDTH, classifier(w, p), room, logits);
+        }),
+        plain(
+            name("classify_backward"),
+            move |Lab { cuda, x: [z, d, _], w: [w, _], p, y: [room, _], s: [dw, s], .. }| {
+                cuda.classify_backward(z, view(p), drop, rows, WIDTH, classifier(w, p), d, room, Some(dw), s);
+            },
+        ),
+        plain(
+            name("classify_backward_input"),
+            move |Lab { cuda, x: [z, d, _], w: [w, _], p, y: [dz, _], s: [s, _], .. }| {
+                cuda.classify_backward_input(z, view(p), drop, rows, WIDTH, classifier(w, p), d, (p, rows), s, dz);
+            },
+        ),
         plain(name("batch_moments"), move |Lab { cuda, x: [z, ..], s: [s, _], .. }| {
             cuda.batch_moments(z, rows, WIDTH, s);
         }),
@@ -406,8 +379,9 @@ fn main() {
         // Once for what happens at first use, once to see how long three calls for each of ten samples take.
         lab.measure(&run);
         let started = Instant::now();
-        let (spent, bytes) = lab.measure(&run);
+        let spent = lab.measure(&run);
         group.measurement_time(30 * started.elapsed());
+        let bytes = bytes(&spent);
         let (bytes_bound, operations_bound) = (bytes as f64 / stream, operations as f64 / multiply);
         group.throughput(match bytes_bound > operations_bound {
             true => Throughput::Bytes(bytes as u64),
@@ -417,7 +391,7 @@ fn main() {
         group.bench_function(&name, |bencher| {
             bencher.iter_custom(|n| {
                 let start = times.len();
-                times.extend((0..n).map(|_| seconds(&lab.measure(&run).0)));
+                times.extend((0..n).map(|_| seconds(&lab.measure(&run))));
                 Duration::from_secs_f64(times[start..].iter().sum())
             });
         });

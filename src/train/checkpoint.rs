@@ -98,9 +98,7 @@ impl Trained {
                     factors.extend(tensors(model, |name, _| name.starts_with("decode_head.")));
                     StateDict::new()
                 } else {
-                    tensors(model, |name, role| {
-                        role == Role::Statistic || name.starts_with("decode_head.classifier.")
-                    })
+                    tensors(model, |name, role| role == Role::Statistic || name.starts_with("decode_head.classifier."))
                 };
                 let config = AdapterConfig {
                     r: lora.rank,
