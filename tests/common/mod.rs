@@ -7,8 +7,12 @@ use std::path::PathBuf;
 use segpeft_native::backend::Sample;
 use segpeft_native::dataset::Augment;
 
+/// A file of the reference; SEGPEFT_FIXTURES names the folder in place of `tests/fixtures` where a test binary was moved away
+/// from the repository.
 pub fn fixture(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/reference").join(name)
+    let folder = std::env::var_os("SEGPEFT_FIXTURES")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"), PathBuf::from);
+    folder.join("reference").join(name)
 }
 
 pub fn json(name: &str) -> serde_json::Value {

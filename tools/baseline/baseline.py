@@ -4,7 +4,9 @@
 
 A training step is forward, loss, backward, gradient clipping, fused AdamW (the Trainer's default). An evaluation step
 is forward without gradients, upsampling to the labels' size, argmax. The batch is already decoded, normalised and on
-the device. Each measurement runs in a process of its own, so that its peak memory is its own.
+the device. Each measurement runs in a process of its own, so that its peak memory is its own. Tensors are laid out as
+transformers lays them out, also on a GPU. With --compile the model goes through torch.compile in its default mode; what
+that does at first use falls into the steps before timing.
 """
 
 import argparse
@@ -37,6 +39,7 @@ def measure(step: str, dtype: str, options) -> dict:
     model = model.to(device).train(step != "eval")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0, fused=True)
+    forward = torch.compile(model) if options.compile else model
     n, size = options.batch_size, options.size
     pixels = torch.randn(n, 3, size, size, device=device)
     labels = (torch.rand(n, size, size, device=device) > 0.8).long()
@@ -46,7 +49,7 @@ def measure(step: str, dtype: str, options) -> dict:
 
     def train():
         with autocast():
-            loss = model(pixel_values=pixels, labels=labels).loss
+            loss = forward(pixel_values=pixels, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -54,22 +57,29 @@ def measure(step: str, dtype: str, options) -> dict:
 
     def evaluate():
         with torch.no_grad(), autocast():
-            logits = model(pixel_values=pixels).logits
+            logits = forward(pixel_values=pixels).logits
             full = torch.nn.functional.interpolate(logits.float(), (size, size), mode="bilinear", align_corners=False)
             full.argmax(1)
 
-    seconds = []
-    for _ in range(options.warmup + options.steps):
-        start = time.perf_counter()
-        evaluate() if step == "eval" else train()
+    def wait():
         if device.type == "cuda":
             torch.cuda.synchronize()
+
+    seconds = []
+    for i in range(options.warmup + options.steps):
+        wait()
+        if i == options.warmup and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # what compilation took for a moment does not count
+        start = time.perf_counter()
+        evaluate() if step == "eval" else train()
+        wait()
         seconds.append(time.perf_counter() - start)
     seconds = seconds[options.warmup :]
     result = {
         "step": step,
         "dtype": dtype,
         "device": options.device,
+        "compiled": options.compile,
         "size": size,
         "batch_size": n,
         "rank": options.rank if step == "lora" else None,
@@ -92,16 +102,20 @@ def main():
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--warmup", type=int, default=1, help="steps before timing")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--warmup", type=int, help="steps before timing (default: 1; 3 on a GPU or with --compile)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps")
     parser.add_argument("--threads", type=int, help="CPU threads; PyTorch's own choice without it")
     options = parser.parse_args()
+    if options.warmup is None:
+        options.warmup = 3 if options.device == "cuda" or options.compile else 1
     choices = list(itertools.product(options.step, options.dtype))
     if len(choices) == 1:
         print(json.dumps(measure(*choices[0], options)), flush=True)
         return
     given = ["device", "size", "batch_size", "rank", "warmup", "steps", "threads"]
     common = [f"--{k.replace('_', '-')}={getattr(options, k)}" for k in given if getattr(options, k) is not None]
+    common += ["--compile"] if options.compile else []
     for step, dtype in choices:
         subprocess.run([sys.executable, __file__, "--step", step, "--dtype", dtype, *common], check=True)
 
