@@ -181,13 +181,19 @@ impl<D: Device> Cuda<D> {
         let partial = self.scratch(slabs * kinds * channels);
         let grid = [channels.div_ceil(32), slabs, 1];
         self.launch_blocks(kernel, grid, THREADS, &arguments(slab.into(), Argument::pointer(partial)));
+        self.sum_partials((partial, slabs, channels), outputs);
+    }
+
+    /// Adds up, slab by slab, the partial sums `(slabs, kinds of all outputs, channels)` at an address.
+    pub(super) fn sum_partials(&self, (partial, slabs, channels): (u64, usize, usize), outputs: &[ColumnSums]) {
+        let kinds = outputs.iter().map(|o| o.kinds).sum::<usize>();
         let mut first = 0;
         for output in outputs {
             let n = output.kinds * channels;
             let from = Argument::pointer(partial + (first * channels * size_of::<f32>()) as u64);
             let (stride, factor) = ((kinds * channels).into(), output.factor.into());
             let arguments = [from, slabs.into(), stride, n.into(), factor, output.to, output.add.into()];
-            self.launch("sum_partials", n, &arguments);
+            self.launch_blocks("sum_partials", [n.div_ceil(32), 1, 1], THREADS, &arguments);
             first += output.kinds;
         }
     }
