@@ -95,20 +95,34 @@ __device__ __forceinline__ void gelu_backward(float& u, float& d) {
 template <int V> struct Place {
     int y0, y1, x, c;  // the block's rows, the thread's column and first channel
     int stride;        // numbers from row to row
-    long long at;      // of row 0 of the image, at x and c, in numbers
+    size_t image;      // numbers before its image
+    int at;            // numbers from there to row 0 at x and c
     bool inside;       // whether the thread has a token of the picture
 
     __device__ __forceinline__ Place(int column, int height, int width, int channels) {
-        int strips = (width + COLUMNS - 1) / COLUMNS;
-        c = (blockIdx.x * LANES + threadIdx.x % LANES) * V;
-        x = int(blockIdx.y) % strips * COLUMNS + column;
-        y0 = int(blockIdx.y) / strips * SEGMENT;
+        int groups = (channels + LANES * V - 1) / (LANES * V), block = blockIdx.x;
+        c = (block % groups * LANES + threadIdx.x % LANES) * V;
+        x = block / groups * COLUMNS + column;
+        y0 = blockIdx.y * SEGMENT;
         y1 = min(y0 + SEGMENT, height);
         stride = width * channels;
-        at = (long long)(blockIdx.z) * (height * stride) + (x * channels + c);
+        image = size_t(blockIdx.z) * (height * stride);
+        at = x * channels + c;
         inside = c < channels && x >= 0 && x < width;
     }
 };
+
+// p + numbers, in global memory, kept as it is: else the compiler adds it up again at each use.
+template <class T> __device__ __forceinline__ T* settled(T* p, size_t numbers) {
+#ifdef __CUDACC__
+    p += numbers;
+    asm("" : "+l"(p));
+    __builtin_assume(__isGlobal(p));
+    return p;
+#else
+    return p == nullptr ? p : p + numbers;
+#endif
+}
 
 struct Lines {
     unsigned h[3][COLUMNS + 2][LANES];
@@ -130,15 +144,15 @@ __device__ __forceinline__ void forward(const bf16* h, const float* w, const flo
         bias = load_two<V>(b + place.c);
     }
     int first = max(place.y0 - 1, 0), stop = min(place.y1 + 1, height), stride = place.stride;
-    long long at = place.at + (long long)(first) * stride;
+    int at = place.at + first * stride;
+    h = settled(h, place.image);
+    g = settled(g, place.image);
     int to_beside = (edge_column - column) * channels;
     unsigned ahead[3], edge_ahead[3];
     for (int k = 0; k < 3; k++) {
-        ahead[k] = place.inside && first + k < stop ? load_pair<V>(h + at + k * stride) : 0;
-        edge_ahead[k] = edge && beside.inside && first + k < stop ? load_pair<V>(h + at + k * stride + to_beside) : 0;
+        ahead[k] = place.inside && first + k < stop ? load_pair<V>(h + (at + k * stride)) : 0;
+        edge_ahead[k] = edge && beside.inside && first + k < stop ? load_pair<V>(h + (at + k * stride + to_beside)) : 0;
     }
-    h += 3 * stride;
-    g -= stride;
     float2 u[3] = {bias, bias, bias};
     for (int round = first; round <= place.y1; round += 3) {
 #pragma unroll
@@ -149,17 +163,17 @@ __device__ __forceinline__ void forward(const bf16* h, const float* w, const flo
             float2 row[3];
             row[1] = widen(ahead[k]);
             lines.h[k][column + 1][lane] = ahead[k];
-            ahead[k] = place.inside && y + 3 < stop ? load_pair<V>(h + at) : 0;
+            ahead[k] = place.inside && y + 3 < stop ? load_pair<V>(h + (at + 3 * stride)) : 0;
             if (edge) {
                 lines.h[k][edge_column + 1][lane] = edge_ahead[k];
-                edge_ahead[k] = beside.inside && y + 3 < stop ? load_pair<V>(h + at + to_beside) : 0;
+                edge_ahead[k] = beside.inside && y + 3 < stop ? load_pair<V>(h + (at + 3 * stride + to_beside)) : 0;
             }
             __syncthreads();
             row[0] = widen(lines.h[k][column][lane]);
             row[2] = widen(lines.h[k][column + 2][lane]);
             float2& done = u[(k + 2) % 3];
             add(done, row, weight + 6);
-            if (y > place.y0 && place.inside) store_pair<V>(g + at, {gelu(done.x), gelu(done.y)});
+            if (y > place.y0 && place.inside) store_pair<V>(g + (at - stride), {gelu(done.x), gelu(done.y)});
             add(u[k], row, weight + 3);
             u[(k + 1) % 3] = bias;
             add(u[(k + 1) % 3], row, weight);
@@ -168,7 +182,7 @@ __device__ __forceinline__ void forward(const bf16* h, const float* w, const flo
     }
 }
 
-// Grid: (channels by LANES·V, columns by COLUMNS and then rows by SEGMENT, images); V is 2 where channels are even, else 1.
+// Grid: (channels by LANES·V and then columns by COLUMNS, rows by SEGMENT, images); V is 2 where channels are even, else 1.
 // Tokens are (images, height, width).
 KERNEL(THREADS) depthwise_gelu(const bf16* h /* (tokens, channels) */, const float* w /* (9, channels) */,
                                const float* b /* (channels) */, int height, int width, int channels,
@@ -194,9 +208,9 @@ __device__ __forceinline__ void backward(const bf16* h, const float* w, const fl
     bool inner = threadIdx.x < INNER;
     int column = inner ? threadIdx.x / LANES : threadIdx.x < INNER + LANES ? -1 : COLUMNS;
     Place<V> place(column, height, width, channels);
-    // The further warp fetches two columns on each side.
-    int outer_column = column < 0 ? -2 : COLUMNS + 1, to_outer = (outer_column - column) * channels;
-    Place<V> outer(outer_column, height, width, channels);
+    // The further warp also fetches the next column outwards.
+    int outwards = column < 0 ? -1 : 1;
+    bool outer = !inner && place.c < channels && place.x + outwards >= 0 && place.x + outwards < width;
 
     float2 weight[9] = {}, bias = {};
     if (place.c < channels) {
@@ -206,38 +220,40 @@ __device__ __forceinline__ void backward(const bf16* h, const float* w, const fl
     // The rows needed of h, and of the gradient before the GELU.
     int y0 = place.y0, y1 = place.y1, stride = place.stride;
     int first = max(y0 - 2, 0), stop = min(y1 + 2, height), du_first = max(y0 - 1, 0), du_stop = min(y1 + 1, height);
-    long long at = place.at + (long long)(first) * stride;
-    // At step y, h is ahead by rows y.. y + 3, dg by y - 1.. y + 2.
-    unsigned ahead[3], outer_ahead[3], dg_ahead[3] = {};
-    for (int k = 0; k < 3; k++) {
+    int at = place.at + first * stride;
+    h = settled(h, place.image);
+    dg = settled(dg, place.image);
+    // At step y, h is there by rows y.. y + 2, dg by y - 1.. y + 1; the outer columns, which another block fetches from
+    // memory, by y.
+    unsigned ahead[3] = {}, dg_ahead[3] = {};
+    unsigned outer_next = outer ? load_pair<V>(h + (at + outwards * channels)) : 0;
+    for (int k = 0; k < 2; k++) {
         int y = first + k;
-        ahead[k] = place.inside && y < stop ? load_pair<V>(h + at + k * stride) : 0;
-        outer_ahead[k] = !inner && outer.inside && y < stop ? load_pair<V>(h + at + k * stride + to_outer) : 0;
-        bool wanted = k < 2 && y >= du_first && y < du_stop;
-        dg_ahead[k] = place.inside && wanted ? load_pair<V>(dg + at + k * stride) : 0;
+        ahead[k] = place.inside && y < stop ? load_pair<V>(h + (at + k * stride)) : 0;
+        dg_ahead[k] = k == 0 && place.inside && y >= du_first && y < du_stop ? load_pair<V>(dg + (at + k * stride)) : 0;
     }
-    h += 3 * stride;
-    dg += 2 * stride;
-    bool wants_g = g != nullptr && inner && place.inside, wants_dh = dh != nullptr && place.inside;
-    g -= stride;
-    dh -= 3 * stride;
+    // Steps at which this thread writes: rows behind, if it has any to write.
+    int g_rows = g != nullptr && inner && place.inside ? y1 - y0 : 0;
+    int dh_first = dh != nullptr && place.inside ? y0 + 3 : y1 + 3;
+    g = settled(g, place.image);
+    dh = settled(dh, place.image);
     bool works = inner || place.inside;
     if (!works) {
         for (int k = 0; k < 3; k++) lines.du[k][column + 1][lane] = {0.0f, 0.0f};
     }
-    float2 u[3] = {bias, bias, bias}, sum[3] = {}, own_h[3] = {}, own_du = {}, gradient[KINDS] = {};
+    if (PARAMETERS) lines.h[2][column + 2][lane] = 0;  // row first - 1
+    float2 u[3] = {bias, bias, bias}, sum[3] = {}, own_du = {}, gradient[KINDS] = {};
     for (int round = first; round <= y1 + 2; round += 3) {
 #pragma unroll
         for (int k = 0; k < 3; k++) {
             int y = round + k;
             if (y > y1 + 2) break;
-            lines.h[k][column + 2][lane] = ahead[k];
-            float2 row[3];
-            row[1] = widen(ahead[k]);
-            ahead[k] = place.inside && y + 3 < stop ? load_pair<V>(h + at) : 0;
+            unsigned own = ahead[k], row_y_3 = PARAMETERS ? lines.h[k][column + 2][lane] : 0;
+            lines.h[k][column + 2][lane] = own;
+            ahead[(k + 2) % 3] = place.inside && y + 2 < stop ? load_pair<V>(h + (at + 2 * stride)) : 0;
             if (!inner) {
-                lines.h[k][outer_column + 2][lane] = outer_ahead[k];
-                outer_ahead[k] = outer.inside && y + 3 < stop ? load_pair<V>(h + at + to_outer) : 0;
+                lines.h[k][column + 2 + outwards][lane] = outer_next;
+                outer_next = outer && y + 1 < stop ? load_pair<V>(h + (at + stride + outwards * channels)) : 0;
             }
             __syncthreads();
 
@@ -252,22 +268,25 @@ __device__ __forceinline__ void backward(const bf16* h, const float* w, const fl
                     add(sum[(k + 2) % 3], mirrored, weight + 6);
                     // The token itself is what its neighbours saw through these taps: rows y - 3.. y of h.
                     if (PARAMETERS && y - 2 >= y0 && y - 2 < y1) {
-                        for (int tap = 0; tap < 9; tap++) add(gradient[tap], mirrored[tap % 3], own_h[(k + tap / 3) % 3]);
+                        for (int i = 0; i < 3; i++) {
+                            float2 x = widen(i == 0 ? row_y_3 : lines.h[(k + i) % 3][column + 2][lane]);
+                            for (int j = 0; j < 3; j++) add(gradient[3 * i + j], mirrored[j], x);
+                        }
                         gradient[9].x += own_du.x;
                         gradient[9].y += own_du.y;
                     }
                 }
-                if (wants_dh && y - 3 >= y0) store_pair<V>(dh + at, sum[k]);
+                if (y >= dh_first) store_pair<V>(dh + (at - 3 * stride), sum[k]);
             }
-            own_h[k] = row[1];
 
             // Row y of h ends the sums of row y - 1 of u.
             if (works) {
                 if (y < stop) {
-                    row[0] = widen(lines.h[k][column + 1][lane]);
-                    row[2] = widen(lines.h[k][column + 3][lane]);
+                    float2 row[3] = {widen(lines.h[k][column + 1][lane]), widen(own), widen(lines.h[k][column + 3][lane])};
                     add(u[(k + 2) % 3], row, weight + 6);
                     add(u[k], row, weight + 3);
+                    u[(k + 1) % 3] = bias;
+                    add(u[(k + 1) % 3], row, weight);
                 }
                 if (y - 1 >= du_first && y - 1 < du_stop) {
                     float2 value = u[(k + 2) % 3], d = widen(dg_ahead[(k + 2) % 3]);
@@ -275,14 +294,10 @@ __device__ __forceinline__ void backward(const bf16* h, const float* w, const fl
                     gelu_backward(value.y, d.y);
                     own_du = d;
                     lines.du[k][column + 1][lane] = d;
-                    if (wants_g && y - 1 >= y0 && y - 1 < y1) store_pair<V>(g + at, value);
-                }
-                if (y < stop) {
-                    u[(k + 1) % 3] = bias;
-                    add(u[(k + 1) % 3], row, weight);
+                    if (unsigned(y - 1 - y0) < unsigned(g_rows)) store_pair<V>(g + (at - stride), value);
                 }
             }
-            dg_ahead[(k + 2) % 3] = place.inside && y + 2 < du_stop ? load_pair<V>(dg + at) : 0;
+            dg_ahead[(k + 1) % 3] = place.inside && y + 1 < du_stop ? load_pair<V>(dg + (at + stride)) : 0;
             at += stride;
         }
     }
@@ -301,6 +316,8 @@ __device__ __forceinline__ void backward(const bf16* h, const float* w, const fl
             }
         }
         __syncthreads();
+        int strips = (width + COLUMNS - 1) / COLUMNS;
+        size_t slab = (size_t(blockIdx.z) * gridDim.y + blockIdx.y) * strips + (place.x - column) / COLUMNS;
         for (int i = threadIdx.x; i < KINDS * LANES; i += BACKWARD_THREADS) {
             int kind = i / LANES;  // the lane is the thread's own
             float2 total = {};
@@ -309,7 +326,7 @@ __device__ __forceinline__ void backward(const bf16* h, const float* w, const fl
                 total.y += (*warps)[warp][kind][LANES + lane];
             }
             if (place.c < channels) {
-                float* to = partial + ((size_t(blockIdx.z) * gridDim.y + blockIdx.y) * KINDS + kind) * channels + place.c;
+                float* to = partial + (slab * KINDS + kind) * channels + place.c;
                 to[0] = total.x;
                 if (V == 2) to[1] = total.y;
             }
@@ -319,7 +336,7 @@ __device__ __forceinline__ void backward(const bf16* h, const float* w, const fl
 
 // From dg, the gradient after the GELU, to dh, that of h; and the forward output g again; each unless null. Grid: as
 // depthwise_gelu has it.
-KERNEL(BACKWARD_THREADS) depthwise_gelu_backward(const bf16* h /* (tokens, channels) */, const float* w /* (9, channels) */,
+KERNEL(BACKWARD_THREADS, 3) depthwise_gelu_backward(const bf16* h /* (tokens, channels) */, const float* w /* (9, channels) */,
                                                  const float* b /* (channels) */, int height, int width, int channels,
                                                  const bf16* dg /* (tokens, channels) */,
                                                  bf16* g /* (tokens, channels) or null */,
@@ -333,11 +350,11 @@ KERNEL(BACKWARD_THREADS) depthwise_gelu_backward(const bf16* h /* (tokens, chann
 }
 
 // The same with the gradients of w and b, summed over each block's tokens.
-KERNEL(BACKWARD_THREADS) depthwise_gelu_backward_params(
+KERNEL(BACKWARD_THREADS, 2) depthwise_gelu_backward_params(
     const bf16* h /* (tokens, channels) */, const float* w /* (9, channels) */, const float* b /* (channels) */, int height,
     int width, int channels, const bf16* dg /* (tokens, channels) */, bf16* g /* (tokens, channels) or null */,
     bf16* dh /* (tokens, channels) or null */,
-    float* partial /* (blocks of images, rows and columns; 10, channels): nine taps, bias */) {
+    float* partial /* (images·segments·strips, 10, channels): nine taps, bias */) {
     SHARED(BackwardLines, lines, [1]);
     SHARED(WarpSums, warps, [1]);
     if (channels % 2 == 0) {

@@ -1,44 +1,72 @@
 // Gathering convolution windows into rows (ky, kx, channel), so that a convolution becomes a product, and the way back.
 //
 // pixel_patches reads 8-bit pixels and writes normalised bf16 rows in one pass: flip, brightness and contrast (a table of
-// 256 levels) and ImageNet normalisation cost no pass of their own. patches_backward gathers per input token instead of
-// scattering per window, so no two threads add to one number.
+// 256 levels) and ImageNet normalisation cost no pass of their own. A block normalises the lines that a strip of windows
+// needs, by a table, into shared memory, and from there writes the strip's rows, which lie one behind the other, 16 bytes at
+// a time. patches_backward gathers per input token instead of scattering per window, so no two threads add to one number.
 #include "common.cuh"
 
-// Threads: ceil(images·windows·side²·3 / 8).
+// Numbers of the lines that a strip needs at most: side·((strip - 1)·stride + side)·3.
+constexpr int STAGED = 12288;
+
+// Grid: (ceil(out_size / strip), out_size, images), where they begin; blocks of 256, the levels.
 KERNEL(THREADS) pixel_patches(const unsigned char* pixels /* (images, size, size, 3) */,
                               const unsigned char* levels /* (images, 256) */,
-                              const unsigned char* flips /* (images) */, int images, int size, int side, int stride,
-                              int padding, int out_size, bf16* out /* (images, out_size², side²·3) */) {
-    int row = side * side * 3, windows = out_size * out_size;
-    size_t n = size_t(images) * windows * row, first = thread_number() * 8;
-    if (first >= n) return;
-    size_t window = first / row;
-    int e = int(first % row);
-    Pack<8> p;
-    for (int i = 0; i < 8; i++) {
-        p.x[i] = 0.0f;
-        if (first + i < n) {
-            int image = int(window / windows), at = int(window % windows), tap = e / 3, c = e % 3;
-            int y = at / out_size * stride + tap / side - padding, x = at % out_size * stride + tap % side - padding;
-            if (y >= 0 && y < size && x >= 0 && x < size) {
-                int column = flips[image] ? size - 1 - x : x;
-                int level = levels[image * 256 + pixels[((size_t(image) * size + y) * size + column) * 3 + c]];
-                float mean = c == 0 ? 0.485f : c == 1 ? 0.456f : 0.406f;
-                float deviation = c == 0 ? 0.229f : c == 1 ? 0.224f : 0.225f;
-                p.x[i] = (float(level) / 255.0f - mean) / deviation;
-            }
-        }
-        if (++e == row) {
-            e = 0;
-            window++;
+                              const unsigned char* flips /* (images) */, int size, int side, int stride, int padding,
+                              int out_size, int strip, bf16* out /* (images, out_size², side²·3) */) {
+    SHARED(unsigned short, table, [THREADS][3]);
+    SHARED(unsigned short, staged, [STAGED]);
+    int first = blockIdx.x * strip, windows = min(strip, out_size - first), line = ((windows - 1) * stride + side) * 3;
+    float level = float(levels[blockIdx.z * 256 + threadIdx.x]) / 255.0f;
+    table[threadIdx.x][0] = pair_of((level - 0.485f) / 0.229f, 0.0f);
+    table[threadIdx.x][1] = pair_of((level - 0.456f) / 0.224f, 0.0f);
+    table[threadIdx.x][2] = pair_of((level - 0.406f) / 0.225f, 0.0f);
+    __syncthreads();
+
+    const unsigned char* image = pixels + size_t(blockIdx.z) * size * size * 3;
+    bool flip = flips[blockIdx.z];
+    for (int ky = 0; ky < side; ky++) {
+        int y = int(blockIdx.y) * stride + ky - padding;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < line; i += THREADS) {
+            int c = i % 3, x = first * stride - padding + i / 3;
+            bool inside = y >= 0 && y < size && x >= 0 && x < size;
+            int pixel = y * size + (flip ? size - 1 - x : x);
+            staged[ky * line + i] = inside ? table[image[pixel * 3 + c]][c] : 0;
         }
     }
-    if (first + 8 <= n) {
-        store(out + first, p);
-    } else {
-        for (int i = 0; i < 8; i++) {
-            if (first + i < n) out[first + i] = __float2bfloat16_rn(p.x[i]);
+    __syncthreads();
+
+    // Where the strip's rows lie in `out`; what is not a multiple of 8 at its ends is written number by number.
+    int run = side * 3, numbers = windows * side * run;
+    size_t begin = ((size_t(blockIdx.z) * out_size + blockIdx.y) * out_size + first) * (side * run);
+    int shift = int(begin % 8);
+    out += begin - shift;
+    for (int i = threadIdx.x * 8; i < shift + numbers; i += THREADS * 8) {
+        int e = max(i - shift, 0), window = e / (side * run), ky = e / run - window * side, left = run - e % run;
+        int at = window * stride * 3 + ky * line + run - left;
+        unsigned words[4] = {};
+        for (int j = 0; j < 8; j++) {
+            if (i + j < shift || i + j >= shift + numbers) continue;
+            words[j / 2] |= unsigned(staged[at]) << (j % 2 * 16);
+            // The next number: of this line, the next, or the next window.
+            at++;
+            if (--left == 0) {
+                left = run;
+                at += line - run;
+                if (++ky == side) {
+                    ky = 0;
+                    at += stride * 3 - side * line;
+                }
+            }
+        }
+        if (i >= shift && i + 8 <= shift + numbers) {
+            *reinterpret_cast<uint4*>(out + i) = {words[0], words[1], words[2], words[3]};
+        } else {
+            for (int j = 0; j < 8; j++) {
+                unsigned short bits = words[j / 2] >> (j % 2 * 16);
+                if (i + j >= shift && i + j < shift + numbers) reinterpret_cast<unsigned short*>(out)[i + j] = bits;
+            }
         }
     }
 }

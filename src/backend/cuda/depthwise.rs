@@ -11,11 +11,11 @@ const LANES: usize = 16;
 /// Threads of a block going back: a column more on each side.
 const BACKWARD_THREADS: usize = (COLUMNS + 2) * LANES;
 
-/// Blocks of a launch: by channels, by columns and rows of an image, and by images.
+/// Blocks of a launch: by channels and columns, by rows, and by images.
 fn blocks(grid: Grid, channels: usize) -> [usize; 3] {
     let width = if channels.is_multiple_of(2) { 2 } else { 1 };
-    let area = grid.width.div_ceil(COLUMNS) * grid.height.div_ceil(SEGMENT);
-    [channels.div_ceil(LANES * width), area, grid.images]
+    let groups = channels.div_ceil(LANES * width);
+    [groups * grid.width.div_ceil(COLUMNS), grid.height.div_ceil(SEGMENT), grid.images]
 }
 
 impl<D: Device> Depthwise for Cuda<D> {
@@ -55,7 +55,7 @@ impl<D: Device> Depthwise for Cuda<D> {
             self.launch_blocks("depthwise_gelu_backward", blocks, BACKWARD_THREADS, &arguments);
             return;
         };
-        let slabs = blocks[1] * blocks[2];
+        let slabs = grid.width.div_ceil(COLUMNS) * blocks[1] * blocks[2];
         let partial = self.scratch(slabs * 10 * channels);
         arguments.push(Argument::pointer(partial));
         self.launch_blocks("depthwise_gelu_backward_params", blocks, BACKWARD_THREADS, &arguments);
