@@ -25,15 +25,14 @@ KERNEL(THREADS) pixel_patches(const unsigned char* pixels /* (images, size, size
 
     const unsigned char* image = pixels + size_t(blockIdx.z) * size * size * 3;
     bool flip = flips[blockIdx.z];
-    for (int ky = 0; ky < side; ky++) {
-        int y = int(blockIdx.y) * stride + ky - padding;
-#pragma unroll 4
-        for (int i = threadIdx.x; i < line; i += THREADS) {
-            int c = i % 3, x = first * stride - padding + i / 3;
-            bool inside = y >= 0 && y < size && x >= 0 && x < size;
-            int pixel = y * size + (flip ? size - 1 - x : x);
-            staged[ky * line + i] = inside ? table[image[pixel * 3 + c]][c] : 0;
-        }
+    int across = line / 3, left = first * stride - padding, top = int(blockIdx.y) * stride - padding;
+    for (int i = threadIdx.x, ky = 0;; i += THREADS) {
+        for (; i >= across; i -= across) ky++;
+        if (ky >= side) break;
+        int y = top + ky, x = left + i;
+        bool inside = y >= 0 && y < size && x >= 0 && x < size;
+        int pixel = (y * size + (flip ? size - 1 - x : x)) * 3;
+        for (int c = 0; c < 3; c++) staged[ky * line + i * 3 + c] = inside ? table[image[pixel + c]][c] : 0;
     }
     __syncthreads();
 
@@ -41,31 +40,24 @@ KERNEL(THREADS) pixel_patches(const unsigned char* pixels /* (images, size, size
     int run = side * 3, numbers = windows * side * run;
     size_t begin = ((size_t(blockIdx.z) * out_size + blockIdx.y) * out_size + first) * (side * run);
     int shift = int(begin % 8);
-    out += begin - shift;
-    for (int i = threadIdx.x * 8; i < shift + numbers; i += THREADS * 8) {
-        int e = max(i - shift, 0), window = e / (side * run), ky = e / run - window * side, left = run - e % run;
-        int at = window * stride * 3 + ky * line + run - left;
-        unsigned words[4] = {};
-        for (int j = 0; j < 8; j++) {
-            if (i + j < shift || i + j >= shift + numbers) continue;
-            words[j / 2] |= unsigned(staged[at]) << (j % 2 * 16);
-            // The next number: of this line, the next, or the next window.
-            at++;
-            if (--left == 0) {
-                left = run;
-                at += line - run;
-                if (++ky == side) {
-                    ky = 0;
-                    at += stride * 3 - side * line;
-                }
+    unsigned short* rows = reinterpret_cast<unsigned short*>(out) + (begin - shift);
+    for (int i = int(threadIdx.x) * 8 - shift; i < numbers; i += THREADS * 8) {
+        if (i >= 0 && i + 8 <= numbers && run >= 8) {
+            // At most one line ends among the eight.
+            int window = i / (side * run), in_window = i - window * (side * run), ky = in_window / run;
+            int end = run * (ky + 1) - in_window, at = window * stride * 3 + ky * line + run - end;
+            int jump = line - run + (ky == side - 1 ? stride * 3 - side * line : 0);
+            unsigned words[4];
+            for (int j = 0; j < 4; j++) {
+                int low = at + 2 * j + (2 * j >= end ? jump : 0), high = at + 2 * j + 1 + (2 * j + 1 >= end ? jump : 0);
+                words[j] = staged[low] | unsigned(staged[high]) << 16;
             }
-        }
-        if (i >= shift && i + 8 <= shift + numbers) {
-            *reinterpret_cast<uint4*>(out + i) = {words[0], words[1], words[2], words[3]};
+            uint4 raw = {words[0], words[1], words[2], words[3]};
+            *reinterpret_cast<uint4*>(rows + shift + i) = raw;
         } else {
-            for (int j = 0; j < 8; j++) {
-                unsigned short bits = words[j / 2] >> (j % 2 * 16);
-                if (i + j >= shift && i + j < shift + numbers) reinterpret_cast<unsigned short*>(out)[i + j] = bits;
+#pragma unroll 1  // rare
+            for (int e = max(i, 0); e < min(i + 8, numbers); e++) {
+                rows[shift + e] = staged[e / (side * run) * stride * 3 + e / run % side * line + e % run];
             }
         }
     }
