@@ -1,9 +1,9 @@
 // The middle of a Mix-FFN: depth-wise 3x3 convolution with zero padding, bias, GELU in its erf form; and the way back.
 //
 // Each way is one kernel that reads every activation from memory once. A block walks down a strip of COLUMNS tokens, a
-// thread down its column with two channels, whose weights and running sums stay in registers. A thread asks for its token
-// three rows ahead, and hands it to its neighbours through shared memory: one barrier per row. The way back recomputes the
-// convolution instead of storing it; the gradient before the GELU goes to the neighbours in f32 and is never stored.
+// thread down its column with two channels, whose weights and running sums stay in registers. A thread asks for its
+// token rows ahead, and hands it to its neighbours through shared memory: one barrier per row. The way back recomputes
+// the convolution instead of storing it; the gradient before the GELU goes to the neighbours in f32, never to memory.
 #include "common.cuh"
 
 // A block's tokens side by side, its rows at most, its threads per token, its weights and bias per channel.
@@ -63,8 +63,8 @@ __device__ __forceinline__ float reciprocal(float x) {
 #endif
 }
 
-// The normal distribution at u: its density, and the tail beyond |u| to 7.5e-8 (Abramowitz and Stegun, 1964, 26.2.17). It
-// takes half of the instructions of erff, and the density is what the derivative needs.
+// The normal distribution at u: its density, and the tail beyond |u| to 7.5e-8 (Abramowitz and Stegun, 1964, 26.2.17).
+// It takes half of the instructions of erff, and the density is what the derivative needs.
 struct Normal {
     float density, tail;
 
@@ -129,8 +129,8 @@ struct Lines {
 };
 
 template <int V>
-__device__ __forceinline__ void forward(const bf16* h, const float* w, const float* b, int height, int width, int channels,
-                                        bf16* g, Lines& lines) {
+__device__ __forceinline__ void forward(const bf16* h, const float* w, const float* b, int height, int width,
+                                        int channels, bf16* g, Lines& lines) {
     int lane = threadIdx.x % LANES, column = threadIdx.x / LANES;
     Place<V> place(column, height, width, channels);
     // The first warp also fetches the columns beside the strip.
@@ -182,8 +182,8 @@ __device__ __forceinline__ void forward(const bf16* h, const float* w, const flo
     }
 }
 
-// Grid: (channels by LANES·V and then columns by COLUMNS, rows by SEGMENT, images); V is 2 where channels are even, else 1.
-// Tokens are (images, height, width).
+// Grid: (channels by LANES·V and then columns by COLUMNS, rows by SEGMENT, images); V is 2 where channels are even,
+// else 1. Tokens are (images, height, width).
 KERNEL(THREADS) depthwise_gelu(const bf16* h /* (tokens, channels) */, const float* w /* (9, channels) */,
                                const float* b /* (channels) */, int height, int width, int channels,
                                bf16* g /* (tokens, channels) */) {
@@ -201,9 +201,9 @@ struct BackwardLines {
 typedef float WarpSums[INNER / 32][KINDS][2 * LANES];
 
 template <int V, bool PARAMETERS>
-__device__ __forceinline__ void backward(const bf16* h, const float* w, const float* b, int height, int width, int channels,
-                                         const bf16* dg, bf16* g, bf16* dh, BackwardLines& lines, WarpSums* warps,
-                                         float* partial) {
+__device__ __forceinline__ void backward(const bf16* h, const float* w, const float* b, int height, int width,
+                                         int channels, const bf16* dg, bf16* g, bf16* dh, BackwardLines& lines,
+                                         WarpSums* warps, float* partial) {
     int lane = threadIdx.x % LANES;
     bool inner = threadIdx.x < INNER;
     int column = inner ? threadIdx.x / LANES : threadIdx.x < INNER + LANES ? -1 : COLUMNS;
@@ -266,7 +266,7 @@ __device__ __forceinline__ void backward(const bf16* h, const float* w, const fl
                     add(sum[(k + 1) % 3], mirrored, weight + 3);
                     sum[(k + 2) % 3] = {0.0f, 0.0f};
                     add(sum[(k + 2) % 3], mirrored, weight + 6);
-                    // The token itself is what its neighbours saw through these taps: rows y - 3.. y of h.
+                    // The token itself is what its neighbours saw through these taps: rows y - 3 to y - 1 of h.
                     if (PARAMETERS && y - 2 >= y0 && y - 2 < y1) {
                         for (int i = 0; i < 3; i++) {
                             float2 x = widen(i == 0 ? row_y_3 : lines.h[(k + i) % 3][column + 2][lane]);
@@ -282,7 +282,8 @@ __device__ __forceinline__ void backward(const bf16* h, const float* w, const fl
             // Row y of h ends the sums of row y - 1 of u.
             if (works) {
                 if (y < stop) {
-                    float2 row[3] = {widen(lines.h[k][column + 1][lane]), widen(own), widen(lines.h[k][column + 3][lane])};
+                    float2 row[3] = {widen(lines.h[k][column + 1][lane]), widen(own),
+                                     widen(lines.h[k][column + 3][lane])};
                     add(u[(k + 2) % 3], row, weight + 6);
                     add(u[k], row, weight + 3);
                     u[(k + 1) % 3] = bias;
@@ -336,11 +337,10 @@ __device__ __forceinline__ void backward(const bf16* h, const float* w, const fl
 
 // From dg, the gradient after the GELU, to dh, that of h; and the forward output g again; each unless null. Grid: as
 // depthwise_gelu has it.
-KERNEL(BACKWARD_THREADS, 3) depthwise_gelu_backward(const bf16* h /* (tokens, channels) */, const float* w /* (9, channels) */,
-                                                 const float* b /* (channels) */, int height, int width, int channels,
-                                                 const bf16* dg /* (tokens, channels) */,
-                                                 bf16* g /* (tokens, channels) or null */,
-                                                 bf16* dh /* (tokens, channels) or null */) {
+KERNEL(BACKWARD_THREADS, 3) depthwise_gelu_backward(
+    const bf16* h /* (tokens, channels) */, const float* w /* (9, channels) */, const float* b /* (channels) */,
+    int height, int width, int channels, const bf16* dg /* (tokens, channels) */,
+    bf16* g /* (tokens, channels) or null */, bf16* dh /* (tokens, channels) or null */) {
     SHARED(BackwardLines, lines, [1]);
     if (channels % 2 == 0) {
         backward<2, false>(h, w, b, height, width, channels, dg, g, dh, lines[0], nullptr, nullptr);
@@ -351,9 +351,9 @@ KERNEL(BACKWARD_THREADS, 3) depthwise_gelu_backward(const bf16* h /* (tokens, ch
 
 // The same with the gradients of w and b, summed over each block's tokens.
 KERNEL(BACKWARD_THREADS, 2) depthwise_gelu_backward_params(
-    const bf16* h /* (tokens, channels) */, const float* w /* (9, channels) */, const float* b /* (channels) */, int height,
-    int width, int channels, const bf16* dg /* (tokens, channels) */, bf16* g /* (tokens, channels) or null */,
-    bf16* dh /* (tokens, channels) or null */,
+    const bf16* h /* (tokens, channels) */, const float* w /* (9, channels) */, const float* b /* (channels) */,
+    int height, int width, int channels, const bf16* dg /* (tokens, channels) */,
+    bf16* g /* (tokens, channels) or null */, bf16* dh /* (tokens, channels) or null */,
     float* partial /* (images·segments·strips, 10, channels): nine taps, bias */) {
     SHARED(BackwardLines, lines, [1]);
     SHARED(WarpSums, warps, [1]);

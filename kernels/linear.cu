@@ -16,8 +16,8 @@ KERNEL(THREADS) linear_backward_bias(const bf16* dy /* (rows, outputs) */, int r
     BY_WIDTH(outputs, bias_partials, dy, rows, outputs, slab, partial);
 }
 
-// out = scale·Σ_s partial[s], added to out if `add`. Rows of `partial` are `stride` apart. Grid: ceil(n / 32); each line of
-// a block sums every eighth slab.
+// out = scale·Σ_s partial[s], added to out if `add`. Rows of `partial` are `stride` apart. Grid: ceil(n / 32); each
+// line of a block sums every eighth slab.
 KERNEL(THREADS) sum_partials(const float* partial /* (slabs, stride) */, int slabs, int stride, int n, float scale,
                              float* out /* (n) */, int add) {
     constexpr int LINES = THREADS / 32;

@@ -1,9 +1,10 @@
 // Gathering convolution windows into rows (ky, kx, channel), so that a convolution becomes a product, and the way back.
 //
-// pixel_patches reads 8-bit pixels and writes normalised bf16 rows in one pass: flip, brightness and contrast (a table of
-// 256 levels) and ImageNet normalisation cost no pass of their own. A block normalises the lines that a strip of windows
-// needs, by a table, into shared memory, and from there writes the strip's rows, which lie one behind the other, 16 bytes at
-// a time. patches_backward gathers per input token instead of scattering per window, so no two threads add to one number.
+// pixel_patches reads 8-bit pixels and writes normalised bf16 rows in one pass: flip, brightness and contrast (a table
+// of 256 levels) and ImageNet normalisation cost no pass of their own. A block normalises the lines that a strip of
+// windows needs, by a table, into shared memory, and from there writes the strip's rows, one behind the other and 16
+// bytes at a time. patches_backward gathers per input token instead of scattering per window, so no two threads add
+// to one number.
 #include "common.cuh"
 
 // Numbers of the lines that a strip needs at most: side·((strip - 1)·stride + side)·3.
@@ -49,7 +50,7 @@ KERNEL(THREADS) pixel_patches(const unsigned char* pixels /* (images, size, size
             int jump = line - run + (ky == side - 1 ? stride * 3 - side * line : 0);
             unsigned words[4];
             for (int j = 0; j < 4; j++) {
-                int low = at + 2 * j + (2 * j >= end ? jump : 0), high = at + 2 * j + 1 + (2 * j + 1 >= end ? jump : 0);
+                int e = 2 * j, low = at + e + (e >= end ? jump : 0), high = at + e + 1 + (e + 1 >= end ? jump : 0);
                 words[j] = staged[low] | unsigned(staged[high]) << 16;
             }
             uint4 raw = {words[0], words[1], words[2], words[3]};
