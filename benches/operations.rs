@@ -57,20 +57,23 @@ fn elementwise(c: &mut Criterion) {
         let grid = Grid { images: 1, height: side, width: side };
         let (rows, n) = (side * side, side * side * hidden);
         let (h, w, b) = (numbers(n), numbers(9 * hidden), numbers(hidden));
-        let (mut g, mut d, mut dw, mut db) = (numbers(n), numbers(n), numbers(9 * hidden), numbers(hidden));
+        let (mut g, mut d, mut dh) = (numbers(n), numbers(n), numbers(n));
+        let (mut dw, mut db) = (numbers(9 * hidden), numbers(hidden));
         group.throughput(Throughput::Elements(n as u64));
         let name = |what: &str| format!("{what} {side}x{side}x{hidden}");
         group.bench_function(name("depthwise_gelu"), |t| {
             t.iter(|| cpu.depthwise_gelu(&h, &w, &b, grid, hidden, &mut g))
         });
         group.bench_function(name("depthwise_gelu_backward"), |t| {
-            t.iter(|| cpu.depthwise_gelu_backward(&h, &w, &b, grid, hidden, &mut d, Some(&mut g)));
+            t.iter(|| {
+                cpu.depthwise_gelu_backward(&h, &w, &b, grid, hidden, &mut d, Some(&mut g), Some(&mut dh), None);
+            });
         });
-        group.bench_function(name("depthwise_backward_input"), |t| {
-            t.iter(|| cpu.depthwise_backward_input(&h, &w, grid, hidden, &mut g));
-        });
-        group.bench_function(name("depthwise_backward_params"), |t| {
-            t.iter(|| cpu.depthwise_backward_params(&h, &g, grid, hidden, &mut dw, &mut db));
+        group.bench_function(name("depthwise_gelu_backward with parameters"), |t| {
+            t.iter(|| {
+                let parameters = Some((&mut dw, &mut db));
+                cpu.depthwise_gelu_backward(&h, &w, &b, grid, hidden, &mut d, Some(&mut g), Some(&mut dh), parameters);
+            });
         });
 
         let n = rows * channels;

@@ -15,7 +15,7 @@
 #endif
 
 // A kernel that is launched with blocks of at most `threads`.
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 
 // Calls `function` at the width that `channels` allow.
 #define BY_WIDTH(channels, function, ...) \

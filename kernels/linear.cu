@@ -16,21 +16,22 @@ KERNEL(THREADS) linear_backward_bias(const bf16* dy /* (rows, outputs) */, int r
     BY_WIDTH(outputs, bias_partials, dy, rows, outputs, slab, partial);
 }
 
-// out = scale·Σ_s partial[s], added to out if `add`. Rows of `partial` are `stride` apart. A warp takes every eighth slab,
-// so that many reads are under way at once. Grid: ceil(n / 32).
+// out = scale·Σ_s partial[s], added to out if `add`. Rows of `partial` are `stride` apart. Grid: ceil(n / 32); each
+// line of a block sums every eighth slab.
 KERNEL(THREADS) sum_partials(const float* partial /* (slabs, stride) */, int slabs, int stride, int n, float scale,
                              float* out /* (n) */, int add) {
     constexpr int LINES = THREADS / 32;
     SHARED(float, sums, [LINES][32]);
-    int lane = threadIdx.x % 32, line = threadIdx.x / 32, i = blockIdx.x * 32 + lane;
-    float total = 0;
+    int column = threadIdx.x % 32, line = threadIdx.x / 32, i = blockIdx.x * 32 + column;
+    float sum = 0;
     if (i < n) {
-        for (int s = line; s < slabs; s += LINES) total += partial[size_t(s) * stride + i];
+#pragma unroll 8
+        for (int s = line; s < slabs; s += LINES) sum += partial[size_t(s) * stride + i];
     }
-    sums[line][lane] = total;
+    sums[line][column] = sum;
     __syncthreads();
     if (line > 0 || i >= n) return;
-    total = 0;
-    for (int l = 0; l < LINES; l++) total += sums[l][lane];
+    float total = 0;
+    for (int l = 0; l < LINES; l++) total += sums[l][column];
     out[i] = add ? out[i] + scale * total : scale * total;
 }

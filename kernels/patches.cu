@@ -1,45 +1,66 @@
 // Gathering convolution windows into rows (ky, kx, channel), so that a convolution becomes a product, and the way back.
 //
-// pixel_patches reads 8-bit pixels and writes normalised bf16 rows in one pass: flip, brightness and contrast (a table of
-// 256 levels) and ImageNet normalisation cost no pass of their own. patches_backward gathers per input token instead of
-// scattering per window, so no two threads add to one number.
+// pixel_patches reads 8-bit pixels and writes normalised bf16 rows in one pass: flip, brightness and contrast (a table
+// of 256 levels) and ImageNet normalisation cost no pass of their own. A block normalises the lines that a strip of
+// windows needs, by a table, into shared memory, and from there writes the strip's rows, one behind the other and 16
+// bytes at a time. patches_backward gathers per input token instead of scattering per window, so no two threads add
+// to one number.
 #include "common.cuh"
 
-// Threads: ceil(images·windows·side²·3 / 8).
+// Numbers of the lines that a strip needs at most: side·((strip - 1)·stride + side)·3.
+constexpr int STAGED = 12288;
+
+// Grid: (ceil(out_size / strip), out_size, images), where they begin; blocks of 256, the levels.
 KERNEL(THREADS) pixel_patches(const unsigned char* pixels /* (pictures, size, size, 3) */,
                               const int* positions /* (images): which picture */,
                               const unsigned char* levels /* (images, 256) */,
-                              const unsigned char* flips /* (images) */, int images, int size, int side, int stride,
-                              int padding, int out_size, bf16* out /* (images, out_size², side²·3) */) {
-    int row = side * side * 3, windows = out_size * out_size;
-    size_t n = size_t(images) * windows * row, first = thread_number() * 8;
-    if (first >= n) return;
-    size_t window = first / row;
-    int e = int(first % row);
-    Pack<8> p;
-    for (int i = 0; i < 8; i++) {
-        p.x[i] = 0.0f;
-        if (first + i < n) {
-            int image = int(window / windows), at = int(window % windows), tap = e / 3, c = e % 3;
-            int y = at / out_size * stride + tap / side - padding, x = at % out_size * stride + tap % side - padding;
-            if (y >= 0 && y < size && x >= 0 && x < size) {
-                int column = flips[image] ? size - 1 - x : x;
-                int level = levels[image * 256 + pixels[((size_t(positions[image]) * size + y) * size + column) * 3 + c]];
-                float mean = c == 0 ? 0.485f : c == 1 ? 0.456f : 0.406f;
-                float deviation = c == 0 ? 0.229f : c == 1 ? 0.224f : 0.225f;
-                p.x[i] = (float(level) / 255.0f - mean) / deviation;
-            }
-        }
-        if (++e == row) {
-            e = 0;
-            window++;
-        }
+                              const unsigned char* flips /* (images) */, int size, int side, int stride, int padding,
+                              int out_size, int strip, bf16* out /* (images, out_size², side²·3) */) {
+    SHARED(unsigned short, table, [THREADS][3]);
+    SHARED(unsigned short, staged, [STAGED]);
+    int first = blockIdx.x * strip, windows = min(strip, out_size - first), line = ((windows - 1) * stride + side) * 3;
+    float level = float(levels[blockIdx.z * 256 + threadIdx.x]) / 255.0f;
+    table[threadIdx.x][0] = pair_of((level - 0.485f) / 0.229f, 0.0f);
+    table[threadIdx.x][1] = pair_of((level - 0.456f) / 0.224f, 0.0f);
+    table[threadIdx.x][2] = pair_of((level - 0.406f) / 0.225f, 0.0f);
+    __syncthreads();
+
+    const unsigned char* image = pixels + size_t(positions[blockIdx.z]) * size * size * 3;
+    bool flip = flips[blockIdx.z];
+    int across = line / 3, left = first * stride - padding, top = int(blockIdx.y) * stride - padding;
+    for (int i = threadIdx.x, ky = 0;; i += THREADS) {
+        for (; i >= across; i -= across) ky++;
+        if (ky >= side) break;
+        int y = top + ky, x = left + i;
+        bool inside = y >= 0 && y < size && x >= 0 && x < size;
+        int pixel = (y * size + (flip ? size - 1 - x : x)) * 3;
+        for (int c = 0; c < 3; c++) staged[ky * line + i * 3 + c] = inside ? table[image[pixel + c]][c] : 0;
     }
-    if (first + 8 <= n) {
-        store(out + first, p);
-    } else {
-        for (int i = 0; i < 8; i++) {
-            if (first + i < n) out[first + i] = __float2bfloat16_rn(p.x[i]);
+    __syncthreads();
+
+    // Where the strip's rows lie in `out`; what is not a multiple of 8 at its ends is written number by number.
+    int run = side * 3, numbers = windows * side * run;
+    size_t begin = ((size_t(blockIdx.z) * out_size + blockIdx.y) * out_size + first) * (side * run);
+    int shift = int(begin % 8);
+    unsigned short* rows = reinterpret_cast<unsigned short*>(out) + (begin - shift);
+    for (int i = int(threadIdx.x) * 8 - shift; i < numbers; i += THREADS * 8) {
+        if (i >= 0 && i + 8 <= numbers && run >= 8) {
+            // At most one line ends among the eight.
+            int window = i / (side * run), in_window = i - window * (side * run), ky = in_window / run;
+            int end = run * (ky + 1) - in_window, at = window * stride * 3 + ky * line + run - end;
+            int jump = line - run + (ky == side - 1 ? stride * 3 - side * line : 0);
+            unsigned words[4];
+            for (int j = 0; j < 4; j++) {
+                int e = 2 * j, low = at + e + (e >= end ? jump : 0), high = at + e + 1 + (e + 1 >= end ? jump : 0);
+                words[j] = staged[low] | unsigned(staged[high]) << 16;
+            }
+            uint4 raw = {words[0], words[1], words[2], words[3]};
+            *reinterpret_cast<uint4*>(rows + shift + i) = raw;
+        } else {
+#pragma unroll 1  // rare
+            for (int e = max(i, 0); e < min(i + 8, numbers); e++) {
+                rows[shift + e] = staged[e / (side * run) * stride * 3 + e / run % side * line + e % run];
+            }
         }
     }
 }

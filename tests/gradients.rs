@@ -155,13 +155,12 @@ fn depthwise_gelu() {
             cpu.depthwise_gelu(&x[0], &x[1], &x[2], grid, channels, &mut g);
             g
         };
-        let (mut du, mut again) = (weights.clone(), vec![0.0; n]);
-        let [h, w, b] = &inputs;
-        cpu.depthwise_gelu_backward(h, w, b, grid, channels, &mut du, Some(&mut again));
-        assert_eq!(again, run(&inputs));
+        let (mut dg, mut again) = (weights.clone(), vec![0.0; n]);
         let (mut dh, mut dw, mut db) = (vec![9.0; n], vec![0.0; 9 * channels], vec![0.0; channels]);
-        cpu.depthwise_backward_input(&du, w, grid, channels, &mut dh);
-        cpu.depthwise_backward_params(&du, h, grid, channels, &mut dw, &mut db);
+        let [h, w, b] = &inputs;
+        let parameters = Some((&mut dw, &mut db));
+        cpu.depthwise_gelu_backward(h, w, b, grid, channels, &mut dg, Some(&mut again), Some(&mut dh), parameters);
+        assert_eq!(again, run(&inputs));
         check("depthwise_gelu", &|x| dot(&run(x), &weights), &inputs, &[dh, dw, db]);
     }
 }

@@ -187,7 +187,8 @@ pub trait Depthwise: Memory {
         channels: usize,
         g: &mut Self::Act,
     );
-    /// Turns `dg` into the gradient before the GELU, in place; `g` receives the forward output again.
+    /// From `dg`, the gradient after the GELU, which is used up: `g` receives the forward output again, `dh` the gradient
+    /// of h, and those of w and b are added to `parameters`; each if it is wanted.
     fn depthwise_gelu_backward(
         &self,
         h: &Self::Act,
@@ -197,18 +198,8 @@ pub trait Depthwise: Memory {
         channels: usize,
         dg: &mut Self::Act,
         g: Option<&mut Self::Act>,
-    );
-    /// Gradient of the convolution towards its input; `du` is what [`Depthwise::depthwise_gelu_backward`] left.
-    fn depthwise_backward_input(&self, du: &Self::Act, w: &Self::Full, grid: Grid, channels: usize, dh: &mut Self::Act);
-    /// Adds the gradients of w and b.
-    fn depthwise_backward_params(
-        &self,
-        du: &Self::Act,
-        h: &Self::Act,
-        grid: Grid,
-        channels: usize,
-        dw: &mut Self::Full,
-        db: &mut Self::Full,
+        dh: Option<&mut Self::Act>,
+        parameters: Option<(&mut Self::Full, &mut Self::Full)>,
     );
 }
 

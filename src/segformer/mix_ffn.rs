@@ -75,7 +75,7 @@ impl MixFfn {
         }
         let backend = pass.backend;
         let rows = grid.rows();
-        let Scratch { tokens: [t0, t1, ..], wide: [du, other], side, stats, .. } = scratch;
+        let Scratch { tokens: [t0, t1, ..], wide: [dg, g], hidden: dh, side, stats } = scratch;
         let branch = match drop {
             Some(drop) => {
                 backend.drop_path(d, drop, grid, self.channels, t0);
@@ -84,34 +84,27 @@ impl MixFfn {
             None => &*d,
         };
 
-        // The contraction, and back through the GELU; its input is recomputed on the way.
         let contract_trains = self.contract.trains(gradients);
-        self.contract.backward_input(pass, branch, rows, du, false, side);
-        let (w, b) = (pass.tensors.value(self.mix_weight), pass.tensors.value(self.mix_bias));
-        let g = contract_trains.then_some(&mut *other);
-        backend.depthwise_gelu_backward(&acts.h, w, b, grid, self.hidden, du, g);
-        if contract_trains {
-            self.contract.backward_params(pass, other, branch, rows, gradients, side);
-        }
-
-        // The depth-wise convolution.
-        if let Some((dw, db)) = gradients.pair_mut(self.mix_weight, self.mix_bias) {
-            backend.depthwise_backward_params(du, &acts.h, grid, self.hidden, dw, db);
-        }
         let expand_trains = self.expand.trains(gradients);
         let below = self.input_gradient || gradients.get(self.norm.gamma).is_some();
-        if !below && !expand_trains {
-            return;
+
+        // Back through the contraction and the convolution; the contraction's input is recomputed on the way.
+        self.contract.backward_input(pass, branch, rows, dg, false, side);
+        let (w, b) = (pass.tensors.value(self.mix_weight), pass.tensors.value(self.mix_bias));
+        let (wanted_g, wanted_dh) = (contract_trains.then_some(&mut *g), (below || expand_trains).then_some(&mut *dh));
+        let parameters = gradients.pair_mut(self.mix_weight, self.mix_bias);
+        backend.depthwise_gelu_backward(&acts.h, w, b, grid, self.hidden, dg, wanted_g, wanted_dh, parameters);
+        if contract_trains {
+            self.contract.backward_params(pass, g, branch, rows, gradients, side);
         }
-        backend.depthwise_backward_input(du, w, grid, self.hidden, other);
 
         // The expansion and the LayerNorm.
         if expand_trains {
             self.norm.forward(pass, x, rows, t0, stats);
-            self.expand.backward_params(pass, t0, other, rows, gradients, side);
+            self.expand.backward_params(pass, t0, dh, rows, gradients, side);
         }
         if below {
-            self.expand.backward_input(pass, other, rows, t1, false, side);
+            self.expand.backward_input(pass, dh, rows, t1, false, side);
             let dx = self.input_gradient.then_some((d, true));
             self.norm.backward(pass, t1, x, &acts.stats, rows, gradients, dx);
         }

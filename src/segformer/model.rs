@@ -77,6 +77,8 @@ pub struct Scratch<B: Backend> {
     pub tokens: [B::Act; 6],
     /// Matrices as wide as the decoder, the Mix-FFN or gathered patches, whichever is largest.
     pub wide: [B::Act; 2],
+    /// A matrix as wide as the Mix-FFN, if anything is trained.
+    pub hidden: B::Act,
     /// LayerNorm statistics nobody keeps.
     pub stats: B::Full,
     /// Room of separate LoRA paths.
@@ -209,6 +211,7 @@ impl<B: Backend> Model<B> {
                 scratch: Scratch {
                     tokens: std::array::from_fn(|_| backend.act(tokens)),
                     wide: std::array::from_fn(|_| backend.act(wide)),
+                    hidden: backend.act(if trains { hidden } else { 0 }),
                     stats: backend.full(2 * rows),
                     side: SideScratch {
                         input: backend.act(side_len),

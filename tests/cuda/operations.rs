@@ -187,7 +187,7 @@ case!(
         lab.0.pixel_patches(&samples, size, window, &mut out);
         vec![lab.read("out", &out, n, 1.0, 0.0)]
     },
-    [(1, 8, 7, 4, 3), (3, 9, 3, 2, 1), (2, 32, 7, 4, 3)]
+    [(1, 8, 7, 4, 3), (3, 9, 3, 2, 1), (2, 32, 7, 4, 3), (2, 68, 7, 4, 3), (2, 100, 48, 9, 2)]
 );
 
 case!(
@@ -285,24 +285,39 @@ case!(
         let (h, w, b, dg) = (lab.act(n, 1), lab.full(9 * channels, 2), lab.full(channels, 3), numbers(n, 4));
         let mut g = lab.act(n, 5);
         lab.0.depthwise_gelu(&h, &w, &b, grid, channels, &mut g);
-        let (mut du, mut alone, mut again) = (lab.act_of(&dg), lab.act_of(&dg), lab.act(n, 6));
-        lab.0.depthwise_gelu_backward(&h, &w, &b, grid, channels, &mut du, Some(&mut again));
-        lab.0.depthwise_gelu_backward(&h, &w, &b, grid, channels, &mut alone, None);
-        let (dy, mut dh) = (lab.act_of(&dg), lab.act(n, 7));
-        lab.0.depthwise_backward_input(&dy, &w, grid, channels, &mut dh);
-        let (mut dw, mut db) = (lab.full(9 * channels, 8), lab.full(channels, 9));
-        lab.0.depthwise_backward_params(&dy, &h, grid, channels, &mut dw, &mut db);
+        let [mut again, mut again_alone, mut dh, mut dh_alone, mut dh_last] =
+            [5, 6, 7, 8, 9].map(|site| lab.act(n, site));
+        let (mut dw, mut db) = (lab.full(9 * channels, 10), lab.full(channels, 11));
+        let back = |g, dh, parameters| {
+            lab.0.depthwise_gelu_backward(&h, &w, &b, grid, channels, &mut lab.act_of(&dg), g, dh, parameters);
+        };
+        back(Some(&mut again), Some(&mut dh), Some((&mut dw, &mut db)));
+        back(None, Some(&mut dh_alone), None);
+        back(Some(&mut again_alone), None, None);
+        back(None, Some(&mut dh_last), Some((&mut lab.full(9 * channels, 10), &mut lab.full(channels, 11))));
         vec![
             lab.read("g", &g, n, 1.0, 0.0),
             lab.read("g again", &again, n, 1.0, 0.0),
-            lab.read("du", &du, n, 1.0, 0.0),
-            lab.read("du alone", &alone, n, 1.0, 0.0),
+            lab.read("g again alone", &again_alone, n, 1.0, 0.0),
             lab.read("dh", &dh, n, 1.0, 0.0),
+            lab.read("dh alone", &dh_alone, n, 1.0, 0.0),
+            lab.read("dh with parameters", &dh_last, n, 1.0, 0.0),
             lab.read_full("dw", &dw, 9 * channels),
             lab.read_full("db", &db, channels),
         ]
     },
-    [(1, 1, 1, 1), (3, 2, 5, 3), (1, 17, 19, 8), (2, 4, 3, 35), (1, 5, 4, 128)]
+    [
+        (1, 1, 1, 1),
+        (3, 2, 5, 3),
+        (1, 17, 19, 8),
+        (2, 4, 3, 35),
+        (1, 5, 4, 128),
+        (2, 16, 16, 48),
+        (1, 3, 33, 34),
+        (1, 66, 17, 6),
+        (1, 129, 2, 9),
+        (2, 64, 1, 2)
+    ]
 );
 
 case!(

@@ -251,6 +251,8 @@ impl<T: Real> Depthwise for Cpu<T> {
         channels: usize,
         dg: &mut Vec<T>,
         g: Option<&mut Vec<T>>,
+        dh: Option<&mut Vec<T>>,
+        parameters: Option<(&mut Vec<T>, &mut Vec<T>)>,
     ) {
         match g {
             Some(g) => vectorised(
@@ -268,30 +270,21 @@ impl<T: Real> Depthwise for Cpu<T> {
                 },
             ),
         }
-    }
-
-    fn depthwise_backward_input(&self, du: &Vec<T>, w: &Vec<T>, grid: Grid, channels: usize, dh: &mut Vec<T>) {
-        vectorised(
-            #[inline(always)]
-            |level| {
-                let finish = Plain(dh);
-                each_block(grid, channels, Convolution { x: du, w, grid, channels, mirrored: true, level, finish });
-            },
-        );
-    }
-
-    fn depthwise_backward_params(
-        &self,
-        du: &Vec<T>,
-        h: &Vec<T>,
-        grid: Grid,
-        channels: usize,
-        dw: &mut Vec<T>,
-        db: &mut Vec<T>,
-    ) {
-        vectorised(
-            #[inline(always)]
-            |level| each_block(grid, channels, Parameters { du, h, grid, channels, dw, db, level }),
-        );
+        let du = dg;
+        if let Some((dw, db)) = parameters {
+            vectorised(
+                #[inline(always)]
+                |level| each_block(grid, channels, Parameters { du, h, grid, channels, dw, db, level }),
+            );
+        }
+        if let Some(dh) = dh {
+            vectorised(
+                #[inline(always)]
+                |level| {
+                    let finish = Plain(dh);
+                    each_block(grid, channels, Convolution { x: du, w, grid, channels, mirrored: true, level, finish });
+                },
+            );
+        }
     }
 }

@@ -1,12 +1,21 @@
 //! Depth-wise 3x3 convolution, bias and GELU of the Mix-FFN.
 
-use super::memory::{ColumnSums, width};
+use super::memory::{ColumnSums, THREADS};
 use super::{Argument, Cuda, Device};
 use crate::backend::{Depthwise, Grid};
 
-/// `(tokens, height, width, channels)` as arguments.
-fn geometry(grid: Grid, channels: usize) -> [Argument; 4] {
-    [grid.rows(), grid.height, grid.width, channels].map(Argument::from)
+/// Tokens side by side, rows and threads per token of a block, as in the kernels.
+const COLUMNS: usize = 16;
+const SEGMENT: usize = 64;
+const LANES: usize = 16;
+/// Threads of a block going back: a column more on each side.
+const BACKWARD_THREADS: usize = (COLUMNS + 2) * LANES;
+
+/// Blocks of a launch: by channels and columns, by rows, and by images.
+fn blocks(grid: Grid, channels: usize) -> [usize; 3] {
+    let width = if channels.is_multiple_of(2) { 2 } else { 1 };
+    let groups = channels.div_ceil(LANES * width);
+    [groups * grid.width.div_ceil(COLUMNS), grid.height.div_ceil(SEGMENT), grid.images]
 }
 
 impl<D: Device> Depthwise for Cuda<D> {
@@ -20,9 +29,9 @@ impl<D: Device> Depthwise for Cuda<D> {
         g: &mut Self::Act,
     ) {
         let n = grid.rows() * channels;
-        let [tokens, height, across, c] = geometry(grid, channels);
-        let arguments = [h.at(n), w.at(9 * channels), b.at(channels), tokens, height, across, c, g.to(n)];
-        self.launch("depthwise_gelu", n / width(channels), &arguments);
+        let [height, width, c] = [grid.height, grid.width, channels].map(Argument::from);
+        let arguments = [h.at(n), w.at(9 * channels), b.at(channels), height, width, c, g.to(n)];
+        self.launch_blocks("depthwise_gelu", blocks(grid, channels), THREADS, &arguments);
     }
 
     fn depthwise_gelu_backward(
@@ -34,43 +43,24 @@ impl<D: Device> Depthwise for Cuda<D> {
         channels: usize,
         dg: &mut Self::Act,
         g: Option<&mut Self::Act>,
+        dh: Option<&mut Self::Act>,
+        parameters: Option<(&mut Self::Full, &mut Self::Full)>,
     ) {
         let n = grid.rows() * channels;
-        let [tokens, height, across, c] = geometry(grid, channels);
-        let g = g.map_or(Argument::pointer(0), |g| g.to(n));
-        let arguments = [h.at(n), w.at(9 * channels), b.at(channels), tokens, height, across, c, dg.both(n), g];
-        self.launch("depthwise_gelu_backward", n / width(channels), &arguments);
-    }
-
-    fn depthwise_backward_input(
-        &self,
-        du: &Self::Act,
-        w: &Self::Full,
-        grid: Grid,
-        channels: usize,
-        dh: &mut Self::Act,
-    ) {
-        let n = grid.rows() * channels;
-        let [tokens, height, across, c] = geometry(grid, channels);
-        let arguments = [du.at(n), w.at(9 * channels), tokens, height, across, c, dh.to(n)];
-        self.launch("depthwise_backward_input", n / width(channels), &arguments);
-    }
-
-    fn depthwise_backward_params(
-        &self,
-        du: &Self::Act,
-        h: &Self::Act,
-        grid: Grid,
-        channels: usize,
-        dw: &mut Self::Full,
-        db: &mut Self::Full,
-    ) {
-        let n = grid.rows() * channels;
-        let [tokens, height, across, c] = geometry(grid, channels);
-        self.column_sums(
-            "depthwise_backward_params",
-            (grid.rows(), channels),
-            |slab, partial| vec![du.at(n), h.at(n), tokens, height, across, c, slab, partial],
+        let [height, width, c] = [grid.height, grid.width, channels].map(Argument::from);
+        let [g, dh] = [g, dh].map(|x| x.map_or(Argument::pointer(0), |x| x.to(n)));
+        let mut arguments = vec![h.at(n), w.at(9 * channels), b.at(channels), height, width, c, dg.at(n), g, dh];
+        let blocks = blocks(grid, channels);
+        let Some((dw, db)) = parameters else {
+            self.launch_blocks("depthwise_gelu_backward", blocks, BACKWARD_THREADS, &arguments);
+            return;
+        };
+        let slabs = grid.width.div_ceil(COLUMNS) * blocks[1] * blocks[2];
+        let partial = self.scratch(slabs * 10 * channels);
+        arguments.push(Argument::pointer(partial));
+        self.launch_blocks("depthwise_gelu_backward_params", blocks, BACKWARD_THREADS, &arguments);
+        self.sum_partials(
+            (partial, slabs, channels),
             &[
                 ColumnSums { kinds: 9, factor: 1.0, to: dw.both(9 * channels), add: true },
                 ColumnSums { kinds: 1, factor: 1.0, to: db.both(channels), add: true },

@@ -206,6 +206,12 @@ impl<D: Device> Cuda<D> {
         let partial = self.scratch(slabs * kinds * channels);
         let grid = [channels.div_ceil(column_span(channels)), slabs, 1];
         self.launch_blocks(kernel, grid, THREADS, &arguments(slab.into(), Argument::pointer(partial)));
+        self.sum_partials((partial, slabs, channels), outputs);
+    }
+
+    /// Adds up, slab by slab, the partial sums `(slabs, kinds of all outputs, channels)` at an address.
+    pub(super) fn sum_partials(&self, (partial, slabs, channels): (u64, usize, usize), outputs: &[ColumnSums]) {
+        let kinds = outputs.iter().map(|o| o.kinds).sum::<usize>();
         let mut first = 0;
         for output in outputs {
             let n = output.kinds * channels;

@@ -1,9 +1,12 @@
 //! Gathering convolution windows.
 
-use super::memory::width;
+use super::memory::{THREADS, width};
 use super::pictures::Part;
 use super::{Argument, Cuda, Device};
 use crate::backend::{Grid, Patches, Sample, Window};
+
+/// Numbers of pixels that a block of `pixel_patches` keeps in shared memory at most.
+const STAGED: usize = 12288;
 
 /// `(images, height, width, channels, side, stride, padding, out_height, out_width)` as arguments.
 fn geometry(grid: Grid, channels: usize, window: Window) -> [Argument; 9] {
@@ -26,10 +29,12 @@ impl<D: Device> Patches for Cuda<D> {
         let (pixels, positions, more) = self.stage_samples(samples, size, Part::Pixels, &more);
         let (levels, flips) = (more[0], more[1]);
         let Window { side, stride, padding } = window;
-        let [images, size, side, stride, padding, out_size] =
-            [images, size, side, stride, padding, out_size].map(Argument::from);
-        let arguments = [pixels, positions, levels, flips, images, size, side, stride, padding, out_size, out.to(n)];
-        self.launch("pixel_patches", n.div_ceil(8), &arguments);
+        let across = STAGED / (3 * side);
+        assert!(side <= across, "a window of {side} x {side} pixels does not fit into shared memory");
+        let strip = out_size.min((across - side) / stride + 1);
+        let [size, side, stride, padding, width] = [size, side, stride, padding, out_size].map(Argument::from);
+        let arguments = [pixels, positions, levels, flips, size, side, stride, padding, width, strip.into(), out.to(n)];
+        self.launch_blocks("pixel_patches", [out_size.div_ceil(strip), out_size, images], THREADS, &arguments);
     }
 
     fn patches(&self, x: &Self::Act, grid: Grid, channels: usize, window: Window, out: &mut Self::Act) {
