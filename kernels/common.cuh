@@ -39,32 +39,47 @@ __device__ __forceinline__ unsigned pair_of(float low, float high) {
     return reinterpret_cast<unsigned&>(pair);
 }
 
-template <int V> __device__ __forceinline__ Pack<V> load(const bf16* from) {
+// V numbers as they lie in memory: what a thread that reads ahead holds, at half the registers of a Pack.
+template <int V> struct Words {
+    typedef bf16 type;
+};
+template <> struct Words<4> {
+    typedef uint2 type;
+};
+template <> struct Words<8> {
+    typedef uint4 type;
+};
+
+template <int V> __device__ __forceinline__ typename Words<V>::type fetch(const bf16* from) {
+    return *reinterpret_cast<const typename Words<V>::type*>(from);
+}
+
+template <int V> __device__ __forceinline__ Pack<V> widen(const typename Words<V>::type& raw) {
     Pack<V> p;
-    if constexpr (V == 8) {
-        uint4 raw = *reinterpret_cast<const uint4*>(from);
-        unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
-        for (int i = 0; i < 4; i++) {
-            p.x[2 * i] = __uint_as_float(words[i] << 16);
-            p.x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-        }
-    } else if constexpr (V == 4) {
-        uint2 raw = *reinterpret_cast<const uint2*>(from);
-        unsigned words[2] = {raw.x, raw.y};
-        for (int i = 0; i < 2; i++) {
-            p.x[2 * i] = __uint_as_float(words[i] << 16);
-            p.x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-        }
+    if constexpr (V == 1) {
+        p.x[0] = __bfloat162float(raw);
     } else {
-        for (int i = 0; i < V; i++) p.x[i] = __bfloat162float(from[i]);
+        unsigned words[V / 2];
+        words[0] = raw.x;
+        words[1] = raw.y;
+        if constexpr (V == 8) {
+            words[2] = raw.z;
+            words[3] = raw.w;
+        }
+        for (int i = 0; i < V / 2; i++) {
+            p.x[2 * i] = __uint_as_float(words[i] << 16);
+            p.x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+        }
     }
     return p;
 }
 
+template <int V> __device__ __forceinline__ Pack<V> load(const bf16* from) { return widen<V>(fetch<V>(from)); }
+
 template <int V> __device__ __forceinline__ Pack<V> load(const float* from) {
     Pack<V> p;
-    if constexpr (V == 8) {
-        for (int i = 0; i < 2; i++) {
+    if constexpr (V % 4 == 0) {
+        for (int i = 0; i < V / 4; i++) {
             float4 four = reinterpret_cast<const float4*>(from)[i];
             p.x[4 * i] = four.x;
             p.x[4 * i + 1] = four.y;
@@ -173,8 +188,9 @@ struct Dropout {
         return c;
     }
 
+    // As float(word >> 8)·2^-24 < rate, which is exact, without a conversion for each word.
     __device__ __forceinline__ float of(unsigned word) const {
-        return float(word >> 8) * (1.0f / 16777216.0f) < rate ? 0.0f : 1.0f / (1.0f - rate);
+        return (word >> 8) < unsigned(ceilf(rate * 16777216.0f)) ? 0.0f : 1.0f / (1.0f - rate);
     }
 
     // The factors of elements start.. start + V.

@@ -86,7 +86,7 @@ __device__ void mask_and_sum(const bf16* z, const float* stats, const float* gam
 }
 
 // da becomes the gradient after BatchNorm. Grid: as column_partials has it.
-KERNEL(THREADS) head_backward(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
+KERNEL(THREADS, 1) head_backward(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                               const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
                               unsigned key1, unsigned high0, unsigned high1, u64 first, float rate, int rows,
                               int channels, int slab, bf16* da /* (rows, channels) */,
@@ -191,21 +191,31 @@ __device__ void join(bf16* z, const bf16* p, int p_height, int p_width, const bf
                                     {r, r_height, r_width, image, x, width, channels, c}};
         bf16* at = z + ((size_t(image) * height + first) * width + x) * channels + c;
         size_t pitch = size_t(width) * channels;
-        Pack<V> next = load<V>(at);
+        // Several lines are under way at any time.
+        constexpr int AHEAD = 4;
+        typename Words<V>::type lines_ahead[AHEAD];
+        for (int k = 0; k < AHEAD; k++) {
+            if (first + k < end) lines_ahead[k] = fetch<V>(at + k * pitch);
+        }
         float count = 0;
-        for (int y = first; y < end; y++, at += pitch) {
-            Pack<V> sum = next;
-            if (y + 1 < end) next = load<V>(at + pitch);
-            for (int i = 0; i < 3; i++) parts[i].add(y, height, sum);
-            if (p != nullptr) store(at, sum);
-            if (partial == nullptr) continue;
-            count += 1.0f;
-            float share = 1.0f / count;
-            for (int i = 0; i < V; i++) {
-                // What is measured is what is stored.
-                float value = __bfloat162float(__float2bfloat16_rn(sum.x[i])), delta = value - mean.x[i];
-                mean.x[i] += delta * share;
-                square.x[i] += delta * (value - mean.x[i]);
+        for (int start = first; start < end; start += AHEAD) {
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++, at += pitch) {
+                int y = start + k;
+                if (y >= end) break;
+                Pack<V> sum = widen<V>(lines_ahead[k]);
+                if (y + AHEAD < end) lines_ahead[k] = fetch<V>(at + AHEAD * pitch);
+                for (int i = 0; i < 3; i++) parts[i].add(y, height, sum);
+                if (p != nullptr) store(at, sum);
+                if (partial == nullptr) continue;
+                count += 1.0f;
+                float share = 1.0f / count;
+                for (int i = 0; i < V; i++) {
+                    // What is measured is what is stored.
+                    float value = __bfloat162float(__float2bfloat16_rn(sum.x[i])), delta = value - mean.x[i];
+                    mean.x[i] += delta * share;
+                    square.x[i] += delta * (value - mean.x[i]);
+                }
             }
         }
     }
@@ -275,26 +285,26 @@ KERNEL(THREADS) join_moments(const float* partial /* (slabs, 3, channels) */, in
 
 constexpr int CLASSES = 2;
 
-// What stands before the classifier, for 8 channels: relu(slope·z + offset), and the classifier's weights.
-struct Columns {
-    Pack<8> slope, offset, weights[CLASSES];
+// What stands before the classifier, for V channels: relu(slope·z + offset), and the classifier's weights.
+template <int V> struct Columns {
+    Pack<V> slope, offset, weights[CLASSES];
 
     __device__ __forceinline__ Columns(const float* stats, const float* gamma, const float* beta, const bf16* w,
                                        int channels, int c) {
-        Pack<8> mean = load<8>(stats + c), scale = load<8>(stats + channels + c);
-        Pack<8> g = load<8>(gamma + c), b = load<8>(beta + c);
-        for (int i = 0; i < 8; i++) {
+        Pack<V> mean = load<V>(stats + c), scale = load<V>(stats + channels + c);
+        Pack<V> g = load<V>(gamma + c), b = load<V>(beta + c);
+        for (int i = 0; i < V; i++) {
             slope.x[i] = scale.x[i] * g.x[i];
             offset.x[i] = b.x[i] - mean.x[i] * slope.x[i];
         }
-        for (int l = 0; l < CLASSES; l++) weights[l] = load<8>(w + l * channels + c);
+        for (int l = 0; l < CLASSES; l++) weights[l] = load<V>(w + l * channels + c);
     }
 
     // Before the ReLU.
-    __device__ __forceinline__ float before(const Pack<8>& z, int i) const { return z.x[i] * slope.x[i] + offset.x[i]; }
+    __device__ __forceinline__ float before(const Pack<V>& z, int i) const { return z.x[i] * slope.x[i] + offset.x[i]; }
 
     // The gradient after BatchNorm of channel i: through classifier, dropout and ReLU.
-    __device__ __forceinline__ float back(const Pack<8>& z, const float (&d)[CLASSES], float factor, int i) const {
+    __device__ __forceinline__ float back(const Pack<V>& z, const float (&d)[CLASSES], float factor, int i) const {
         float sum = 0;
         for (int l = 0; l < CLASSES; l++) sum += d[l] * weights[l].x[i];
         return before(z, i) > 0.0f ? sum * factor : 0.0f;
@@ -317,7 +327,7 @@ KERNEL(THREADS) classify(const bf16* z /* (rows, channels) */, const float* stat
     Dropout drop = {key0, key1, high0, high1, first, rate};
     int lanes = channels / 8, c = threadIdx.x % lanes * 8;
     size_t start = thread_number() / lanes * each;
-    Columns columns(stats, gamma, beta, w, channels, c);
+    Columns<8> columns(stats, gamma, beta, w, channels, c);
     float shift[CLASSES];
     load_classes(bias, shift);
     for (int k = 0; k < each; k++) {
@@ -341,26 +351,26 @@ KERNEL(THREADS) classify(const bf16* z /* (rows, channels) */, const float* stat
 }
 
 // Per channel and class, over the rows that pass ReLU and dropout: the sums of dlogit and of dlogit·normalised z, both times
-// the dropout's factor. Everything else follows from them (classify_sums). Grid: as column_partials has it.
+// the dropout's factor. Everything else follows from them (classify_sums). Grid: as column_partials<4> has it.
 KERNEL(THREADS) classify_backward(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                                   const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
                                   unsigned key1, unsigned high0, unsigned high1, u64 first, float rate,
                                   const bf16* dlogits /* (rows, 2) */, int rows, int channels, int slab,
                                   float* partial /* (slabs, 2, 2, channels) */) {
     Dropout drop = {key0, key1, high0, high1, first, rate};
-    int span = column_span<8>(channels), own = min(int(blockIdx.x) * span + int(threadIdx.x) % (span / 8) * 8, channels - 8);
-    Pack<8> mean = load<8>(stats + own), scale = load<8>(stats + channels + own);
-    Pack<8> g = load<8>(gamma + own), b = load<8>(beta + own), slope, offset;
-    for (int i = 0; i < 8; i++) {
+    int span = column_span<4>(channels), own = min(int(blockIdx.x) * span + int(threadIdx.x) % (span / 4) * 4, channels - 4);
+    Pack<4> mean = load<4>(stats + own), scale = load<4>(stats + channels + own);
+    Pack<4> g = load<4>(gamma + own), b = load<4>(beta + own), slope, offset;
+    for (int i = 0; i < 4; i++) {
         slope.x[i] = scale.x[i] * g.x[i];
         offset.x[i] = b.x[i] - mean.x[i] * slope.x[i];
     }
-    auto term = [&](int row, int c, Pack<8>(&terms)[2 * CLASSES]) {
+    auto term = [&](int row, int c, Pack<4>(&terms)[2 * CLASSES]) {
         size_t at = size_t(row) * channels + c;
-        Pack<8> p = load<8>(z + at), f = drop.factors<8>(at);
+        Pack<4> p = load<4>(z + at), f = drop.factors<4>(at);
         float d[CLASSES];
         load_classes(dlogits + size_t(row) * CLASSES, d);
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < 4; i++) {
             float factor = p.x[i] * slope.x[i] + offset.x[i] > 0.0f ? f.x[i] : 0.0f;
             float normalised = (p.x[i] - mean.x[i]) * scale.x[i];
             for (int l = 0; l < CLASSES; l++) {
@@ -369,7 +379,7 @@ KERNEL(THREADS) classify_backward(const bf16* z /* (rows, channels) */, const fl
             }
         }
     };
-    column_partials<8, 2 * CLASSES>(term, rows, channels, slab, partial);
+    column_partials<4, 2 * CLASSES>(term, rows, channels, slab, partial);
 }
 
 // Joins the slabs: adds the gradient of the classifier's weights, if asked, and writes those of beta and gamma.
@@ -407,7 +417,7 @@ KERNEL(THREADS) classify_sums(const float* partial /* (slabs, 2, 2, channels) */
 }
 
 // dz, the gradient before BatchNorm in training mode; share is 1 / rows of the batch. A thread takes `each` rows that are
-// as far apart as the grid has groups. Threads: ceil(rows / each)·channels / 8.
+// as far apart as the grid has groups. Threads: ceil(rows / each)·channels / 4.
 KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                                         const float* gamma /* (channels) */, const float* beta /* (channels) */,
                                         unsigned key0, unsigned key1, unsigned high0, unsigned high1, u64 first,
@@ -415,16 +425,16 @@ KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, co
                                         const bf16* dlogits /* (rows, 2) */, const float* total /* (2, channels) */,
                                         float share, int rows, int channels, int each, bf16* dz /* (rows, channels) */) {
     Dropout drop = {key0, key1, high0, high1, first, rate};
-    int lanes = channels / 8, c = int(thread_number() % lanes) * 8;
+    int lanes = channels / 4, c = int(thread_number() % lanes) * 4;
     size_t groups = (size_t(rows) + each - 1) / each, group = thread_number() / lanes;
     if (group >= groups) return;
-    Columns columns(stats, gamma, beta, w, channels, c);
+    Columns<4> columns(stats, gamma, beta, w, channels, c);
     // gamma·scale·(d - share·(shift + normalised·along)) as slope·d - (constant + linear·z).
-    Pack<8> constant, linear;
+    Pack<4> constant, linear;
     {
-        Pack<8> mean = load<8>(stats + c), scale = load<8>(stats + channels + c);
-        Pack<8> shift = load<8>(total + c), along = load<8>(total + channels + c);
-        for (int i = 0; i < 8; i++) {
+        Pack<4> mean = load<4>(stats + c), scale = load<4>(stats + channels + c);
+        Pack<4> shift = load<4>(total + c), along = load<4>(total + channels + c);
+        for (int i = 0; i < 4; i++) {
             linear.x[i] = columns.slope.x[i] * share * along.x[i] * scale.x[i];
             constant.x[i] = columns.slope.x[i] * share * shift.x[i] - linear.x[i] * mean.x[i];
         }
@@ -432,10 +442,10 @@ KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, co
     for (int k = 0; k < each; k++) {
         size_t row = group + k * groups;
         if (row >= size_t(rows)) return;
-        Pack<8> p = load<8>(z + row * channels + c), f = drop.factors<8>(row * channels + c);
+        Pack<4> p = load<4>(z + row * channels + c), f = drop.factors<4>(row * channels + c);
         float d[CLASSES];
         load_classes(dlogits + row * CLASSES, d);
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < 4; i++) {
             float back = columns.back(p, d, f.x[i], i);
             p.x[i] = columns.slope.x[i] * back - (constant.x[i] + linear.x[i] * p.x[i]);
         }
@@ -446,7 +456,7 @@ KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, co
 // ---- the way back to the stages
 
 // Threads of split_stages: a strip of columns with a halo, by packs of 4 channels.
-constexpr int STRIP = 32, HALO = 4, STRIP_COLUMNS = STRIP + 2 * HALO, PACK = 4, STRIP_PACKS = 16;
+constexpr int STRIP = 32, HALO = 4, STRIP_COLUMNS = STRIP + 2 * HALO, PACK = 4, STRIP_PACKS = 8;
 constexpr int STRIP_THREADS = STRIP_COLUMNS * STRIP_PACKS;
 
 // The way of one column of dz to a stage of 1 / R the resolution: lines are summed as they come, and a line of the stage is
@@ -493,17 +503,18 @@ template <int R> struct Collected {
             }
             store(dx + (size_t(line) * (width / R) + x) * channels + c, sum);
         }
-        __syncthreads();
+        // No barrier: the next line goes to the other tile, and its barrier comes before this one is written again.
     }
 };
 
 // The transpose of joining stages at a half, a quarter and an eighth of dz's resolution, in one pass over dz. Height and width
-// are multiples of 8, channels of 8. Grid: (ceil(channels / 64), ceil(width / STRIP), images), blocks of STRIP_THREADS.
-KERNEL(STRIP_THREADS) split_stages(const bf16* dz /* (images, height, width, channels) */, int height, int width,
+// are multiples of 8, channels of 8. Grid: (ceil(channels / 32), ceil(width / STRIP), images), blocks of STRIP_THREADS.
+KERNEL(STRIP_THREADS, 2) split_stages(const bf16* dz /* (images, height, width, channels) */, int height, int width,
                                    int channels, bf16* p /* (images, height / 2, width / 2, channels) */,
                                    bf16* q /* (images, height / 4, width / 4, channels) */,
                                    bf16* r /* (images, height / 8, width / 8, channels) */) {
-    SHARED(float, tile, [STRIP_COLUMNS][STRIP_PACKS * PACK]);
+    SHARED(float, tiles, [2][STRIP_COLUMNS][STRIP_PACKS * PACK]);
+    int emitted = 0;
     int c = blockIdx.x * STRIP_PACKS * PACK + threadIdx.x % STRIP_PACKS * PACK, strip = blockIdx.y * STRIP;
     int x = strip - HALO + int(threadIdx.x) / STRIP_PACKS;
     bool inside = x >= 0 && x < width && c < channels;
@@ -515,19 +526,27 @@ KERNEL(STRIP_THREADS) split_stages(const bf16* dz /* (images, height, width, cha
     Collected<2> halves = {};
     Collected<4> quarters = {};
     Collected<8> eighths = {};
-    Pack<PACK> ahead = {};
-    if (inside) ahead = load<PACK>(dz);
-    for (int y = 0; y < height; y++) {
-        Pack<PACK> d = ahead;
-        if (inside && y + 1 < height) ahead = load<PACK>(dz + (y + 1) * pitch);
+    constexpr int AHEAD = 2;
+    typename Words<PACK>::type lines_ahead[AHEAD] = {};
+    for (int k = 0; k < AHEAD; k++) {
+        if (inside && k < height) lines_ahead[k] = fetch<PACK>(dz + k * pitch);
+    }
+    for (int start = 0; start < height; start += AHEAD) {
+#pragma unroll
+      for (int k = 0; k < AHEAD; k++) {
+        int y = start + k;
+        if (y >= height) break;
+        Pack<PACK> d = widen<PACK>(lines_ahead[k]);
+        if (inside && y + AHEAD < height) lines_ahead[k] = fetch<PACK>(dz + (y + AHEAD) * pitch);
         halves.take(d, y, height);
         quarters.take(d, y, height);
         eighths.take(d, y, height);
         int line = Collected<2>::complete(y, height);
-        if (line >= 0) halves.emit(line, tile, strip, c, width, channels, p);
+        if (line >= 0) halves.emit(line, tiles[emitted++ % 2], strip, c, width, channels, p);
         line = Collected<4>::complete(y, height);
-        if (line >= 0) quarters.emit(line, tile, strip, c, width, channels, q);
+        if (line >= 0) quarters.emit(line, tiles[emitted++ % 2], strip, c, width, channels, q);
         line = Collected<8>::complete(y, height);
-        if (line >= 0) eighths.emit(line, tile, strip, c, width, channels, r);
+        if (line >= 0) eighths.emit(line, tiles[emitted++ % 2], strip, c, width, channels, r);
+      }
     }
 }

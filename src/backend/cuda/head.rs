@@ -1,6 +1,6 @@
 //! The end of the decoder, from the joined stages to the logits.
 
-use super::memory::{ColumnSums, THREADS, column_span, dropout_arguments, slabs, width};
+use super::memory::{ColumnSums, THREADS, dropout_arguments, slabs, width};
 use super::{Argument, Cuda, Device};
 use crate::backend::{
     BatchNormView, Classifier, Dropout, Grid, Head, Memory, classify_backward_input_plainly, classify_backward_plainly,
@@ -12,7 +12,7 @@ const PARTS: usize = 3;
 /// Lines of a picture that a block joins.
 const PIECE: usize = 64;
 /// Columns that a block of `split_stages` takes, and its threads.
-const STRIP: (usize, usize) = (32, 640);
+const STRIP: (usize, usize) = (32, 320);
 /// Rows that a thread of the fused classifier takes.
 const EACH: usize = 8;
 
@@ -87,7 +87,7 @@ impl<D: Device> Head for Cuda<D> {
                 let sizes = [from.height, from.width, channels].map(Argument::from);
                 let out = [(p, half), (q, quarter), (r, eighth)].map(|(x, grid)| x.to(grid.rows() * channels));
                 let arguments = [dz.at(from.rows() * channels), sizes[0], sizes[1], sizes[2], out[0], out[1], out[2]];
-                let grid = [channels.div_ceil(64), from.width.div_ceil(STRIP.0), from.images];
+                let grid = [channels.div_ceil(32), from.width.div_ceil(STRIP.0), from.images];
                 self.launch_blocks("split_stages", grid, STRIP.1, &arguments);
             }
             _ => split_stages_plainly(self, dz, from, channels, parts),
@@ -142,7 +142,8 @@ impl<D: Device> Head for Cuda<D> {
         arguments.push(dlogits.at(2 * rows));
         arguments.extend([rows, channels, slab].map(Argument::from));
         arguments.push(partial);
-        let grid = [channels.div_ceil(column_span(channels)), slabs, 1];
+        // In packs of 4 channels, up to a warp of them.
+        let grid = [channels.div_ceil(128), slabs, 1];
         self.launch_blocks("classify_backward", grid, THREADS, &arguments);
         let (gamma, beta) = (norm.gamma.at(channels), norm.beta.at(channels));
         let weights = weight_gradient.map_or(Argument::pointer(0), |dw| dw.both(2 * channels));
@@ -175,7 +176,7 @@ impl<D: Device> Head for Cuda<D> {
         arguments.extend([classifier.weight.at(2 * channels), dlogits.at(2 * rows), total.at(2 * channels), share]);
         arguments.extend([rows, channels, EACH].map(Argument::from));
         arguments.push(dz.to(rows * channels));
-        self.launch("classify_backward_input", rows.div_ceil(EACH) * channels / 8, &arguments);
+        self.launch("classify_backward_input", rows.div_ceil(EACH) * channels / 4, &arguments);
     }
 
     fn batch_stats(
