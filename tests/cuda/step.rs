@@ -4,7 +4,7 @@ use half::bf16;
 use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device};
-use segpeft_native::backend::{Backend, Memory};
+use segpeft_native::backend::{AdamW, Backend, Memory};
 use segpeft_native::lora;
 use segpeft_native::segformer::{Id, Model, ModelOptions, SegformerConfig, StepRandom, Trainable, modules};
 
@@ -149,6 +149,67 @@ fn compare_on<D: Device>(backend: Cuda<D>, what: &str, trainable: &Trainable) {
         found.gradients.len()
     );
     assert!(whole > LOWEST, "{what}: cosine of the whole gradient {whole}");
+}
+
+/// Losses of `STEPS` updates on the same pictures, with the masks of `seed` at the rates SegFormers are trained with.
+fn curve<B: Backend>(backend: B, trainable: &Trainable, seed: u64) -> Vec<f64> {
+    let (config, size) = config();
+    let config = SegformerConfig { drop_path_rate: 0.1, classifier_dropout_prob: 0.1, ..config };
+    let pictures = Pictures::new(0..3, size, config.num_labels() == 3);
+    let mut model = model(backend, &config, ModelOptions { size, batch: 3 }, trainable, false);
+    let (samples, mut moments) = (pictures.samples(), model.moments());
+    let decays = vec![false; moments.first.len()];
+    let scale = 1.0 / pictures.valid(config.num_labels()) as f64;
+    let losses = (0..STEPS)
+        .map(|step| {
+            model.clear_gradients();
+            model.train_micro_batch(&samples, scale, StepRandom { seed, step });
+            model.finish_gradients();
+            let update = AdamW {
+                lr: 1e-3,
+                betas: [0.9, 0.999],
+                epsilon: 1e-8,
+                weight_decay: 0.0,
+                step: u64::from(step) + 1,
+                max_norm: 1.0,
+            };
+            model.update(&update, &decays, &mut moments);
+            model.take_loss()
+        })
+        .collect();
+    model.backend().check().expect("the device works");
+    losses
+}
+
+/// Updates of a curve.
+const STEPS: u32 = 30;
+
+/// Training follows the CPU's curve more closely than two seeds follow each other on the CPU.
+fn follow(what: &str, trainable: &Trainable) {
+    let cpu = |seed| curve(Cpu::<f32>::new(None).expect("threads"), trainable, seed);
+    let found = match gpu() {
+        Some(driver) => curve(Cuda::new(driver.clone()), trainable, 3),
+        None => curve(Cuda::new(Host(Order::Forward)), trainable, 3),
+    };
+    let curves = [3, 4, 5].map(cpu);
+    let apart = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).sum::<f64>() / a.len() as f64;
+    let pairs = [(0, 1), (0, 2), (1, 2)].map(|(i, j)| apart(&curves[i], &curves[j]));
+    let spread = pairs.into_iter().fold(f64::INFINITY, f64::min);
+    let distance = apart(&found, &curves[0]);
+    println!("{what}: {distance:.5} from the CPU's curve on average, seeds {spread:.5} apart or more; {found:.4?}");
+    let (first, last) = (curves[0][0], curves[0][curves[0].len() - 1]);
+    assert!(last < 0.8 * first, "{what}: the CPU does not learn: {first} to {last}");
+    assert!(distance < spread, "{what}: {distance} from the CPU's curve, seeds are {spread} apart");
+}
+
+#[test]
+fn full_fine_tuning_follows_the_curve() {
+    follow("full", &Trainable::Everything);
+}
+
+#[test]
+fn adapters_follow_the_curve() {
+    follow("adapters", &adapters(&config().0, 0.0));
 }
 
 #[test]
