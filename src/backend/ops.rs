@@ -62,6 +62,9 @@ pub trait Memory: Send + Sync + Sized {
 
     /// Pictures that are processed together as one unit when a batch holds `images`.
     fn images_per_unit(&self, images: usize) -> usize;
+    /// Whether activations that are cheap to make again are kept for the backward pass all the same: on a device whose time
+    /// goes into moving bytes.
+    fn remembers(&self) -> bool;
     /// Workers that process units at the same time; each has its own scratch memory.
     fn workers(&self) -> usize;
     /// Calls `work(unit index, unit, slot, worker)` for every unit. Unit u belongs to slot `u % slots.len()`, and the

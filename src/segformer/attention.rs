@@ -37,6 +37,8 @@ pub struct AttentionLayer {
 pub struct AttentionActs<B: Backend> {
     /// (mean, 1/std) of the LayerNorm.
     pub stats: B::Full,
+    /// Output of the LayerNorm, if kept.
+    pub normed: Option<B::Act>,
     /// Q.
     pub q: B::Act,
     /// Reduced tokens before their LayerNorm, with its (mean, 1/std).
@@ -80,7 +82,8 @@ impl AttentionLayer {
     ) {
         let backend = pass.backend;
         let (rows, key_rows) = (grid.rows(), self.keys(grid).rows());
-        let Scratch { tokens: [normed, keyed, ..], wide: [patches, _], side, .. } = scratch;
+        let Scratch { tokens: [room, keyed, ..], wide: [patches, _], side, .. } = scratch;
+        let normed = acts.normed.as_mut().unwrap_or(room);
         self.norm.forward(pass, x, rows, normed, &mut acts.stats);
         self.query.forward(pass, normed, rows, &mut acts.q, side);
         let source = match (&self.reduction, &mut acts.reduced) {
@@ -152,14 +155,20 @@ impl AttentionLayer {
         backend.attention_backward(&acts.q, &acts.k, &acts.v, &acts.o, &acts.lse, t1, shape, t2, t3, t4);
 
         // What the products read: t0 the normalised x, t1 the normalised reduced tokens.
-        self.norm.forward(pass, x, rows, t0, stats);
+        let t0 = match &acts.normed {
+            Some(normed) => normed,
+            None => {
+                self.norm.forward(pass, x, rows, t0, stats);
+                &*t0
+            }
+        };
         let below = self.input_gradient || gradients.get(self.norm.gamma).is_some();
         let source = match (&self.reduction, &acts.reduced) {
             (Some((_, norm)), Some((raw, _))) => {
                 norm.forward(pass, raw, key_rows, t1, stats);
                 &*t1
             }
-            _ => &*t0,
+            _ => t0,
         };
         if self.query.trains(gradients) {
             self.query.backward_params(pass, t0, t2, rows, gradients, side);

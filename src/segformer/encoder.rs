@@ -37,6 +37,8 @@ pub struct Stage {
 pub struct BlockActs<B: Backend> {
     attention: AttentionActs<B>,
     ffn: FfnActs<B>,
+    /// The residual stream between attention and Mix-FFN, if kept.
+    middle: Option<B::Act>,
 }
 
 /// What the backward pass of a stage needs, and its output.
@@ -76,12 +78,14 @@ impl Stage {
         let tokens = || backend.act(rows * channels);
         let stats = || backend.full(2 * rows);
         let held = if keep { self.blocks.len() } else { self.blocks.len().min(1) };
+        let remembers = keep && backend.remembers();
         let blocks = (self.blocks[..held].iter())
             .map(|block| {
                 let keys = block.attention.keys(grid).rows();
                 BlockActs {
                     attention: AttentionActs {
                         stats: stats(),
+                        normed: (remembers && block.attention.trains).then(tokens),
                         q: tokens(),
                         reduced: (block.attention.reduction.is_some())
                             .then(|| (backend.act(keys * channels), backend.full(2 * keys))),
@@ -90,7 +94,12 @@ impl Stage {
                         o: tokens(),
                         lse: backend.full(rows * block.attention.heads),
                     },
-                    ffn: FfnActs { stats: stats(), h: backend.act(rows * block.ffn.hidden) },
+                    ffn: FfnActs {
+                        stats: stats(),
+                        normed: (remembers && block.ffn.trains).then(tokens),
+                        h: backend.act(rows * block.ffn.hidden),
+                    },
+                    middle: remembers.then(tokens),
                 }
             })
             .collect();
@@ -124,7 +133,8 @@ impl Stage {
         // Evaluation uses the first block's storage again and again, while it is in cache.
         let (held, streams) = if pass.keeps() { (self.blocks.len(), acts.stream.len()) } else { (1, 2) };
         for (j, block) in self.blocks.iter().enumerate() {
-            let BlockActs { attention, ffn } = &mut acts.blocks[j % held];
+            let BlockActs { attention, ffn, middle: kept } = &mut acts.blocks[j % held];
+            let middle = kept.as_mut().unwrap_or(middle);
             let Ok([before, after]) = acts.stream.get_disjoint_mut([j % streams, (j + 1) % streams]) else {
                 unreachable!("a block reads and writes one buffer")
             };
@@ -154,9 +164,15 @@ impl Stage {
         self.norm.backward(pass, out_gradient, last, &acts.stats, rows, gradients, Some((&mut *d, false)));
         for (j, (block, saved)) in self.blocks.iter().zip(&acts.blocks).enumerate().rev() {
             let (x, drop) = (&acts.stream[j], block.drop(pass, 0));
-            if block.ffn.input_gradient || block.ffn.trains {
-                block.attention.join(pass, x, acts.grid, drop, &saved.attention, middle, scratch);
-            }
+            let middle = match &saved.middle {
+                Some(middle) => middle,
+                None => {
+                    if block.ffn.input_gradient || block.ffn.trains {
+                        block.attention.join(pass, x, acts.grid, drop, &saved.attention, middle, scratch);
+                    }
+                    &*middle
+                }
+            };
             block.ffn.backward(pass, middle, acts.grid, block.drop(pass, 1), &saved.ffn, d, gradients, scratch);
             block.attention.backward(pass, x, acts.grid, drop, &saved.attention, d, gradients, scratch);
         }

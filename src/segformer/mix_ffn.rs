@@ -32,6 +32,8 @@ pub struct MixFfn {
 pub struct FfnActs<B: Backend> {
     /// (mean, 1/std) of the LayerNorm.
     pub stats: B::Full,
+    /// Output of the LayerNorm, if kept.
+    pub normed: Option<B::Act>,
     /// Output of the expansion; the rest is recomputed.
     pub h: B::Act,
 }
@@ -50,8 +52,9 @@ impl MixFfn {
     ) {
         let rows = grid.rows();
         let Scratch { tokens: [t0, ..], wide: [g, _], side, .. } = scratch;
-        self.norm.forward(pass, x, rows, t0, &mut acts.stats);
-        self.expand.forward(pass, t0, rows, &mut acts.h, side);
+        let normed = acts.normed.as_mut().unwrap_or(t0);
+        self.norm.forward(pass, x, rows, normed, &mut acts.stats);
+        self.expand.forward(pass, normed, rows, &mut acts.h, side);
         let (w, b) = (pass.tensors.value(self.mix_weight), pass.tensors.value(self.mix_bias));
         pass.backend.depthwise_gelu(&acts.h, w, b, grid, self.hidden, g);
         self.contract.forward(pass, g, rows, t0, side);
@@ -100,8 +103,14 @@ impl MixFfn {
 
         // The expansion and the LayerNorm.
         if expand_trains {
-            self.norm.forward(pass, x, rows, t0, stats);
-            self.expand.backward_params(pass, t0, dh, rows, gradients, side);
+            let normed = match &acts.normed {
+                Some(normed) => normed,
+                None => {
+                    self.norm.forward(pass, x, rows, t0, stats);
+                    &*t0
+                }
+            };
+            self.expand.backward_params(pass, normed, dh, rows, gradients, side);
         }
         if below {
             self.expand.backward_input(pass, dh, rows, t1, false, side);

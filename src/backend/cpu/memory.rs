@@ -93,6 +93,11 @@ impl<T: Real> Memory for Cpu<T> {
         1
     }
 
+    /// Memory is what a CPU's user runs out of.
+    fn remembers(&self) -> bool {
+        false
+    }
+
     fn workers(&self) -> usize {
         self.pool.current_num_threads()
     }

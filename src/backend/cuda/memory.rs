@@ -338,6 +338,10 @@ impl<D: Device> Memory for Cuda<D> {
         images
     }
 
+    fn remembers(&self) -> bool {
+        true
+    }
+
     fn workers(&self) -> usize {
         1
     }
