@@ -101,3 +101,58 @@ KERNEL(THREADS) layer_norm_backward_params(const bf16* dy /* (rows, channels) */
                                            float* partial /* (slabs, 2, channels): gamma's, beta's */) {
     BY_WIDTH(channels, parameter_partials, dy, x, stats, rows, channels, slab, partial);
 }
+
+// Both gradients in one pass over dy and x, for up to 256 channels in packs of 8: a lane keeps to its channels, so that it can
+// sum the parameters' gradients over the rows of its slab while it makes dx. Grid: slabs.
+KERNEL(THREADS) layer_norm_backward_both(const bf16* dy /* (rows, channels) */, const bf16* x /* (rows, channels) */,
+                                         const float* stats /* (rows, 2) */, const float* gamma /* (channels) */,
+                                         int rows, int channels, int lanes, int slab, bf16* dx /* (rows, channels) */,
+                                         int add, float* partial /* (slabs, 2, channels): gamma's, beta's */) {
+    SHARED(float, tile, [THREADS * 8]);
+    int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = THREADS / lanes, c = lane * 8;
+    int first = blockIdx.x * slab, end = min(rows, first + slab);
+    bool inside = c < channels;
+    Pack<8> g = {}, sums[2] = {};
+    if (inside) g = load<8>(gamma + c);
+    // Groups past the slab's end take part in the sums, with nothing.
+    for (int start = first; start < end; start += groups) {
+        int row = start + group;
+        bool active = inside && row < end;
+        size_t at = size_t(row) * channels + c;
+        Pack<8> d = {}, p = {}, old = {};
+        float mean = 0, scale = 0;
+        if (active) {
+            d = load<8>(dy + at);
+            p = load<8>(x + at);
+            if (add) old = load<8>(dx + at);
+            mean = stats[2 * size_t(row)];
+            scale = stats[2 * size_t(row) + 1];
+        }
+        float plain = 0, along = 0;
+        for (int i = 0; i < 8; i++) {
+            p.x[i] = (p.x[i] - mean) * scale;
+            sums[0].x[i] += d.x[i] * p.x[i];
+            sums[1].x[i] += d.x[i];
+            d.x[i] *= g.x[i];
+            plain += d.x[i];
+            along += d.x[i] * p.x[i];
+        }
+        plain = group_sum(plain, lanes) / channels;
+        along = group_sum(along, lanes) / channels;
+        if (active) {
+            for (int i = 0; i < 8; i++) p.x[i] = old.x[i] + (d.x[i] - plain - p.x[i] * along) * scale;
+            store(dx + at, p);
+        }
+    }
+    int span = lanes * 8;
+    for (int k = 0; k < 2; k++) {
+        __syncthreads();
+        for (int i = 0; i < 8; i++) tile[group * span + c + i] = sums[k].x[i];
+        __syncthreads();
+        for (int own = threadIdx.x; own < channels; own += THREADS) {
+            float total = 0;
+            for (int l = 0; l < groups; l++) total += tile[l * span + own];
+            partial[(size_t(blockIdx.x) * 2 + k) * channels + own] = total;
+        }
+    }
+}

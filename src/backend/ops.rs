@@ -135,6 +135,21 @@ pub trait LayerNorm: Memory {
         dx: &mut Self::Act,
         add: bool,
     );
+    /// [`LayerNorm::layer_norm_backward`] and [`LayerNorm::layer_norm_backward_params`] at once.
+    fn layer_norm_backward_both(
+        &self,
+        dy: &Self::Act,
+        x: &Self::Act,
+        stats: &Self::Full,
+        gamma: &Self::Full,
+        rows: usize,
+        channels: usize,
+        (dx, add): (&mut Self::Act, bool),
+        (dgamma, dbeta): (&mut Self::Full, &mut Self::Full),
+    ) {
+        self.layer_norm_backward_params(dy, x, stats, rows, channels, dgamma, dbeta);
+        self.layer_norm_backward(dy, x, stats, gamma, rows, channels, dx, add);
+    }
     /// Adds the gradients of gamma and beta.
     fn layer_norm_backward_params(
         &self,

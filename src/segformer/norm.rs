@@ -40,12 +40,18 @@ impl Norm {
         gradients: &mut Gradients<B>,
         dx: Option<(&mut B::Act, bool)>,
     ) {
-        if let Some((dgamma, dbeta)) = gradients.pair_mut(self.gamma, self.beta) {
-            pass.backend.layer_norm_backward_params(dy, x, stats, rows, self.channels, dgamma, dbeta);
-        }
-        if let Some((dx, add)) = dx {
-            let gamma = pass.tensors.value(self.gamma);
-            pass.backend.layer_norm_backward(dy, x, stats, gamma, rows, self.channels, dx, add);
+        let (backend, gamma, channels) = (pass.backend, pass.tensors.value(self.gamma), self.channels);
+        match (gradients.pair_mut(self.gamma, self.beta), dx) {
+            (Some(parameters), Some(dx)) => {
+                backend.layer_norm_backward_both(dy, x, stats, gamma, rows, channels, dx, parameters);
+            }
+            (Some((dgamma, dbeta)), None) => {
+                backend.layer_norm_backward_params(dy, x, stats, rows, channels, dgamma, dbeta);
+            }
+            (None, Some((dx, add))) => {
+                backend.layer_norm_backward(dy, x, stats, gamma, rows, channels, dx, add);
+            }
+            (None, None) => {}
         }
     }
 }

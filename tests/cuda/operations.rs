@@ -226,7 +226,14 @@ case!(
         lab.0.layer_norm_backward(&dy, &x, &stats, &gamma, rows, channels, &mut dx, false);
         lab.0.layer_norm_backward(&dy, &x, &stats, &gamma, rows, channels, &mut added, true);
         lab.0.layer_norm_backward_params(&dy, &x, &stats, rows, channels, &mut dgamma, &mut dbeta);
+        let (mut dx_too, mut dgamma_too, mut dbeta_too) =
+            (lab.act(n, 11), lab.full(channels, 12), lab.full(channels, 13));
+        let parameters = (&mut dgamma_too, &mut dbeta_too);
+        lab.0.layer_norm_backward_both(&dy, &x, &stats, &gamma, rows, channels, (&mut dx_too, true), parameters);
         vec![
+            lab.read("dx of both", &dx_too, n, 1.0, 0.0),
+            lab.read_full("dgamma of both", &dgamma_too, channels),
+            lab.read_full("dbeta of both", &dbeta_too, channels),
             lab.read("y", &y, n, 1.0, 0.0),
             lab.read_full("stats", &stats, 2 * rows),
             lab.read("dx", &dx, n, 1.0, 0.0),
