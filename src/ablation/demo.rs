@@ -59,7 +59,7 @@ pub fn setup(
     out: &Path,
     size: Option<usize>,
     grid: &TrainOptions,
-    place: &Place,
+    places: &[Place],
     progress: &Progress,
 ) -> Result<Setup> {
     let size = size.unwrap_or(SIZE);
@@ -82,9 +82,9 @@ pub fn setup(
     let model = folder.join(name);
     progress.info("demo: a small model is first trained on plainer pictures, so that there is something to adapt");
     let part = progress.part("[demo]".into());
-    let setup = Setup::open(&source, &cache, Some(size), &random, None, place.clone(), &part)?;
+    let setup = Setup::open(&source, &cache, Some(size), &random, None, places.to_vec(), &part)?;
     let record = run_one(&setup, name, &pretraining, &SplitPlan::Seeded, 0, &model, &part)?;
     let dice = record.final_evaluation.eval_mean_dice.unwrap_or(f64::NAN);
     progress.info(format!("demo: it reaches Dice {dice:.4} there; now every configuration adapts it to drawn polyps"));
-    Setup::open(&target, &cache, Some(size), &ModelSource::Path(model.join("final")), None, place.clone(), progress)
+    Setup::open(&target, &cache, Some(size), &ModelSource::Path(model.join("final")), None, places.to_vec(), progress)
 }

@@ -2,6 +2,8 @@
 //! process holds is left to it.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use super::config::{DataIdentity, RunConfig, SplitIdentity};
@@ -27,7 +29,8 @@ pub struct Setup {
     data: PackedDataset,
     data_identity: DataIdentity,
     source: Source,
-    place: Place,
+    /// The devices; a grid's runs divide among them, a single run takes the first.
+    places: Vec<Place>,
 }
 
 impl Setup {
@@ -41,7 +44,7 @@ impl Setup {
         size: Option<usize>,
         model: &ModelSource,
         adapter: Option<&Path>,
-        mut place: Place,
+        mut places: Vec<Place>,
         progress: &Progress,
     ) -> Result<Self> {
         // The model first: it is small, and what is wrong with it should not wait for the images.
@@ -57,14 +60,20 @@ impl Setup {
             s = packed.size()
         ));
         let all: Vec<_> = (0..packed.len()).map(|i| train::sample(&packed, i, Augment::IDENTITY)).collect();
-        if place.hold(&all, packed.size())? {
-            progress.detail("the images stay on the GPU");
-        }
-        if let Place::Gpu(gpu) = &place {
-            progress.info(format!("device: {}", gpu.driver.name()));
+        for place in &mut places {
+            let stays = place.hold(&all, packed.size())?;
+            if let Place::Gpu(gpu) = place {
+                let images = if stays { "the images stay there" } else { "the images are brought batch by batch" };
+                progress.info(format!("device: {}; {images}", gpu.driver.name()));
+            }
         }
         drop(all);
-        Ok(Self { data: packed, data_identity, source, place })
+        Ok(Self { data: packed, data_identity, source, places })
+    }
+
+    /// The device of a single run.
+    fn first_place(&self) -> &Place {
+        self.places.first().unwrap_or(&Place::Cpu)
     }
 
     /// Says what a run with `options` trains; `grid`: for all ranks at once.
@@ -75,7 +84,7 @@ impl Setup {
         self.source.start.announce(options, grid, progress)
     }
 
-    fn config(&self, name: &str, options: &TrainOptions, split: &Split) -> RunConfig {
+    fn config(&self, name: &str, options: &TrainOptions, split: &Split, place: &Place) -> RunConfig {
         RunConfig {
             name: name.into(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -84,7 +93,7 @@ impl Setup {
             split: SplitIdentity::new(split),
             model: self.source.model.clone(),
             adapter: self.source.adapter.clone(),
-            device: match &self.place {
+            device: match place {
                 Place::Cpu => None,
                 Place::Gpu(gpu) => Some(gpu.driver.name().into()),
             },
@@ -159,11 +168,24 @@ pub fn run_one(
     folder: &Path,
     progress: &Progress,
 ) -> Result<RunRecord> {
+    run_on(setup, setup.first_place(), name, options, split, index, folder, progress)
+}
+
+fn run_on(
+    setup: &Setup,
+    place: &Place,
+    name: &str,
+    options: &TrainOptions,
+    split: &SplitPlan,
+    index: usize,
+    folder: &Path,
+    progress: &Progress,
+) -> Result<RunRecord> {
     let _lock = Lock::folder(folder)?;
     files::remove_unfinished(folder);
     files::remove_unfinished(&folder.join("final"));
     let split = split.split(options, index, &setup.data)?;
-    let config = setup.config(name, options, &split);
+    let config = setup.config(name, options, &split, place);
     config.check(folder)?;
     let result = folder.join(RESULT);
     if result.exists() {
@@ -176,7 +198,7 @@ pub fn run_one(
     }
     config.write(folder)?;
     split.write(folder, &setup.data)?;
-    let inputs = Inputs { data: &setup.data, split: &split, model: &setup.source.start, place: &setup.place };
+    let inputs = Inputs { data: &setup.data, split: &split, model: &setup.source.start, place };
     let outcome = train::run(name, options, &inputs, folder, progress);
     let failure = folder.join(FAILURE);
     match &outcome {
@@ -239,7 +261,7 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
     for &index in &plan.selected {
         let (name, _) = &plan.runs[index];
         let split = plan.split.split(&options(index), index, &setup.data)?;
-        setup.config(name, &options(index), &split).check(&out.join(name))?;
+        setup.config(name, &options(index), &split, setup.first_place()).check(&out.join(name))?;
     }
     warn_of_strangers(setup, plan, progress)?;
     // LoRA's if there is one: it says more.
@@ -252,40 +274,53 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
         plan.split.split(&plan.options, 0, &setup.data)?.write(out, &setup.data)?;
     }
     let started = Instant::now();
-    let (mut busy, mut failed) = (Vec::new(), Vec::new());
-    let mut stopped = None;
-    for (position, &index) in plan.selected.iter().enumerate() {
-        let (name, _) = &plan.runs[index];
-        let label = format!("[{}/{}] {name}", position + 1, plan.selected.len());
-        let before = if out.join(name).join(RESULT).exists() { "finished before, kept: " } else { "" };
-        let part = progress.part(format!("[{}/{}]", position + 1, plan.selected.len()));
-        match run_one(setup, name, &options(index), &plan.split, index, &out.join(name), &part) {
-            Ok(record) => {
-                let dice = record.final_evaluation.eval_mean_dice.map_or("-".into(), |dice| format!("{dice:.4}"));
-                let (epoch, time) = (record.best_epoch, duration(record.training_time));
-                progress.info(format!("{label}: {before}Dice {dice} (epoch {epoch}), trained in {time}"));
+    let queue = AtomicUsize::new(0);
+    let outcome = Mutex::new((Vec::new(), Vec::new(), None));
+    let outcome_now = || outcome.lock().unwrap_or_else(PoisonError::into_inner);
+    // One worker per device, each taking the next run when it is done with one. A failure that is not a run's own ends all.
+    let work = |place: &Place| {
+        while let Some((position, &index)) = next(&queue, &plan.selected) {
+            if outcome_now().2.is_some() {
+                return;
             }
-            Err(error) if error.kind == Kind::Busy => {
-                progress.info(format!("{label}: skipped: {error}"));
-                busy.push(name.clone());
-                continue;
+            let (name, _) = &plan.runs[index];
+            let label = format!("[{}/{}] {name}", position + 1, plan.selected.len());
+            let before = if out.join(name).join(RESULT).exists() { "finished before, kept: " } else { "" };
+            let part = progress.part(format!("[{}/{}]", position + 1, plan.selected.len()));
+            match run_on(setup, place, name, &options(index), &plan.split, index, &out.join(name), &part) {
+                Ok(record) => {
+                    let dice = record.final_evaluation.eval_mean_dice.map_or("-".into(), |dice| format!("{dice:.4}"));
+                    let (epoch, time) = (record.best_epoch, duration(record.training_time));
+                    progress.info(format!("{label}: {before}Dice {dice} (epoch {epoch}), trained in {time}"));
+                }
+                Err(error) if error.kind == Kind::Busy => {
+                    progress.info(format!("{label}: skipped: {error}"));
+                    outcome_now().0.push(name.clone());
+                    continue;
+                }
+                Err(error) if error.kind == Kind::Diverged => {
+                    progress.warn(format!("{label}: {error}; the other runs go on"));
+                    outcome_now().1.push((name.clone(), error));
+                    continue;
+                }
+                Err(error) => {
+                    outcome_now().2.get_or_insert(error);
+                    return;
+                }
             }
-            Err(error) if error.kind == Kind::Diverged => {
-                progress.warn(format!("{label}: {error}; the other runs go on"));
-                failed.push((name.clone(), error));
-                continue;
-            }
-            Err(error) => {
-                stopped = Some(error);
-                break;
+            if let Err(error) = write_summary(out, progress).and_then(|_| stop_if_interrupted()) {
+                outcome_now().2.get_or_insert(error);
+                return;
             }
         }
-        write_summary(out, progress)?;
-        if let Err(error) = stop_if_interrupted() {
-            stopped = Some(error);
-            break;
+    };
+    std::thread::scope(|scope| {
+        for place in setup.places.iter().skip(1) {
+            scope.spawn(|| work(place));
         }
-    }
+        work(setup.first_place());
+    });
+    let (busy, failed, stopped) = outcome.into_inner().unwrap_or_else(PoisonError::into_inner);
     if let Some(error) = stopped {
         return Err(error);
     }
@@ -299,6 +334,12 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
     }
     progress.info(format!("{counts}, in {}", duration(started.elapsed().as_secs_f64())));
     Ok(GridOutcome { records, busy, failed })
+}
+
+/// The next run of the queue, with its position.
+fn next<'a>(queue: &AtomicUsize, runs: &'a [usize]) -> Option<(usize, &'a usize)> {
+    let position = queue.fetch_add(1, Ordering::Relaxed);
+    runs.get(position).map(|run| (position, run))
 }
 
 /// Writes summary, figures and page from every finished run under `out`, one process at a time, and returns the runs.
@@ -320,7 +361,8 @@ pub fn write_summary(out: &Path, progress: &Progress) -> Result<Vec<RunRecord>> 
 fn warn_of_strangers(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<()> {
     for (index, (name, _)) in plan.runs.iter().enumerate().filter(|(index, _)| !plan.selected.contains(index)) {
         let split = plan.split.split(&plan.options, index, &setup.data)?;
-        let differences = setup.config(name, &plan.options, &split).check_neighbour(&plan.out.join(name))?;
+        let differences =
+            setup.config(name, &plan.options, &split, setup.first_place()).check_neighbour(&plan.out.join(name))?;
         if !differences.is_empty() {
             progress.warn(format!(
                 "{}: trained with other settings ({}), and in the summary beside this one",

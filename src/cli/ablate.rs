@@ -10,6 +10,7 @@ use super::output::path;
 use super::{Context, signals};
 use crate::ablation::source::ModelSource;
 use crate::ablation::{self, GridOutcome, GridPlan, RANKS, RATIOS, Setup, demo};
+use crate::backend::{Choice, Place};
 use crate::error::{Error, Result};
 use crate::report::results_table;
 use crate::train::options::{Method, TrainOptions};
@@ -28,6 +29,10 @@ Examples:
     --ranks 8,16 --ratios 2 --no-fft
   segpeft-native ablate --data kvasir-seg.zip --model segformer-b0-ade/ --out outputs \\
     --only lora_r16_alpha32
+
+On two GPUs of this machine:
+  segpeft-native ablate --data kvasir-512.pack --model segformer-b0-ade/ --out outputs \\
+    --devices 0,1
 
 As a Slurm array of four tasks (--array=1-4), then `segpeft-native report outputs`:
   segpeft-native ablate --data kvasir-512.pack --model segformer-b0-ade/ --out outputs \\
@@ -61,6 +66,9 @@ pub struct Ablate {
     /// Only part I of N of the grid, counted from 1
     #[arg(long, value_name = "I/N", value_parser = slice, help_heading = "Grid")]
     slice: Option<(usize, usize)>,
+    /// Devices that share the grid, each taking the next run when it is done with one: numbers of GPUs divided by commas
+    #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = args::grid_device, conflicts_with = "device", help_heading = "Grid")]
+    devices: Vec<Choice>,
     #[command(flatten)]
     lora: LoraArgs,
     #[command(flatten)]
@@ -80,7 +88,10 @@ fn slice(text: &str) -> std::result::Result<(usize, usize), String> {
 impl Ablate {
     pub fn run(&self, context: &Context) -> Result<()> {
         let progress = &context.progress;
-        let place = self.files.device.open(&context.progress)?;
+        let places = match self.devices.as_slice() {
+            [] => vec![self.files.device.open(progress)?],
+            choices => choices.iter().map(|&choice| Ok(Place::open(choice)?.0)).collect::<Result<Vec<_>>>()?,
+        };
         let base = if self.demo { demo::options() } else { TrainOptions::default() };
         let options = self.training.options(base, self.files.hf_names);
         // Rank and alpha are the grid's.
@@ -91,9 +102,9 @@ impl Ablate {
         signals::install(progress)?;
         let setup = match (&self.data, &self.model) {
             (Some(data), Some(model)) => {
-                Setup::open(data, &self.files.cache(&out), self.files.size, model, None, place, progress)?
+                Setup::open(data, &self.files.cache(&out), self.files.size, model, None, places, progress)?
             }
-            _ => demo::setup(&out, self.files.size, &options, &place, progress)?,
+            _ => demo::setup(&out, self.files.size, &options, &places, progress)?,
         };
         let plan = GridPlan { runs, selected, options, split: self.files.split_plan(), out };
         let outcome = ablation::run_grid(&setup, &plan, progress)?;

@@ -93,6 +93,14 @@ pub fn device(text: &str) -> Parsed<Choice> {
     }
 }
 
+/// A device of a grid: the number of a GPU, or what `--device` takes.
+pub fn grid_device(text: &str) -> Parsed<Choice> {
+    match text.parse::<u16>() {
+        Ok(number) => Ok(Choice::Cuda(number.into())),
+        Err(_) => device(text).map_err(|_| "must be numbers of GPUs divided by commas, such as 0,1".into()),
+    }
+}
+
 #[derive(Args)]
 pub struct DeviceArgs {
     /// Where the arithmetic runs: auto, cpu, cuda or cuda:N
@@ -329,8 +337,9 @@ mod tests {
         assert_eq!((device("cuda"), device("cuda:1")), (Ok(Choice::Cuda(0)), Ok(Choice::Cuda(1))));
         assert_eq!((device("auto"), device("cpu")), (Ok(Choice::Auto), Ok(Choice::Cpu)));
         for bad in ["gpu", "cuda:", "cuda:x", "cpu:0", "auto:1", ""] {
-            assert!(device(bad).is_err(), "{bad}");
+            assert!(device(bad).is_err() && grid_device(bad).is_err(), "{bad}");
         }
+        assert_eq!((grid_device("1"), grid_device("cpu")), (Ok(Choice::Cuda(1)), Ok(Choice::Cpu)));
     }
 
     #[test]

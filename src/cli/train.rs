@@ -79,7 +79,7 @@ impl Train {
             self.files.size,
             &self.model,
             self.adapter.as_deref(),
-            place,
+            vec![place],
             &context.progress,
         )?;
         let split = self.files.split_plan();

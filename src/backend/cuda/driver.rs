@@ -157,7 +157,9 @@ impl Driver {
         let count = CudaContext::device_count()
             .map_err(|e| device_error(format!("the NVIDIA driver finds no GPU ({e}): use --device cpu")))?;
         if ordinal as i64 >= i64::from(count) {
-            return Err(device_error(format!("there is no GPU {ordinal}: {count} found, numbered from 0")));
+            return Err(device_error(format!(
+                "there is no GPU {ordinal}: {count} found, numbered from 0; use --device cuda:0"
+            )));
         }
         let failed = |what: &str| {
             let what = what.to_string();
