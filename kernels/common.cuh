@@ -188,9 +188,8 @@ struct Dropout {
         return c;
     }
 
-    // As float(word >> 8)·2^-24 < rate, which is exact, without a conversion for each word.
     __device__ __forceinline__ float of(unsigned word) const {
-        return (word >> 8) < unsigned(ceilf(rate * 16777216.0f)) ? 0.0f : 1.0f / (1.0f - rate);
+        return float(word >> 8) * (1.0f / 16777216.0f) < rate ? 0.0f : 1.0f / (1.0f - rate);
     }
 
     // The factors of elements start.. start + V.

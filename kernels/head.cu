@@ -285,26 +285,26 @@ KERNEL(THREADS) join_moments(const float* partial /* (slabs, 3, channels) */, in
 
 constexpr int CLASSES = 2;
 
-// What stands before the classifier, for V channels: relu(slope·z + offset), and the classifier's weights.
-template <int V> struct Columns {
-    Pack<V> slope, offset, weights[CLASSES];
+// What stands before the classifier, for 8 channels: relu(slope·z + offset), and the classifier's weights.
+struct Columns {
+    Pack<8> slope, offset, weights[CLASSES];
 
     __device__ __forceinline__ Columns(const float* stats, const float* gamma, const float* beta, const bf16* w,
                                        int channels, int c) {
-        Pack<V> mean = load<V>(stats + c), scale = load<V>(stats + channels + c);
-        Pack<V> g = load<V>(gamma + c), b = load<V>(beta + c);
-        for (int i = 0; i < V; i++) {
+        Pack<8> mean = load<8>(stats + c), scale = load<8>(stats + channels + c);
+        Pack<8> g = load<8>(gamma + c), b = load<8>(beta + c);
+        for (int i = 0; i < 8; i++) {
             slope.x[i] = scale.x[i] * g.x[i];
             offset.x[i] = b.x[i] - mean.x[i] * slope.x[i];
         }
-        for (int l = 0; l < CLASSES; l++) weights[l] = load<V>(w + l * channels + c);
+        for (int l = 0; l < CLASSES; l++) weights[l] = load<8>(w + l * channels + c);
     }
 
     // Before the ReLU.
-    __device__ __forceinline__ float before(const Pack<V>& z, int i) const { return z.x[i] * slope.x[i] + offset.x[i]; }
+    __device__ __forceinline__ float before(const Pack<8>& z, int i) const { return z.x[i] * slope.x[i] + offset.x[i]; }
 
     // The gradient after BatchNorm of channel i: through classifier, dropout and ReLU.
-    __device__ __forceinline__ float back(const Pack<V>& z, const float (&d)[CLASSES], float factor, int i) const {
+    __device__ __forceinline__ float back(const Pack<8>& z, const float (&d)[CLASSES], float factor, int i) const {
         float sum = 0;
         for (int l = 0; l < CLASSES; l++) sum += d[l] * weights[l].x[i];
         return before(z, i) > 0.0f ? sum * factor : 0.0f;
@@ -327,7 +327,7 @@ KERNEL(THREADS) classify(const bf16* z /* (rows, channels) */, const float* stat
     Dropout drop = {key0, key1, high0, high1, first, rate};
     int lanes = channels / 8, c = threadIdx.x % lanes * 8;
     size_t start = thread_number() / lanes * each;
-    Columns<8> columns(stats, gamma, beta, w, channels, c);
+    Columns columns(stats, gamma, beta, w, channels, c);
     float shift[CLASSES];
     load_classes(bias, shift);
     for (int k = 0; k < each; k++) {
@@ -351,26 +351,26 @@ KERNEL(THREADS) classify(const bf16* z /* (rows, channels) */, const float* stat
 }
 
 // Per channel and class, over the rows that pass ReLU and dropout: the sums of dlogit and of dlogit·normalised z, both times
-// the dropout's factor. Everything else follows from them (classify_sums). Grid: as column_partials<4> has it.
+// the dropout's factor. Everything else follows from them (classify_sums). Grid: as column_partials has it.
 KERNEL(THREADS) classify_backward(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                                   const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
                                   unsigned key1, unsigned high0, unsigned high1, u64 first, float rate,
                                   const bf16* dlogits /* (rows, 2) */, int rows, int channels, int slab,
                                   float* partial /* (slabs, 2, 2, channels) */) {
     Dropout drop = {key0, key1, high0, high1, first, rate};
-    int span = column_span<4>(channels), own = min(int(blockIdx.x) * span + int(threadIdx.x) % (span / 4) * 4, channels - 4);
-    Pack<4> mean = load<4>(stats + own), scale = load<4>(stats + channels + own);
-    Pack<4> g = load<4>(gamma + own), b = load<4>(beta + own), slope, offset;
-    for (int i = 0; i < 4; i++) {
+    int span = column_span<8>(channels), own = min(int(blockIdx.x) * span + int(threadIdx.x) % (span / 8) * 8, channels - 8);
+    Pack<8> mean = load<8>(stats + own), scale = load<8>(stats + channels + own);
+    Pack<8> g = load<8>(gamma + own), b = load<8>(beta + own), slope, offset;
+    for (int i = 0; i < 8; i++) {
         slope.x[i] = scale.x[i] * g.x[i];
         offset.x[i] = b.x[i] - mean.x[i] * slope.x[i];
     }
-    auto term = [&](int row, int c, Pack<4>(&terms)[2 * CLASSES]) {
+    auto term = [&](int row, int c, Pack<8>(&terms)[2 * CLASSES]) {
         size_t at = size_t(row) * channels + c;
-        Pack<4> p = load<4>(z + at), f = drop.factors<4>(at);
+        Pack<8> p = load<8>(z + at), f = drop.factors<8>(at);
         float d[CLASSES];
         load_classes(dlogits + size_t(row) * CLASSES, d);
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 8; i++) {
             float factor = p.x[i] * slope.x[i] + offset.x[i] > 0.0f ? f.x[i] : 0.0f;
             float normalised = (p.x[i] - mean.x[i]) * scale.x[i];
             for (int l = 0; l < CLASSES; l++) {
@@ -379,7 +379,7 @@ KERNEL(THREADS) classify_backward(const bf16* z /* (rows, channels) */, const fl
             }
         }
     };
-    column_partials<4, 2 * CLASSES>(term, rows, channels, slab, partial);
+    column_partials<8, 2 * CLASSES>(term, rows, channels, slab, partial);
 }
 
 // Joins the slabs: adds the gradient of the classifier's weights, if asked, and writes those of beta and gamma.
@@ -417,7 +417,7 @@ KERNEL(THREADS) classify_sums(const float* partial /* (slabs, 2, 2, channels) */
 }
 
 // dz, the gradient before BatchNorm in training mode; share is 1 / rows of the batch. A thread takes `each` rows that are
-// as far apart as the grid has groups. Threads: ceil(rows / each)·channels / 4.
+// as far apart as the grid has groups. Threads: ceil(rows / each)·channels / 8.
 KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                                         const float* gamma /* (channels) */, const float* beta /* (channels) */,
                                         unsigned key0, unsigned key1, unsigned high0, unsigned high1, u64 first,
@@ -425,16 +425,16 @@ KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, co
                                         const bf16* dlogits /* (rows, 2) */, const float* total /* (2, channels) */,
                                         float share, int rows, int channels, int each, bf16* dz /* (rows, channels) */) {
     Dropout drop = {key0, key1, high0, high1, first, rate};
-    int lanes = channels / 4, c = int(thread_number() % lanes) * 4;
+    int lanes = channels / 8, c = int(thread_number() % lanes) * 8;
     size_t groups = (size_t(rows) + each - 1) / each, group = thread_number() / lanes;
     if (group >= groups) return;
-    Columns<4> columns(stats, gamma, beta, w, channels, c);
+    Columns columns(stats, gamma, beta, w, channels, c);
     // gamma·scale·(d - share·(shift + normalised·along)) as slope·d - (constant + linear·z).
-    Pack<4> constant, linear;
+    Pack<8> constant, linear;
     {
-        Pack<4> mean = load<4>(stats + c), scale = load<4>(stats + channels + c);
-        Pack<4> shift = load<4>(total + c), along = load<4>(total + channels + c);
-        for (int i = 0; i < 4; i++) {
+        Pack<8> mean = load<8>(stats + c), scale = load<8>(stats + channels + c);
+        Pack<8> shift = load<8>(total + c), along = load<8>(total + channels + c);
+        for (int i = 0; i < 8; i++) {
             linear.x[i] = columns.slope.x[i] * share * along.x[i] * scale.x[i];
             constant.x[i] = columns.slope.x[i] * share * shift.x[i] - linear.x[i] * mean.x[i];
         }
@@ -442,10 +442,10 @@ KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, co
     for (int k = 0; k < each; k++) {
         size_t row = group + k * groups;
         if (row >= size_t(rows)) return;
-        Pack<4> p = load<4>(z + row * channels + c), f = drop.factors<4>(row * channels + c);
+        Pack<8> p = load<8>(z + row * channels + c), f = drop.factors<8>(row * channels + c);
         float d[CLASSES];
         load_classes(dlogits + row * CLASSES, d);
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 8; i++) {
             float back = columns.back(p, d, f.x[i], i);
             p.x[i] = columns.slope.x[i] * back - (constant.x[i] + linear.x[i] * p.x[i]);
         }

@@ -1,8 +1,8 @@
 // LayerNorm over channels, eps 1e-5, forward and backward.
 //
 // A row belongs to a group of neighbouring lanes, as many as it has packs of 8 channels (up to a warp): with 32 channels
-// a warp works on 8 rows at once. The mean is taken first and the variance from the deviations; the row comes from the
-// cache the second time, so memory is read once.
+// a warp works on 8 rows at once. The mean is taken first and the variance from the deviations; the row stays in
+// registers, or comes from the cache the second time, so memory is read once.
 #include "common.cuh"
 
 constexpr float EPSILON = 1e-5f;
@@ -38,11 +38,39 @@ __device__ void normalise(const bf16* x, const float* gamma, const float* beta, 
     }
 }
 
+// Rows of up to 256 channels in packs of 8: a lane's only pack stays in registers.
+__device__ void normalise_short(const bf16* x, const float* gamma, const float* beta, int rows, int channels, int lanes,
+                                bf16* y, float* stats) {
+    size_t row = thread_number() / lanes;
+    int c = threadIdx.x % lanes * 8;
+    bool inside = row < size_t(rows) && c < channels;
+    size_t at = row * channels + c;
+    Pack<8> p = {};
+    if (inside) p = load<8>(x + at);
+    float sum = 0, square = 0, inverse = 1.0f / channels;
+    for (int i = 0; i < 8; i++) sum += p.x[i];
+    float mean = group_sum(sum, lanes) * inverse;
+    for (int i = 0; i < 8; i++) {
+        p.x[i] -= mean;
+        square += p.x[i] * p.x[i];
+    }
+    float scale = rsqrtf(group_sum(inside ? square : 0.0f, lanes) * inverse + EPSILON);
+    if (!inside) return;
+    Pack<8> g = load<8>(gamma + c), b = load<8>(beta + c);
+    for (int i = 0; i < 8; i++) p.x[i] = p.x[i] * scale * g.x[i] + b.x[i];
+    store(y + at, p);
+    if (c == 0) *reinterpret_cast<float2*>(stats + 2 * row) = {mean, scale};
+}
+
 // Threads: rows·lanes. `lanes` is a power of two up to 32.
 KERNEL(THREADS) layer_norm(const bf16* x /* (rows, channels) */, const float* gamma /* (channels) */,
                            const float* beta /* (channels) */, int rows, int channels, int lanes,
                            bf16* y /* (rows, channels) */, float* stats /* (rows, 2): mean, 1/std */) {
-    BY_WIDTH(channels, normalise, x, gamma, beta, rows, channels, lanes, y, stats);
+    if (channels % 8 == 0 && channels <= 256) {
+        normalise_short(x, gamma, beta, rows, channels, lanes, y, stats);
+    } else {
+        BY_WIDTH(channels, normalise, x, gamma, beta, rows, channels, lanes, y, stats);
+    }
 }
 
 template <int V>

@@ -16,13 +16,13 @@ KERNEL(THREADS) linear_backward_bias(const bf16* dy /* (rows, outputs) */, int r
     BY_WIDTH(outputs, bias_partials, dy, rows, outputs, slab, partial);
 }
 
-// out = scale·Σ_s partial[s], added to out if `add`. Rows of `partial` are `stride` apart. Grid: ceil(n / 32); each
-// line of a block sums every eighth slab.
+// out = scale·Σ_s partial[s], added to out if `add`. Rows of `partial` are `stride` apart. A block takes 8 columns, and
+// every 32nd slab is one line's, so that many reads are under way at once. Grid: ceil(n / 8).
 KERNEL(THREADS) sum_partials(const float* partial /* (slabs, stride) */, int slabs, int stride, int n, float scale,
                              float* out /* (n) */, int add) {
-    constexpr int LINES = THREADS / 32;
-    SHARED(float, sums, [LINES][32]);
-    int column = threadIdx.x % 32, line = threadIdx.x / 32, i = blockIdx.x * 32 + column;
+    constexpr int COLUMNS = 8, LINES = THREADS / COLUMNS;
+    SHARED(float, sums, [LINES][COLUMNS]);
+    int column = threadIdx.x % COLUMNS, line = threadIdx.x / COLUMNS, i = blockIdx.x * COLUMNS + column;
     float sum = 0;
     if (i < n) {
 #pragma unroll 8

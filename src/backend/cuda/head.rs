@@ -1,6 +1,6 @@
 //! The end of the decoder, from the joined stages to the logits.
 
-use super::memory::{ColumnSums, THREADS, dropout_arguments, slabs, width};
+use super::memory::{ColumnSums, THREADS, column_span, dropout_arguments, slabs, width};
 use super::{Argument, Cuda, Device};
 use crate::backend::{
     BatchNormView, Classifier, Dropout, Grid, Head, Memory, classify_backward_input_plainly, classify_backward_plainly,
@@ -142,8 +142,7 @@ impl<D: Device> Head for Cuda<D> {
         arguments.push(dlogits.at(2 * rows));
         arguments.extend([rows, channels, slab].map(Argument::from));
         arguments.push(partial);
-        // In packs of 4 channels, up to a warp of them.
-        let grid = [channels.div_ceil(128), slabs, 1];
+        let grid = [channels.div_ceil(column_span(channels)), slabs, 1];
         self.launch_blocks("classify_backward", grid, THREADS, &arguments);
         let (gamma, beta) = (norm.gamma.at(channels), norm.beta.at(channels));
         let weights = weight_gradient.map_or(Argument::pointer(0), |dw| dw.both(2 * channels));
@@ -176,7 +175,7 @@ impl<D: Device> Head for Cuda<D> {
         arguments.extend([classifier.weight.at(2 * channels), dlogits.at(2 * rows), total.at(2 * channels), share]);
         arguments.extend([rows, channels, EACH].map(Argument::from));
         arguments.push(dz.to(rows * channels));
-        self.launch("classify_backward_input", rows.div_ceil(EACH) * channels / 4, &arguments);
+        self.launch("classify_backward_input", rows.div_ceil(EACH) * channels / 8, &arguments);
     }
 
     fn batch_stats(

@@ -218,7 +218,7 @@ impl<D: Device> Cuda<D> {
             let from = Argument::pointer(partial + (first * channels * size_of::<f32>()) as u64);
             let (stride, factor) = ((kinds * channels).into(), output.factor.into());
             let arguments = [from, slabs.into(), stride, n.into(), factor, output.to, output.add.into()];
-            self.launch_blocks("sum_partials", [n.div_ceil(32), 1, 1], THREADS, &arguments);
+            self.launch_blocks("sum_partials", [n.div_ceil(8), 1, 1], THREADS, &arguments);
             first += output.kinds;
         }
     }
