@@ -86,7 +86,7 @@ __device__ __forceinline__ void gelu_backward(float& u, float& d) {
     u *= share;
 }
 
-// p + numbers, in global memory, kept as it is: else the compiler adds it up again at each use.
+// p + numbers, in global memory, kept as it is: else the compiler adds it up again at each use. Null does not stay null.
 template <class T> __device__ __forceinline__ T* settled(T* p, size_t numbers) {
 #ifdef __CUDACC__
     p += numbers;
@@ -127,16 +127,16 @@ template <int V> struct Strip {
         at = x * channels + c;
     }
 
-    // Its columns and those beside it, at `from` in the first of its own; 0 where the picture has none.
-    __device__ __forceinline__ void load(const bf16* from, unsigned at, bool row, unsigned (&words)[COLUMNS + 2]) const {
-        int present = row ? columns : 0;
-        words[0] = row && left ? load_pair<V>(from + (at - step)) : 0;
+    // Its columns and those beside it, at `at` in the first of its own; 0 where the picture has none.
+    __device__ __forceinline__ void load(const bf16* from, unsigned at, bool wanted, unsigned (&words)[COLUMNS + 2]) const {
+        int present = wanted ? columns : 0;
+        words[0] = wanted && left ? load_pair<V>(from + (at - step)) : 0;
         for (int i = 0; i <= COLUMNS; i++) words[i + 1] = i < present ? load_pair<V>(from + (at + i * step)) : 0;
     }
 
     // Its columns alone.
-    __device__ __forceinline__ void load(const bf16* from, unsigned at, bool row, unsigned (&words)[COLUMNS]) const {
-        int present = row ? columns : 0;
+    __device__ __forceinline__ void load(const bf16* from, unsigned at, bool wanted, unsigned (&words)[COLUMNS]) const {
+        int present = wanted ? columns : 0;
         for (int i = 0; i < COLUMNS; i++) words[i] = i < present ? load_pair<V>(from + (at + i * step)) : 0;
     }
 
@@ -157,10 +157,13 @@ __device__ __forceinline__ void walk(const Strip<V>& strip, const bf16* x, const
     constexpr bool MIRRORED = WAY == TRANSPOSED || WAY == WEIGHTS;
     if (strip.columns == 0) return;
     float2 weight[TAPS], bias = {};
-    for (int tap = 0; tap < TAPS; tap++) weight[tap] = load_two<V>(w + (MIRRORED ? TAPS - 1 - tap : tap) * strip.step + strip.c);
+    for (int tap = 0; tap < TAPS; tap++) {
+        weight[MIRRORED ? TAPS - 1 - tap : tap] = load_two<V>(w + tap * strip.step + strip.c);
+    }
     if (!MIRRORED) bias = load_two<V>(b + strip.c);
     int y0 = strip.y0, y1 = strip.y1, stride = strip.stride, first = max(y0 - 1, 0), stop = min(y1 + 1, height);
     unsigned at = strip.at + first * stride;
+    bool wants_out = WAY == FORWARD || WAY == TRANSPOSED || out != nullptr, wants_g = g != nullptr;
     x = settled(x, strip.image);
     beside = settled(beside, strip.image);
     out = settled(out, strip.image);
@@ -170,7 +173,9 @@ __device__ __forceinline__ void walk(const Strip<V>& strip, const bf16* x, const
     unsigned ahead[COLUMNS + 2], beside_ahead[3][COLUMNS] = {};
     strip.load(x, at, true, ahead);
     if (WAY == WEIGHTS) {
-        for (int k = 0; k < 2; k++) strip.load(beside, at + k * stride, first + k >= y0 && first + k < y1, beside_ahead[k]);
+        for (int k = 0; k < 2; k++) {
+            strip.load(beside, at + k * stride, first + k >= y0 && first + k < y1, beside_ahead[k]);
+        }
     }
     float2 sum[3][COLUMNS];
     for (int i = 0; i < COLUMNS; i++) sum[0][i] = sum[2][i] = bias;
@@ -185,7 +190,7 @@ __device__ __forceinline__ void walk(const Strip<V>& strip, const bf16* x, const
             strip.load(x, at + stride, y + 1 < stop, ahead);
             if (WAY == BEFORE_GELU) strip.load(beside, at, y >= y0 && y < y1, beside_ahead[k]);
             if constexpr (WAY == WEIGHTS) {
-                // The weights are mirrored: what tap t took from h's row y + t - 1 went to this row's output.
+                // In the forward direction, this row of u took row y + t - 1 of h, by the taps of line t.
                 for (int t = 0; t < 3; t++) {
                     for (int i = 0; i < COLUMNS; i++) {
                         float2 h = widen(beside_ahead[(k + t + 2) % 3][i]);
@@ -215,10 +220,10 @@ __device__ __forceinline__ void walk(const Strip<V>& strip, const bf16* x, const
                         gradient[0].x += du[i].x;
                         gradient[0].y += du[i].y;
                     }
-                    if (out != nullptr) strip.store(out, at - stride, du);
-                    if (g != nullptr) strip.store(g, at - stride, sum[last]);
+                    if (wants_out) strip.store(out, at - stride, du);
+                    if (wants_g) strip.store(g, at - stride, sum[last]);
                 } else {
-                    if (WAY == FORWARD || out != nullptr) strip.store(out, at - stride, sum[last]);
+                    if (wants_out) strip.store(out, at - stride, sum[last]);
                 }
             }
             at += stride;

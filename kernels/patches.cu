@@ -95,7 +95,8 @@ __device__ void gather_back(const bf16* dout, int height, int width, int channel
                             int out_height, int out_width, bf16* dx, int add) {
     int packs = channels / V, i = blockIdx.x * THREADS + threadIdx.x, x = i / packs, c = (i - x * packs) * V;
     if (x >= width) return;
-    // The last window that begins at or before the token, in each direction, meets it first; those before, `stride` later.
+    // In each direction, the last window that begins before or at the token, and where that has it; in the window before,
+    // it is `stride` further on.
     int last_y = (int(blockIdx.y) + padding) / stride, last_x = (x + padding) / stride;
     int first_ky = int(blockIdx.y) + padding - last_y * stride, first_kx = x + padding - last_x * stride;
     Pack<V> sum = {};
