@@ -1,15 +1,15 @@
 // The middle of a Mix-FFN: depth-wise 3x3 convolution with zero padding, bias, GELU in its erf form; and the way back.
 //
-// Each way is one kernel that reads every activation from memory once. A block walks down a strip of COLUMNS tokens, a
-// thread down its column with two channels, whose weights and running sums stay in registers. A thread asks for its
-// token rows ahead, and hands it to its neighbours through shared memory: one barrier per row. The way back recomputes
-// the convolution instead of storing it; the gradient before the GELU goes to the neighbours in f32, never to memory.
+// A thread walks down COLUMNS tokens side by side with two channels, whose weights stay in registers; a row that arrives
+// adds to the sums of three rows, of which it ends one. Each thread loads the columns beside its own itself, which its
+// neighbours have brought into the L1 cache: no barrier, no shared memory, and rows asked for ahead of their use. The way
+// back is two such walks: over h for u, which is recomputed instead of stored, and du; then over du, with the weights
+// mirrored, for dh. The gradient of the bias is summed on the first, that of the weights on the second. u is what enters
+// the GELU, du its gradient.
 #include "common.cuh"
 
-// A block's tokens side by side, its rows at most, its threads per token, its weights and bias per channel.
-constexpr int COLUMNS = 16, SEGMENT = 64, LANES = 16, KINDS = 10;
-// Going back, a further warp computes the gradient before the GELU for the columns beside the strip.
-constexpr int INNER = COLUMNS * LANES, BACKWARD_THREADS = INNER + 2 * LANES;
+// Tokens side by side of a thread; strips of a block, one a warp; weights per channel.
+constexpr int COLUMNS = 4, STRIPS = THREADS / 32, TAPS = 9;
 
 // Two neighbouring channels; V is 2 where channels are even, else 1, and the second number is 0.
 template <int V> __device__ __forceinline__ unsigned load_pair(const bf16* from) {
@@ -35,11 +35,6 @@ __device__ __forceinline__ float2 widen(unsigned pair) {
 __device__ __forceinline__ void add(float2& sum, float2 a, float2 b) {
     sum.x += a.x * b.x;
     sum.y += a.y * b.y;
-}
-
-// sum += Σ a[i]·w[i]
-__device__ __forceinline__ void add(float2& sum, const float2 (&a)[3], const float2* w) {
-    for (int i = 0; i < 3; i++) add(sum, a[i], w[i]);
 }
 
 // 2^x and 1/x to a unit or two in the last place; what would be subnormal is 0.
@@ -91,28 +86,7 @@ __device__ __forceinline__ void gelu_backward(float& u, float& d) {
     u *= share;
 }
 
-// What a block works on, and what one of its threads does.
-template <int V> struct Place {
-    int y0, y1, x, c;  // the block's rows, the thread's column and first channel
-    int stride;        // numbers from row to row
-    size_t image;      // numbers before its image
-    int at;            // numbers from there to row 0 at x and c
-    bool inside;       // whether the thread has a token of the picture
-
-    __device__ __forceinline__ Place(int column, int height, int width, int channels) {
-        int groups = (channels + LANES * V - 1) / (LANES * V), block = blockIdx.x;
-        c = (block % groups * LANES + threadIdx.x % LANES) * V;
-        x = block / groups * COLUMNS + column;
-        y0 = blockIdx.y * SEGMENT;
-        y1 = min(y0 + SEGMENT, height);
-        stride = width * channels;
-        image = size_t(blockIdx.z) * (height * stride);
-        at = x * channels + c;
-        inside = c < channels && x >= 0 && x < width;
-    }
-};
-
-// p + numbers, in global memory, kept as it is: else the compiler adds it up again at each use.
+// p + numbers, in global memory, kept as it is: else the compiler adds it up again at each use. Null does not stay null.
 template <class T> __device__ __forceinline__ T* settled(T* p, size_t numbers) {
 #ifdef __CUDACC__
     p += numbers;
@@ -124,242 +98,214 @@ template <class T> __device__ __forceinline__ T* settled(T* p, size_t numbers) {
 #endif
 }
 
-struct Lines {
-    unsigned h[3][COLUMNS + 2][LANES];
+// What a warp works on, and what one of its lanes does. Blocks go by channels first, 32·V each, then by strips, STRIPS
+// each; strips by columns first, then by rows, then by images.
+template <int V> struct Strip {
+    int slab, chunk;   // the block's strips and channels
+    int c;             // the lane's first channel
+    int y0, y1;        // the strip's rows
+    bool left;         // whether there is a column to its left
+    int columns;       // columns from its first on, with the one to its right; 0: nothing to do
+    int step, stride;  // numbers from column to column and from row to row
+    size_t image;      // numbers before its image
+    unsigned at;       // numbers from there to row 0 of its first column, at c
+
+    __device__ __forceinline__ Strip(int images, int height, int width, int channels, int rows) {
+        int chunks = (channels + 32 * V - 1) / (32 * V), across = (width + COLUMNS - 1) / COLUMNS;
+        int down = (height + rows - 1) / rows;
+        slab = blockIdx.x / chunks;
+        chunk = blockIdx.x % chunks;
+        c = (chunk * 32 + threadIdx.x % 32) * V;
+        int strip = slab * STRIPS + threadIdx.x / 32, x = strip % across * COLUMNS;
+        y0 = strip / across % down * rows;
+        y1 = min(y0 + rows, height);
+        columns = c < channels && strip < images * down * across ? min(width - x, COLUMNS + 1) : 0;
+        left = columns > 0 && x > 0;
+        step = channels;
+        stride = width * channels;
+        image = size_t(strip / across / down) * (height * stride);
+        at = x * channels + c;
+    }
+
+    // Its columns and those beside it, at `at` in the first of its own; 0 where the picture has none.
+    __device__ __forceinline__ void load(const bf16* from, unsigned at, bool wanted, unsigned (&words)[COLUMNS + 2]) const {
+        int present = wanted ? columns : 0;
+        words[0] = wanted && left ? load_pair<V>(from + (at - step)) : 0;
+        for (int i = 0; i <= COLUMNS; i++) words[i + 1] = i < present ? load_pair<V>(from + (at + i * step)) : 0;
+    }
+
+    // Its columns alone.
+    __device__ __forceinline__ void load(const bf16* from, unsigned at, bool wanted, unsigned (&words)[COLUMNS]) const {
+        int present = wanted ? columns : 0;
+        for (int i = 0; i < COLUMNS; i++) words[i] = i < present ? load_pair<V>(from + (at + i * step)) : 0;
+    }
+
+    __device__ __forceinline__ void store(bf16* to, unsigned at, const float2 (&values)[COLUMNS]) const {
+        for (int i = 0; i < COLUMNS; i++) {
+            if (i < columns) store_pair<V>(to + (at + i * step), values[i]);
+        }
+    }
 };
 
-template <int V>
-__device__ __forceinline__ void forward(const bf16* h, const float* w, const float* b, int height, int width,
-                                        int channels, bf16* g, Lines& lines) {
-    int lane = threadIdx.x % LANES, column = threadIdx.x / LANES;
-    Place<V> place(column, height, width, channels);
-    // The first warp also fetches the columns beside the strip.
-    bool edge = threadIdx.x < 2 * LANES;
-    int edge_column = column == 0 ? -1 : COLUMNS;
-    Place<V> beside(edge_column, height, width, channels);
+// A walk: from h to g; from h and dg to du, g and b's gradient; from du to dh; from du and h to dh and w's gradient.
+enum Way { FORWARD, BEFORE_GELU, TRANSPOSED, WEIGHTS };
 
-    float2 weight[9] = {}, bias = {};
-    if (place.c < channels) {
-        for (int tap = 0; tap < 9; tap++) weight[tap] = load_two<V>(w + tap * channels + place.c);
-        bias = load_two<V>(b + place.c);
+// x is convolved. At row y, `beside` is wanted: by BEFORE_GELU dg of row y - 1, by WEIGHTS h of rows y - 1 to y + 1.
+template <int V, Way WAY, int KINDS>
+__device__ __forceinline__ void walk(const Strip<V>& strip, const bf16* x, const bf16* beside, const float* w,
+                                     const float* b, int height, bf16* out, bf16* g, float2 (&gradient)[KINDS]) {
+    constexpr bool MIRRORED = WAY == TRANSPOSED || WAY == WEIGHTS;
+    if (strip.columns == 0) return;
+    float2 weight[TAPS], bias = {};
+    for (int tap = 0; tap < TAPS; tap++) {
+        weight[MIRRORED ? TAPS - 1 - tap : tap] = load_two<V>(w + tap * strip.step + strip.c);
     }
-    int first = max(place.y0 - 1, 0), stop = min(place.y1 + 1, height), stride = place.stride;
-    int at = place.at + first * stride;
-    h = settled(h, place.image);
-    g = settled(g, place.image);
-    int to_beside = (edge_column - column) * channels;
-    unsigned ahead[3], edge_ahead[3];
-    for (int k = 0; k < 3; k++) {
-        ahead[k] = place.inside && first + k < stop ? load_pair<V>(h + (at + k * stride)) : 0;
-        edge_ahead[k] = edge && beside.inside && first + k < stop ? load_pair<V>(h + (at + k * stride + to_beside)) : 0;
+    if (!MIRRORED) bias = load_two<V>(b + strip.c);
+    int y0 = strip.y0, y1 = strip.y1, stride = strip.stride, first = max(y0 - 1, 0), stop = min(y1 + 1, height);
+    unsigned at = strip.at + first * stride;
+    bool wants_out = WAY == FORWARD || WAY == TRANSPOSED || out != nullptr, wants_g = g != nullptr;
+    x = settled(x, strip.image);
+    beside = settled(beside, strip.image);
+    out = settled(out, strip.image);
+    g = settled(g, strip.image);
+
+    // The next row of x; of dg, the row whose sums end next, and of h, the rows y - 1.. y + 1.
+    unsigned ahead[COLUMNS + 2], beside_ahead[3][COLUMNS] = {};
+    strip.load(x, at, true, ahead);
+    if (WAY == WEIGHTS) {
+        for (int k = 0; k < 2; k++) {
+            strip.load(beside, at + k * stride, first + k >= y0 && first + k < y1, beside_ahead[k]);
+        }
     }
-    float2 u[3] = {bias, bias, bias};
-    for (int round = first; round <= place.y1; round += 3) {
+    float2 sum[3][COLUMNS];
+    for (int i = 0; i < COLUMNS; i++) sum[0][i] = sum[2][i] = bias;
+    for (int round = first; round <= y1; round += 3) {
 #pragma unroll
         for (int k = 0; k < 3; k++) {
             // Row y arrives and ends the sums of row y - 1.
-            int y = round + k;
-            if (y > place.y1) break;
-            float2 row[3];
-            row[1] = widen(ahead[k]);
-            lines.h[k][column + 1][lane] = ahead[k];
-            ahead[k] = place.inside && y + 3 < stop ? load_pair<V>(h + (at + 3 * stride)) : 0;
-            if (edge) {
-                lines.h[k][edge_column + 1][lane] = edge_ahead[k];
-                edge_ahead[k] = beside.inside && y + 3 < stop ? load_pair<V>(h + (at + 3 * stride + to_beside)) : 0;
-            }
-            __syncthreads();
-            row[0] = widen(lines.h[k][column][lane]);
-            row[2] = widen(lines.h[k][column + 2][lane]);
-            float2& done = u[(k + 2) % 3];
-            add(done, row, weight + 6);
-            if (y > place.y0 && place.inside) store_pair<V>(g + (at - stride), {gelu(done.x), gelu(done.y)});
-            add(u[k], row, weight + 3);
-            u[(k + 1) % 3] = bias;
-            add(u[(k + 1) % 3], row, weight);
-            at += stride;
-        }
-    }
-}
-
-// Grid: (channels by LANES·V and then columns by COLUMNS, rows by SEGMENT, images); V is 2 where channels are even,
-// else 1. Tokens are (images, height, width).
-KERNEL(THREADS) depthwise_gelu(const bf16* h /* (tokens, channels) */, const float* w /* (9, channels) */,
-                               const float* b /* (channels) */, int height, int width, int channels,
-                               bf16* g /* (tokens, channels) */) {
-    SHARED(Lines, lines, [1]);
-    if (channels % 2 == 0) forward<2>(h, w, b, height, width, channels, g, lines[0]);
-    else forward<1>(h, w, b, height, width, channels, g, lines[0]);
-}
-
-struct BackwardLines {
-    unsigned h[3][COLUMNS + 4][LANES];
-    float2 du[3][COLUMNS + 2][LANES];
-};
-
-// Sums over the tokens of a warp.
-typedef float WarpSums[INNER / 32][KINDS][2 * LANES];
-
-template <int V, bool PARAMETERS>
-__device__ __forceinline__ void backward(const bf16* h, const float* w, const float* b, int height, int width,
-                                         int channels, const bf16* dg, bf16* g, bf16* dh, BackwardLines& lines,
-                                         WarpSums* warps, float* partial) {
-    int lane = threadIdx.x % LANES;
-    bool inner = threadIdx.x < INNER;
-    int column = inner ? threadIdx.x / LANES : threadIdx.x < INNER + LANES ? -1 : COLUMNS;
-    Place<V> place(column, height, width, channels);
-    // The further warp also fetches the next column outwards.
-    int outwards = column < 0 ? -1 : 1;
-    bool outer = !inner && place.c < channels && place.x + outwards >= 0 && place.x + outwards < width;
-
-    float2 weight[9] = {}, bias = {};
-    if (place.c < channels) {
-        for (int tap = 0; tap < 9; tap++) weight[tap] = load_two<V>(w + tap * channels + place.c);
-        bias = load_two<V>(b + place.c);
-    }
-    // The rows needed of h, and of the gradient before the GELU.
-    int y0 = place.y0, y1 = place.y1, stride = place.stride;
-    int first = max(y0 - 2, 0), stop = min(y1 + 2, height), du_first = max(y0 - 1, 0), du_stop = min(y1 + 1, height);
-    int at = place.at + first * stride;
-    h = settled(h, place.image);
-    dg = settled(dg, place.image);
-    // At step y, h is there by rows y.. y + 2, dg by y - 1.. y + 1; the outer columns, which another block fetches from
-    // memory, by y.
-    unsigned ahead[3] = {}, dg_ahead[3] = {};
-    unsigned outer_next = outer ? load_pair<V>(h + (at + outwards * channels)) : 0;
-    for (int k = 0; k < 2; k++) {
-        int y = first + k;
-        ahead[k] = place.inside && y < stop ? load_pair<V>(h + (at + k * stride)) : 0;
-        dg_ahead[k] = k == 0 && place.inside && y >= du_first && y < du_stop ? load_pair<V>(dg + (at + k * stride)) : 0;
-    }
-    // Steps at which this thread writes: rows behind, if it has any to write.
-    int g_rows = g != nullptr && inner && place.inside ? y1 - y0 : 0;
-    int dh_first = dh != nullptr && place.inside ? y0 + 3 : y1 + 3;
-    g = settled(g, place.image);
-    dh = settled(dh, place.image);
-    bool works = inner || place.inside;
-    if (!works) {
-        for (int k = 0; k < 3; k++) lines.du[k][column + 1][lane] = {0.0f, 0.0f};
-    }
-    if (PARAMETERS) lines.h[2][column + 2][lane] = 0;  // row first - 1
-    float2 u[3] = {bias, bias, bias}, sum[3] = {}, own_du = {}, gradient[KINDS] = {};
-    for (int round = first; round <= y1 + 2; round += 3) {
-#pragma unroll
-        for (int k = 0; k < 3; k++) {
-            int y = round + k;
-            if (y > y1 + 2) break;
-            unsigned own = ahead[k], row_y_3 = PARAMETERS ? lines.h[k][column + 2][lane] : 0;
-            lines.h[k][column + 2][lane] = own;
-            ahead[(k + 2) % 3] = place.inside && y + 2 < stop ? load_pair<V>(h + (at + 2 * stride)) : 0;
-            if (!inner) {
-                lines.h[k][column + 2 + outwards][lane] = outer_next;
-                outer_next = outer && y + 1 < stop ? load_pair<V>(h + (at + stride + outwards * channels)) : 0;
-            }
-            __syncthreads();
-
-            // Row y - 2 of du, of the last step, ends the sums of row y - 3 of dh.
-            if (inner && y - 2 >= du_first) {
-                if (y - 2 < du_stop) {
-                    const float2(&du)[COLUMNS + 2][LANES] = lines.du[(k + 2) % 3];
-                    float2 mirrored[3] = {du[column + 2][lane], own_du, du[column][lane]};
-                    add(sum[k], mirrored, weight);
-                    add(sum[(k + 1) % 3], mirrored, weight + 3);
-                    sum[(k + 2) % 3] = {0.0f, 0.0f};
-                    add(sum[(k + 2) % 3], mirrored, weight + 6);
-                    // The token itself is what its neighbours saw through these taps: rows y - 3 to y - 1 of h.
-                    if (PARAMETERS && y - 2 >= y0 && y - 2 < y1) {
-                        for (int i = 0; i < 3; i++) {
-                            float2 x = widen(i == 0 ? row_y_3 : lines.h[(k + i) % 3][column + 2][lane]);
-                            for (int j = 0; j < 3; j++) add(gradient[3 * i + j], mirrored[j], x);
-                        }
-                        gradient[9].x += own_du.x;
-                        gradient[9].y += own_du.y;
+            int y = round + k, last = (k + 2) % 3, next = (k + 1) % 3;
+            if (y > y1) break;
+            float2 row[COLUMNS + 2];
+            for (int i = 0; i < COLUMNS + 2; i++) row[i] = widen(ahead[i]);
+            strip.load(x, at + stride, y + 1 < stop, ahead);
+            if (WAY == BEFORE_GELU) strip.load(beside, at, y >= y0 && y < y1, beside_ahead[k]);
+            if constexpr (WAY == WEIGHTS) {
+                // In the forward direction, this row of u took row y + t - 1 of h, by the taps of line t.
+                for (int t = 0; t < 3; t++) {
+                    for (int i = 0; i < COLUMNS; i++) {
+                        float2 h = widen(beside_ahead[(k + t + 2) % 3][i]);
+                        for (int j = 0; j < 3; j++) add(gradient[3 * t + j], row[i + 2 - j], h);
                     }
-                }
-                if (y >= dh_first) store_pair<V>(dh + (at - 3 * stride), sum[k]);
-            }
-
-            // Row y of h ends the sums of row y - 1 of u.
-            if (works) {
-                if (y < stop) {
-                    float2 row[3] = {widen(lines.h[k][column + 1][lane]), widen(own),
-                                     widen(lines.h[k][column + 3][lane])};
-                    add(u[(k + 2) % 3], row, weight + 6);
-                    add(u[k], row, weight + 3);
-                    u[(k + 1) % 3] = bias;
-                    add(u[(k + 1) % 3], row, weight);
-                }
-                if (y - 1 >= du_first && y - 1 < du_stop) {
-                    float2 value = u[(k + 2) % 3], d = widen(dg_ahead[(k + 2) % 3]);
-                    gelu_backward(value.x, d.x);
-                    gelu_backward(value.y, d.y);
-                    own_du = d;
-                    lines.du[k][column + 1][lane] = d;
-                    if (unsigned(y - 1 - y0) < unsigned(g_rows)) store_pair<V>(g + (at - stride), value);
+                    if (t == 0) strip.load(beside, at + 2 * stride, y + 2 < y1, beside_ahead[last]);
                 }
             }
-            dg_ahead[(k + 1) % 3] = place.inside && y + 1 < du_stop ? load_pair<V>(dg + (at + stride)) : 0;
+            for (int i = 0; i < COLUMNS; i++) {
+                sum[next][i] = bias;
+                for (int j = 0; j < 3; j++) {
+                    add(sum[last][i], row[i + j], weight[6 + j]);
+                    add(sum[k][i], row[i + j], weight[3 + j]);
+                    add(sum[next][i], row[i + j], weight[j]);
+                }
+            }
+            if (y > y0) {
+                if constexpr (WAY == FORWARD) {
+                    for (float2& u : sum[last]) u = {gelu(u.x), gelu(u.y)};
+                }
+                if constexpr (WAY == BEFORE_GELU) {
+                    float2 du[COLUMNS];
+                    for (int i = 0; i < COLUMNS; i++) {
+                        du[i] = widen(beside_ahead[last][i]);
+                        gelu_backward(sum[last][i].x, du[i].x);
+                        gelu_backward(sum[last][i].y, du[i].y);
+                        gradient[0].x += du[i].x;
+                        gradient[0].y += du[i].y;
+                    }
+                    if (wants_out) strip.store(out, at - stride, du);
+                    if (wants_g) strip.store(g, at - stride, sum[last]);
+                } else {
+                    if (wants_out) strip.store(out, at - stride, sum[last]);
+                }
+            }
             at += stride;
         }
     }
-    if constexpr (PARAMETERS) {
-        if (inner) {
-            float(&sums)[KINDS][2 * LANES] = (*warps)[threadIdx.x / 32];
-            for (int kind = 0; kind < KINDS; kind++) {
-                // A warp has two columns.
-                float2 both = gradient[kind];
-                both.x += __shfl_xor_sync(ALL_LANES, both.x, LANES);
-                both.y += __shfl_xor_sync(ALL_LANES, both.y, LANES);
-                if (threadIdx.x % 32 < LANES) {
-                    sums[kind][lane] = both.x;
-                    sums[kind][LANES + lane] = both.y;
-                }
-            }
-        }
-        __syncthreads();
-        int strips = (width + COLUMNS - 1) / COLUMNS;
-        size_t slab = (size_t(blockIdx.z) * gridDim.y + blockIdx.y) * strips + (place.x - column) / COLUMNS;
-        for (int i = threadIdx.x; i < KINDS * LANES; i += BACKWARD_THREADS) {
-            int kind = i / LANES;  // the lane is the thread's own
-            float2 total = {};
-            for (int warp = 0; warp < INNER / 32; warp++) {
-                total.x += (*warps)[warp][kind][lane];
-                total.y += (*warps)[warp][kind][LANES + lane];
-            }
-            if (place.c < channels) {
-                float* to = partial + (slab * KINDS + kind) * channels + place.c;
-                to[0] = total.x;
-                if (V == 2) to[1] = total.y;
-            }
-        }
+}
+
+// Where no gradient is summed.
+template <int V, Way WAY>
+__device__ __forceinline__ void walk(const bf16* x, const float* w, const float* b, int images, int height, int width,
+                                     int channels, int rows, bf16* out) {
+    float2 none[1];
+    walk<V, WAY>(Strip<V>(images, height, width, channels, rows), x, nullptr, w, b, height, out, nullptr, none);
+}
+
+// Where the sums of a block's tokens go to `partial`, unless that is null.
+template <int V, Way WAY, int KINDS>
+__device__ __forceinline__ void walk_and_sum(const bf16* x, const bf16* beside, const float* w, const float* b,
+                                             int images, int height, int width, int channels, int rows, bf16* out,
+                                             bf16* g, float* partial /* (ceil(strips / STRIPS), KINDS, channels) */,
+                                             float (*sums)[KINDS][V][32] /* (STRIPS, KINDS, V, 32) */) {
+    Strip<V> strip(images, height, width, channels, rows);
+    float2 gradient[KINDS] = {};
+    walk<V, WAY>(strip, x, beside, w, b, height, out, g, gradient);
+    if (partial == nullptr) return;
+    int lane = threadIdx.x % 32;
+    for (int kind = 0; kind < KINDS; kind++) {
+        sums[threadIdx.x / 32][kind][0][lane] = gradient[kind].x;
+        if (V == 2) sums[threadIdx.x / 32][kind][V - 1][lane] = gradient[kind].y;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < KINDS * V * 32; i += THREADS) {
+        int kind = i / 32 / V, which = i / 32 % V, c = strip.c + which;  // the lane is the thread's own
+        float total = 0;
+        for (int s = 0; s < STRIPS; s++) total += sums[s][kind][which][lane];
+        if (c < channels) partial[(size_t(strip.slab) * KINDS + kind) * channels + c] = total;
     }
 }
 
-// From dg, the gradient after the GELU, to dh, that of h; and the forward output g again; each unless null. Grid: as
-// depthwise_gelu has it.
-KERNEL(BACKWARD_THREADS, 3) depthwise_gelu_backward(
+// Grid: ceil(channels / 32·V)·ceil(strips / STRIPS), of strips COLUMNS wide and `rows` high; V is 2 where channels are
+// even, else 1. Tokens are (images, height, width). So for all kernels here.
+KERNEL(THREADS, 3) depthwise_gelu(const bf16* h /* (tokens, channels) */, const float* w /* (9, channels) */,
+                                  const float* b /* (channels) */, int images, int height, int width, int channels,
+                                  int rows, bf16* g /* (tokens, channels) */) {
+    if (channels % 2 == 0) walk<2, FORWARD>(h, w, b, images, height, width, channels, rows, g);
+    else walk<1, FORWARD>(h, w, b, images, height, width, channels, rows, g);
+}
+
+// From dg, the gradient after the GELU, to du, that before it, which may take its place; the forward output g again; and
+// the gradient of b.
+KERNEL(THREADS, 2) depthwise_gelu_backward(
     const bf16* h /* (tokens, channels) */, const float* w /* (9, channels) */, const float* b /* (channels) */,
-    int height, int width, int channels, const bf16* dg /* (tokens, channels) */,
-    bf16* g /* (tokens, channels) or null */, bf16* dh /* (tokens, channels) or null */) {
-    SHARED(BackwardLines, lines, [1]);
+    int images, int height, int width, int channels, int rows, const bf16* dg /* (tokens, channels) */,
+    bf16* du /* (tokens, channels) or null */, bf16* g /* (tokens, channels) or null */,
+    float* partial /* (ceil(strips / STRIPS), channels) or null */) {
+    SHARED(float, even, [STRIPS][1][2][32]);
+    SHARED(float, odd, [STRIPS][1][1][32]);
     if (channels % 2 == 0) {
-        backward<2, false>(h, w, b, height, width, channels, dg, g, dh, lines[0], nullptr, nullptr);
+        walk_and_sum<2, BEFORE_GELU>(h, dg, w, b, images, height, width, channels, rows, du, g, partial, even);
     } else {
-        backward<1, false>(h, w, b, height, width, channels, dg, g, dh, lines[0], nullptr, nullptr);
+        walk_and_sum<1, BEFORE_GELU>(h, dg, w, b, images, height, width, channels, rows, du, g, partial, odd);
     }
 }
 
-// The same with the gradients of w and b, summed over each block's tokens.
-KERNEL(BACKWARD_THREADS, 2) depthwise_gelu_backward_params(
-    const bf16* h /* (tokens, channels) */, const float* w /* (9, channels) */, const float* b /* (channels) */,
-    int height, int width, int channels, const bf16* dg /* (tokens, channels) */,
-    bf16* g /* (tokens, channels) or null */, bf16* dh /* (tokens, channels) or null */,
-    float* partial /* (images·segments·strips, 10, channels): nine taps, bias */) {
-    SHARED(BackwardLines, lines, [1]);
-    SHARED(WarpSums, warps, [1]);
+// From du to dh, the gradient of h.
+KERNEL(THREADS, 3) depthwise_backward(const bf16* du /* (tokens, channels) */, const float* w /* (9, channels) */,
+                                      int images, int height, int width, int channels, int rows,
+                                      bf16* dh /* (tokens, channels) */) {
+    if (channels % 2 == 0) walk<2, TRANSPOSED>(du, w, nullptr, images, height, width, channels, rows, dh);
+    else walk<1, TRANSPOSED>(du, w, nullptr, images, height, width, channels, rows, dh);
+}
+
+// The same with the gradient of w.
+KERNEL(THREADS, 2) depthwise_backward_weights(
+    const bf16* du /* (tokens, channels) */, const bf16* h /* (tokens, channels) */,
+    const float* w /* (9, channels) */, int images, int height, int width, int channels, int rows,
+    bf16* dh /* (tokens, channels) or null */, float* partial /* (ceil(strips / STRIPS), 9, channels) */) {
+    SHARED(float, even, [STRIPS][TAPS][2][32]);
+    SHARED(float, odd, [STRIPS][TAPS][1][32]);
     if (channels % 2 == 0) {
-        backward<2, true>(h, w, b, height, width, channels, dg, g, dh, lines[0], warps, partial);
+        walk_and_sum<2, WEIGHTS>(du, h, w, nullptr, images, height, width, channels, rows, dh, nullptr, partial, even);
     } else {
-        backward<1, true>(h, w, b, height, width, channels, dg, g, dh, lines[0], warps, partial);
+        walk_and_sum<1, WEIGHTS>(du, h, w, nullptr, images, height, width, channels, rows, dh, nullptr, partial, odd);
     }
 }

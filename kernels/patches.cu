@@ -91,39 +91,36 @@ KERNEL(THREADS) patches(const bf16* x /* (images, height, width, channels) */, i
 }
 
 template <int V>
-__device__ void gather_back(const bf16* dout, int images, int height, int width, int channels, int side, int stride,
-                            int padding, int out_height, int out_width, bf16* dx, int add) {
-    int packs = channels / V;
-    size_t i = thread_number();
-    if (i >= size_t(images) * height * width * packs) return;
-    int c = int(i % packs) * V;
-    unsigned token = unsigned(i / packs);
-    int x = token % width, y = token / width % height;
-    size_t image = token / width / height;
+__device__ void gather_back(const bf16* dout, int height, int width, int channels, int side, int stride, int padding,
+                            int out_height, int out_width, bf16* dx, int add) {
+    int packs = channels / V, i = blockIdx.x * THREADS + threadIdx.x, x = i / packs, c = (i - x * packs) * V;
+    if (x >= width) return;
+    // In each direction, the last window that begins before or at the token, and where that has it; in the window before,
+    // it is `stride` further on.
+    int last_y = (int(blockIdx.y) + padding) / stride, last_x = (x + padding) / stride;
+    int first_ky = int(blockIdx.y) + padding - last_y * stride, first_kx = x + padding - last_x * stride;
     Pack<V> sum = {};
-    for (int ky = 0; ky < side; ky++) {
-        int top = y + padding - ky;
-        if (top < 0 || top % stride != 0 || top / stride >= out_height) continue;
-#pragma unroll 1  // unrolled, it spills
-        for (int kx = 0; kx < side; kx++) {
-            int left = x + padding - kx;
-            if (left < 0 || left % stride != 0 || left / stride >= out_width) continue;
-            size_t window = (image * out_height + top / stride) * out_width + left / stride;
-            Pack<V> d = load<V>(dout + (window * side * side + ky * side + kx) * channels + c);
+    for (int ky = first_ky, oy = last_y; ky < side && oy >= 0; ky += stride, oy--) {
+        if (oy >= out_height) continue;
+        size_t line = (size_t(blockIdx.z) * out_height + oy) * out_width;
+#pragma unroll 1
+        for (int kx = first_kx, ox = last_x; kx < side && ox >= 0; kx += stride, ox--) {
+            if (ox >= out_width) continue;
+            Pack<V> d = load<V>(dout + ((line + ox) * (side * side) + ky * side + kx) * channels + c);
             for (int j = 0; j < V; j++) sum.x[j] += d.x[j];
         }
     }
+    size_t at = (size_t(blockIdx.z) * height + blockIdx.y) * (width * channels) + x * channels + c;
     if (add) {
-        Pack<V> old = load<V>(dx + i * V);
+        Pack<V> old = load<V>(dx + at);
         for (int j = 0; j < V; j++) sum.x[j] += old.x[j];
     }
-    store(dx + i * V, sum);
+    store(dx + at, sum);
 }
 
-// Threads: images·height·width·channels/V.
-KERNEL(THREADS) patches_backward(const bf16* dout /* (images·windows, side²·channels) */, int images, int height,
-                                 int width, int channels, int side, int stride, int padding, int out_height,
-                                 int out_width, bf16* dx /* (images, height, width, channels) */, int add) {
-    BY_WIDTH(channels, gather_back, dout, images, height, width, channels, side, stride, padding, out_height, out_width,
-             dx, add);
+// Grid: (ceil(width·channels/V / THREADS), height, images).
+KERNEL(THREADS) patches_backward(const bf16* dout /* (images·windows, side²·channels) */, int height, int width,
+                                 int channels, int side, int stride, int padding, int out_height, int out_width,
+                                 bf16* dx /* (images, height, width, channels) */, int add) {
+    BY_WIDTH(channels, gather_back, dout, height, width, channels, side, stride, padding, out_height, out_width, dx, add);
 }

@@ -302,14 +302,15 @@ case!(
         back(None, Some(&mut dh_alone), None);
         back(Some(&mut again_alone), None, None);
         back(None, Some(&mut dh_last), Some((&mut lab.full(9 * channels, 10), &mut lab.full(channels, 11))));
+        // dh, dw: the gradient before the GELU, which they are summed from, is rounded.
         vec![
             lab.read("g", &g, n, 1.0, 0.0),
             lab.read("g again", &again, n, 1.0, 0.0),
             lab.read("g again alone", &again_alone, n, 1.0, 0.0),
-            lab.read("dh", &dh, n, 1.0, 0.0),
-            lab.read("dh alone", &dh_alone, n, 1.0, 0.0),
-            lab.read("dh with parameters", &dh_last, n, 1.0, 0.0),
-            lab.read_full("dw", &dw, 9 * channels),
+            lab.read("dh", &dh, n, 1.0, 1.0),
+            lab.read("dh alone", &dh_alone, n, 1.0, 1.0),
+            lab.read("dh with parameters", &dh_last, n, 1.0, 1.0),
+            Output { summed: 1.0, ..lab.read_full("dw", &dw, 9 * channels) },
             lab.read_full("db", &db, channels),
         ]
     },
@@ -323,7 +324,8 @@ case!(
         (1, 3, 33, 34),
         (1, 66, 17, 6),
         (1, 129, 2, 9),
-        (2, 64, 1, 2)
+        (2, 64, 1, 2),
+        (3, 9, 8, 130)
     ]
 );
 

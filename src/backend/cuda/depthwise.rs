@@ -4,18 +4,38 @@ use super::memory::{ColumnSums, THREADS};
 use super::{Argument, Cuda, Device};
 use crate::backend::{Depthwise, Grid};
 
-/// Tokens side by side, rows and threads per token of a block, as in the kernels.
-const COLUMNS: usize = 16;
-const SEGMENT: usize = 64;
-const LANES: usize = 16;
-/// Threads of a block going back: a column more on each side.
-const BACKWARD_THREADS: usize = (COLUMNS + 2) * LANES;
+/// Tokens side by side of a thread and strips of a block, as in the kernels.
+const COLUMNS: usize = 4;
+const STRIPS: usize = THREADS / 32;
+/// Blocks that a launch should have, so that the last of them to end keep few others waiting.
+const BLOCKS: usize = 2048;
+/// Rows of a strip at least: it reads two more.
+const FEWEST_ROWS: usize = 8;
 
-/// Blocks of a launch: by channels and columns, by rows, and by images.
-fn blocks(grid: Grid, channels: usize) -> [usize; 3] {
-    let width = if channels.is_multiple_of(2) { 2 } else { 1 };
-    let groups = channels.div_ceil(LANES * width);
-    [groups * grid.width.div_ceil(COLUMNS), grid.height.div_ceil(SEGMENT), grid.images]
+/// How a launch divides its tokens and channels.
+struct Division {
+    /// Rows of a strip.
+    rows: usize,
+    /// Blocks' worth of strips.
+    slabs: usize,
+    blocks: [usize; 3],
+}
+
+impl Division {
+    fn new(grid: Grid, channels: usize) -> Self {
+        let width = if channels.is_multiple_of(2) { 2 } else { 1 };
+        let chunks = channels.div_ceil(32 * width);
+        let columns = grid.images * grid.width.div_ceil(COLUMNS);
+        let pieces = BLOCKS.div_ceil((columns * chunks).div_ceil(STRIPS));
+        let rows = grid.height.div_ceil(pieces).max(FEWEST_ROWS);
+        let slabs = (columns * grid.height.div_ceil(rows)).div_ceil(STRIPS);
+        Self { rows, slabs, blocks: [chunks * slabs, 1, 1] }
+    }
+
+    /// `(images, height, width, channels, rows)` as arguments.
+    fn arguments(&self, grid: Grid, channels: usize) -> [Argument; 5] {
+        [grid.images, grid.height, grid.width, channels, self.rows].map(Argument::from)
+    }
 }
 
 impl<D: Device> Depthwise for Cuda<D> {
@@ -29,9 +49,11 @@ impl<D: Device> Depthwise for Cuda<D> {
         g: &mut Self::Act,
     ) {
         let n = grid.rows() * channels;
-        let [height, width, c] = [grid.height, grid.width, channels].map(Argument::from);
-        let arguments = [h.at(n), w.at(9 * channels), b.at(channels), height, width, c, g.to(n)];
-        self.launch_blocks("depthwise_gelu", blocks(grid, channels), THREADS, &arguments);
+        let division = Division::new(grid, channels);
+        let mut arguments = vec![h.at(n), w.at(9 * channels), b.at(channels)];
+        arguments.extend(division.arguments(grid, channels));
+        arguments.push(g.to(n));
+        self.launch_blocks("depthwise_gelu", division.blocks, THREADS, &arguments);
     }
 
     fn depthwise_gelu_backward(
@@ -44,27 +66,40 @@ impl<D: Device> Depthwise for Cuda<D> {
         dg: &mut Self::Act,
         g: Option<&mut Self::Act>,
         dh: Option<&mut Self::Act>,
-        parameters: Option<(&mut Self::Full, &mut Self::Full)>,
+        mut parameters: Option<(&mut Self::Full, &mut Self::Full)>,
     ) {
         let n = grid.rows() * channels;
-        let [height, width, c] = [grid.height, grid.width, channels].map(Argument::from);
-        let [g, dh] = [g, dh].map(|x| x.map_or(Argument::pointer(0), |x| x.to(n)));
-        let mut arguments = vec![h.at(n), w.at(9 * channels), b.at(channels), height, width, c, dg.at(n), g, dh];
-        let blocks = blocks(grid, channels);
-        let Some((dw, db)) = parameters else {
-            self.launch_blocks("depthwise_gelu_backward", blocks, BACKWARD_THREADS, &arguments);
-            return;
-        };
-        let slabs = grid.width.div_ceil(COLUMNS) * blocks[1] * blocks[2];
-        let partial = self.scratch(slabs * 10 * channels);
-        arguments.push(Argument::pointer(partial));
-        self.launch_blocks("depthwise_gelu_backward_params", blocks, BACKWARD_THREADS, &arguments);
-        self.sum_partials(
-            (partial, slabs, channels),
-            &[
-                ColumnSums { kinds: 9, factor: 1.0, to: dw.both(9 * channels), add: true },
-                ColumnSums { kinds: 1, factor: 1.0, to: db.both(channels), add: true },
-            ],
-        );
+        let division = Division::new(grid, channels);
+        let sizes = division.arguments(grid, channels);
+        let further = dh.is_some() || parameters.is_some();
+        if g.is_some() || further {
+            // The gradient before the GELU takes the place of that after it, if anything is to be made of it.
+            let (old, new) = (dg.at(n), if further { dg.to(n) } else { Argument::pointer(0) });
+            let g = g.map_or(Argument::pointer(0), |g| g.to(n));
+            let mut arguments = vec![h.at(n), w.at(9 * channels), b.at(channels)];
+            arguments.extend(sizes);
+            let partial = if parameters.is_some() { self.scratch(division.slabs * channels) } else { 0 };
+            arguments.extend([old, new, g, Argument::pointer(partial)]);
+            self.launch_blocks("depthwise_gelu_backward", division.blocks, THREADS, &arguments);
+            if let Some((_, db)) = &mut parameters {
+                let db = ColumnSums { kinds: 1, factor: 1.0, to: db.both(channels), add: true };
+                self.sum_partials((partial, division.slabs, channels), &[db]);
+            }
+        }
+        let dh = dh.map(|dh| dh.to(n));
+        if let Some((dw, _)) = parameters {
+            let partial = self.scratch(division.slabs * 9 * channels);
+            let mut arguments = vec![dg.at(n), h.at(n), w.at(9 * channels)];
+            arguments.extend(sizes);
+            arguments.extend([dh.unwrap_or(Argument::pointer(0)), Argument::pointer(partial)]);
+            self.launch_blocks("depthwise_backward_weights", division.blocks, THREADS, &arguments);
+            let dw = ColumnSums { kinds: 9, factor: 1.0, to: dw.both(9 * channels), add: true };
+            self.sum_partials((partial, division.slabs, channels), &[dw]);
+        } else if let Some(dh) = dh {
+            let mut arguments = vec![dg.at(n), w.at(9 * channels)];
+            arguments.extend(sizes);
+            arguments.push(dh);
+            self.launch_blocks("depthwise_backward", division.blocks, THREADS, &arguments);
+        }
     }
 }

@@ -57,8 +57,9 @@ impl<D: Device> Patches for Cuda<D> {
         let gathered = grid.through(window).rows() * window.side * window.side * channels;
         let n = grid.rows() * channels;
         let mut arguments = vec![dout.at(gathered)];
-        arguments.extend(geometry(grid, channels, window));
+        arguments.extend_from_slice(&geometry(grid, channels, window)[1..]);
         arguments.extend([dx.sum_to(n, add), add.into()]);
-        self.launch("patches_backward", n / width(channels), &arguments);
+        let across = (grid.width * channels / width(channels)).div_ceil(THREADS);
+        self.launch_blocks("patches_backward", [across, grid.height, grid.images], THREADS, &arguments);
     }
 }
