@@ -161,7 +161,7 @@ fn products(batch: usize) -> Vec<Case> {
         let p = Product { rows, inputs, outputs };
         let operations = 2 * rows * inputs * outputs;
         let name = |way: &str| format!("linear{way} {what} {rows}x{inputs}->{outputs}");
-        cases.push(case(name(""), operations, move |Lab { cuda, x: [x, ..], w: [w, _], p: b, y: [y, _], .. }| {
+        cases.push(case(name(""), operations, move |Lab { cuda, x: [x, ..], w: [w, b], y: [y, _], .. }| {
             cuda.linear(x, w, Some(b), p, y, false);
         }));
         cases.push(case(
@@ -215,6 +215,13 @@ fn blocks(batch: usize) -> Vec<Case> {
             },
         ));
 
+        cases.push(plain(
+            name("layer_norm_backward_both", c),
+            move |Lab { cuda, x: [d, x, _], p, y: [y, _], s: [s, t], .. }| {
+                cuda.layer_norm_backward_both(d, x, p, p, rows, c, (y, true), (s, t));
+            },
+        ));
+
         let shape = AttentionShape { images: batch, heads, head: c / heads, queries: side * side, keys: KEYS };
         let product = 2 * batch * c * shape.queries * KEYS;
         cases.push(case(
@@ -237,20 +244,14 @@ fn blocks(batch: usize) -> Vec<Case> {
         }));
         cases.push(plain(
             name("depthwise_gelu_backward", hidden),
-            move |Lab { cuda, x: [h, ..], p, y: [d, y], .. }| {
-                cuda.depthwise_gelu_backward(h, p, p, g, hidden, d, Some(y));
+            move |Lab { cuda, x: [h, ..], p, y: [d, dh], .. }| {
+                cuda.depthwise_gelu_backward(h, p, p, g, hidden, d, None, Some(dh), None);
             },
         ));
         cases.push(plain(
-            name("depthwise_backward_input", hidden),
-            move |Lab { cuda, x: [d, ..], p, y: [y, _], .. }| {
-                cuda.depthwise_backward_input(d, p, g, hidden, y);
-            },
-        ));
-        cases.push(plain(
-            name("depthwise_backward_params", hidden),
-            move |Lab { cuda, x: [d, h, _], s: [dw, db], .. }| {
-                cuda.depthwise_backward_params(d, h, g, hidden, dw, db);
+            name("depthwise_gelu_backward with parameters", hidden),
+            move |Lab { cuda, x: [h, ..], p, y: [d, dh], s: [dw, db], .. }| {
+                cuda.depthwise_gelu_backward(h, p, p, g, hidden, d, None, Some(dh), Some((dw, db)));
             },
         ));
 
@@ -297,7 +298,7 @@ fn head(batch: usize) -> Vec<Case> {
             cuda.upsample_backward(d, from, to, WIDTH, y);
         }));
     }
-    fn classifier<'a>(weight: &'a Act, bias: &'a Full) -> Classifier<'a, Cuda<Arc<Driver>>> {
+    fn classifier<'a>(weight: &'a Act, bias: &'a Act) -> Classifier<'a, Cuda<Arc<Driver>>> {
         Classifier { weight, bias, labels: LABELS }
     }
     cases.extend([
@@ -305,19 +306,23 @@ fn head(batch: usize) -> Vec<Case> {
             let parts = [(&*a, grid(batch, STAGES[1].0)), (b, grid(batch, STAGES[2].0)), (c, grid(batch, STAGES[3].0))];
             cuda.join_stages(&parts, to, WIDTH, z, Some(moments));
         }),
-        plain(name("classify"), move |Lab { cuda, x: [z, ..], w: [w, _], p, y: [room, logits], .. }| {
-            cuda.classify(z, view(p), drop, rows, WIDTH, classifier(w, p), room, logits);
+        plain(name("split_stages"), move |Lab { cuda, x: [d, ..], y: [p, q], dw: [r, _], .. }| {
+            let at = |stage: usize| grid(batch, STAGES[stage].0);
+            cuda.split_stages(d, to, WIDTH, &mut [(p, at(1)), (q, at(2)), (r, at(3))]);
+        }),
+        plain(name("classify"), move |Lab { cuda, x: [z, ..], w: [w, b], p, y: [room, logits], .. }| {
+            cuda.classify(z, view(p), drop, rows, WIDTH, classifier(w, b), room, logits);
         }),
         plain(
             name("classify_backward"),
-            move |Lab { cuda, x: [z, d, _], w: [w, _], p, y: [room, _], s: [dw, s], .. }| {
-                cuda.classify_backward(z, view(p), drop, rows, WIDTH, classifier(w, p), d, room, Some(dw), s);
+            move |Lab { cuda, x: [z, d, _], w: [w, b], p, y: [room, _], s: [dw, s], .. }| {
+                cuda.classify_backward(z, view(p), drop, rows, WIDTH, classifier(w, b), d, room, Some(dw), s);
             },
         ),
         plain(
             name("classify_backward_input"),
-            move |Lab { cuda, x: [z, d, _], w: [w, _], p, y: [dz, _], s: [s, _], .. }| {
-                cuda.classify_backward_input(z, view(p), drop, rows, WIDTH, classifier(w, p), d, (p, rows), s, dz);
+            move |Lab { cuda, x: [z, d, _], w: [w, b], p, y: [dz, _], s: [s, _], .. }| {
+                cuda.classify_backward_input(z, view(p), drop, rows, WIDTH, classifier(w, b), d, (p, rows), s, dz);
             },
         ),
         plain(name("batch_moments"), move |Lab { cuda, x: [z, ..], s: [s, _], .. }| {

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use common::{distance, json, picture, strided, tensors};
+use segpeft_native::backend::Place;
 use segpeft_native::dataset::{PackedDataset, Split, prepare};
 use segpeft_native::formats::{Adapter, AdapterConfig, Checkpoint, HostData, HostTensor, StateDict, read_safetensors};
 use segpeft_native::lora;
@@ -120,7 +121,7 @@ fn three_epochs(case: &str) -> Trained {
     };
     let split = Split { train: (0..13).collect(), val: (13..18).collect() };
     let out = scratch.path().join("run");
-    let inputs = Inputs { data: &data, split: &split, model: &start };
+    let inputs = Inputs { data: &data, split: &split, model: &start, place: &Place::Cpu };
     let record = run("run", &options, &inputs, &out, &Progress::quiet()).expect("trained");
     Trained { record, reference: reference["numbers"][case].clone(), out, _scratch: scratch }
 }
@@ -283,7 +284,7 @@ fn a_resumed_run_is_bit_equal() {
             adapter: None,
             adapter_name: String::new(),
         };
-        let inputs = Inputs { data: &data, split: &split, model: &start };
+        let inputs = Inputs { data: &data, split: &split, model: &start, place: &Place::Cpu };
         let whole = scratch.path().join(format!("{name}-whole"));
         let record = run(name, &options, &inputs, &whole, &Progress::quiet()).expect("trained");
 
@@ -321,7 +322,7 @@ fn threads_do_not_change_a_bit() {
     let (config, options) = small();
     let start =
         Start { name: "random".into(), weights: Weights::Random(config), adapter: None, adapter_name: String::new() };
-    let inputs = Inputs { data: &data, split: &split, model: &start };
+    let inputs = Inputs { data: &data, split: &split, model: &start, place: &Place::Cpu };
     let results: Vec<_> = (1..=3)
         .map(|threads| {
             let out = scratch.path().join(format!("run-{threads}"));
@@ -346,7 +347,7 @@ fn a_start_that_does_not_fit_is_refused() {
         let Weights::Checkpoint(checkpoint) = &mut start.weights else { unreachable!("made from a checkpoint") };
         change(&mut checkpoint.tensors);
         let options = TrainOptions { method, epochs: 1, ..options.clone() };
-        let inputs = Inputs { data: &data, split: &split, model: &start };
+        let inputs = Inputs { data: &data, split: &split, model: &start, place: &Place::Cpu };
         run("run", &options, &inputs, &scratch.path().join("out"), &Progress::quiet())
     };
     let query = "segformer.encoder.block.0.0.attention.self.query.weight";
@@ -376,7 +377,7 @@ fn divergence_is_an_error() {
     let options = TrainOptions { lr: 1e30, warmup_ratio: 0.0, ..options };
     let start =
         Start { name: "random".into(), weights: Weights::Random(config), adapter: None, adapter_name: String::new() };
-    let inputs = Inputs { data: &data, split: &split, model: &start };
+    let inputs = Inputs { data: &data, split: &split, model: &start, place: &Place::Cpu };
     let error = run("run", &options, &inputs, &scratch.path().join("out"), &Progress::quiet()).expect_err("diverged");
     assert_eq!(error.kind, segpeft_native::error::Kind::Diverged, "{error}");
 }

@@ -323,8 +323,19 @@ pub trait Head: Resize + Linear {
         weight_gradient: Option<&mut Self::Full>,
         sums: &mut Self::Full,
     ) {
-        let rest = (dlogits, room, weight_gradient, sums);
-        classify_backward_plainly(self, z, norm, drop, rows, channels, classifier, rest);
+        classify_backward_plainly(
+            self,
+            z,
+            norm,
+            drop,
+            rows,
+            channels,
+            classifier,
+            dlogits,
+            room,
+            weight_gradient,
+            sums,
+        );
     }
     /// dz `(rows, channels)` from the logits' gradient; `total` as [`Head::batch_sums`] made it over so many rows, `sums` is
     /// room.
@@ -341,8 +352,7 @@ pub trait Head: Resize + Linear {
         sums: &mut Self::Full,
         dz: &mut Self::Act,
     ) {
-        let rest = (dlogits, total, sums, dz);
-        classify_backward_input_plainly(self, z, norm, drop, rows, channels, classifier, rest);
+        classify_backward_input_plainly(self, z, norm, drop, rows, channels, classifier, dlogits, total, sums, dz);
     }
 
     /// Measures z `(rows, channels)`: `moments` receives, per channel, the mean and then (from `channels` on) the sum of
@@ -407,7 +417,7 @@ pub trait Head: Resize + Linear {
 }
 
 /// [`Head::split_stages`] by its parts.
-pub(super) fn split_stages_plainly<B: Head + ?Sized>(
+pub(super) fn split_stages_plainly<B: Head>(
     backend: &B,
     dz: &B::Act,
     from: Grid,
@@ -420,7 +430,7 @@ pub(super) fn split_stages_plainly<B: Head + ?Sized>(
 }
 
 /// [`Head::classify`] by its parts.
-pub(super) fn classify_plainly<B: Head + ?Sized>(
+pub(super) fn classify_plainly<B: Head>(
     backend: &B,
     z: &B::Act,
     norm: BatchNormView<'_, B::Full>,
@@ -436,8 +446,8 @@ pub(super) fn classify_plainly<B: Head + ?Sized>(
     backend.linear(room, classifier.weight, Some(classifier.bias), product, logits, false);
 }
 
-/// [`Head::classify_backward`] by its parts; `rest` is its last arguments.
-pub(super) fn classify_backward_plainly<B: Head + ?Sized>(
+/// [`Head::classify_backward`] by its parts.
+pub(super) fn classify_backward_plainly<B: Head>(
     backend: &B,
     z: &B::Act,
     norm: BatchNormView<'_, B::Full>,
@@ -445,9 +455,11 @@ pub(super) fn classify_backward_plainly<B: Head + ?Sized>(
     rows: usize,
     channels: usize,
     classifier: Classifier<'_, B>,
-    rest: (&B::Act, &mut B::Act, Option<&mut B::Full>, &mut B::Full),
+    dlogits: &B::Act,
+    room: &mut B::Act,
+    weight_gradient: Option<&mut B::Full>,
+    sums: &mut B::Full,
 ) {
-    let (dlogits, room, weight_gradient, sums) = rest;
     let product = Product { rows, inputs: channels, outputs: classifier.labels };
     if let Some(dw) = weight_gradient {
         backend.linear_backward_weight(dlogits, room, product, dw);
@@ -456,8 +468,8 @@ pub(super) fn classify_backward_plainly<B: Head + ?Sized>(
     backend.head_backward(z, norm, drop, rows, channels, room, sums);
 }
 
-/// [`Head::classify_backward_input`] by its parts; `rest` is its last arguments.
-pub(super) fn classify_backward_input_plainly<B: Head + ?Sized>(
+/// [`Head::classify_backward_input`] by its parts.
+pub(super) fn classify_backward_input_plainly<B: Head>(
     backend: &B,
     z: &B::Act,
     norm: BatchNormView<'_, B::Full>,
@@ -465,9 +477,11 @@ pub(super) fn classify_backward_input_plainly<B: Head + ?Sized>(
     rows: usize,
     channels: usize,
     classifier: Classifier<'_, B>,
-    rest: (&B::Act, (&B::Full, usize), &mut B::Full, &mut B::Act),
+    dlogits: &B::Act,
+    (total, batch_rows): (&B::Full, usize),
+    sums: &mut B::Full,
+    dz: &mut B::Act,
 ) {
-    let (dlogits, (total, batch_rows), sums, dz) = rest;
     let product = Product { rows, inputs: channels, outputs: classifier.labels };
     backend.linear_backward_input(dlogits, classifier.weight, product, dz, false);
     let BatchNormView { stats, gamma, beta } = norm;

@@ -131,8 +131,19 @@ impl<D: Device> Head for Cuda<D> {
         sums: &mut Self::Full,
     ) {
         if !fuses(channels, classifier.labels) {
-            let rest = (dlogits, room, weight_gradient, sums);
-            return classify_backward_plainly(self, z, norm, drop, rows, channels, classifier, rest);
+            return classify_backward_plainly(
+                self,
+                z,
+                norm,
+                drop,
+                rows,
+                channels,
+                classifier,
+                dlogits,
+                room,
+                weight_gradient,
+                sums,
+            );
         }
         let (slab, slabs) = slabs(rows);
         let partial = Argument::pointer(self.scratch(slabs * 4 * channels));
@@ -165,8 +176,10 @@ impl<D: Device> Head for Cuda<D> {
         dz: &mut Self::Act,
     ) {
         if !fuses(channels, classifier.labels) {
-            let rest = (dlogits, (total, batch_rows), sums, dz);
-            return classify_backward_input_plainly(self, z, norm, drop, rows, channels, classifier, rest);
+            let total = (total, batch_rows);
+            return classify_backward_input_plainly(
+                self, z, norm, drop, rows, channels, classifier, dlogits, total, sums, dz,
+            );
         }
         let mut arguments = vec![z.at(rows * channels)];
         arguments.extend(view(&norm, channels));
