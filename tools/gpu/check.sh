@@ -16,8 +16,8 @@ set -euo pipefail
 
 # Each part's seconds at most.
 declare -A limits=(
-    [doctor]=30 [tests]=120 [repeat]=100 [memcheck]=60 [racecheck]=60 [initcheck]=60 [steps]=60 [kernels]=60
-    [compare]=120 [train]=100 [compiled]=240
+    [doctor]=30 [tests]=120 [repeat]=100 [memcheck]=60 [racecheck]=150 [initcheck]=60 [steps]=60 [kernels]=60
+    [compare]=180 [train]=100 [compiled]=240
 )
 order=(doctor tests repeat memcheck racecheck initcheck steps kernels compare train compiled)
 # What a part exits with that cannot run here.

@@ -1,0 +1,36 @@
+//! What a step of SegFormer-B0 at 512x512 asks of a GPU, counted without one, stays within what `benches/README.md` states.
+#![allow(missing_docs)]
+
+use segpeft_native::train::{StepKind, demand};
+
+/// The notebook's micro-batch.
+const BATCH: usize = 64;
+
+#[test]
+fn steps_move_no_more_than_stated() {
+    for (kind, megabytes) in [(StepKind::Fft, 717), (StepKind::Lora, 539), (StepKind::Eval, 228)] {
+        let demand = demand(kind, 512, BATCH).expect("fresh weights fit");
+        let bytes: usize = demand.work.values().map(|work| work.bytes()).sum();
+        let each = bytes as f64 / BATCH as f64 / 1e6;
+        println!("{kind:?}: {each:.1} MB per image, {:.2} GB of memory", demand.memory as f64 / 1e9);
+        assert!(each <= f64::from(megabytes), "{kind:?}: {each:.1} MB per image");
+        assert!(each > 0.9 * f64::from(megabytes), "{kind:?}: {each:.1} MB per image: state the lower figure");
+    }
+}
+
+#[test]
+fn the_notebooks_batch_fits_eight_gigabytes() {
+    for kind in [StepKind::Fft, StepKind::Lora, StepKind::Eval] {
+        let memory = demand(kind, 512, BATCH).expect("fresh weights fit").memory;
+        assert!(memory < 8_000_000_000, "{kind:?}: {memory} bytes");
+    }
+}
+
+/// Nothing in a step is launched by the thousand: the host must stay ahead of the device.
+#[test]
+fn launches_are_few() {
+    let launches = |kind| demand(kind, 512, BATCH).expect("fits").work.values().map(|work| work.calls).sum::<usize>();
+    let (full, adapters, evaluation) = (launches(StepKind::Fft), launches(StepKind::Lora), launches(StepKind::Eval));
+    println!("{full}, {adapters} and {evaluation} launches");
+    assert!(full < 800 && adapters < 450 && evaluation < 200, "{full}, {adapters}, {evaluation}");
+}
