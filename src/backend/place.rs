@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use super::Sample;
 use super::cuda::{Arena, Cuda, Driver, Dry, Pictures};
+use super::{Memory, Sample};
 use crate::Result;
 
 /// What the user asks for.
@@ -33,6 +33,8 @@ pub struct GpuPlace {
     /// The GPU.
     pub driver: Arc<Driver>,
     pictures: Option<Arc<Pictures>>,
+    /// Bytes that a run may take beside the dataset, if not all that is free.
+    limit: Option<usize>,
 }
 
 /// A backend on a GPU.
@@ -46,7 +48,7 @@ impl Place {
     pub fn open(choice: Choice) -> Result<(Self, Option<String>)> {
         let gpu = |number| {
             let driver = Arc::new(Driver::open(number)?);
-            Ok(Self::Gpu(GpuPlace { driver, pictures: None }))
+            Ok(Self::Gpu(GpuPlace { driver, pictures: None, limit: None }))
         };
         match choice {
             Choice::Cpu => Ok((Self::Cpu, None)),
@@ -55,6 +57,13 @@ impl Place {
                 Ok(place) => (place, None),
                 Err(error) => (Self::Cpu, Some(error.to_string())),
             }),
+        }
+    }
+
+    /// Bounds the device memory that a run takes beside the dataset; the CPU's is not bounded.
+    pub fn limit_memory(&mut self, bytes: usize) {
+        if let Self::Gpu(gpu) = self {
+            gpu.limit = Some(bytes);
         }
     }
 
@@ -74,13 +83,23 @@ impl Place {
 }
 
 impl GpuPlace {
+    /// Bytes that a run may take.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn room(&self) -> Result<usize> {
+        let free = self.driver.free_memory()?;
+        Ok(self.limit.map_or(free, |limit| limit.min(free)))
+    }
+
     /// A backend with one block of memory for everything that the work planned in `dry` allocates.
     ///
     /// # Errors
     /// When there is not so much.
     pub fn backend(&self, dry: &Cuda<Dry>) -> Result<Gpu> {
         let arena = Arena::new(Arc::clone(&self.driver), dry.device().bytes())?;
-        let backend = Cuda::new(arena).with_pictures(self.pictures.clone());
+        let saves = !dry.remembers();
+        let backend = Cuda::new(arena).with_pictures(self.pictures.clone()).saving_memory(saves);
         backend.reserve(dry.rooms());
         Ok(backend)
     }

@@ -90,7 +90,13 @@ impl Ablate {
         let progress = &context.progress;
         let places = match self.devices.as_slice() {
             [] => vec![self.files.device.open(progress)?],
-            choices => choices.iter().map(|&choice| Ok(Place::open(choice)?.0)).collect::<Result<Vec<_>>>()?,
+            choices => (choices.iter())
+                .map(|&choice| {
+                    let (mut place, _) = Place::open(choice)?;
+                    self.files.device.limit(&mut place);
+                    Ok(place)
+                })
+                .collect::<Result<Vec<_>>>()?,
         };
         let base = if self.demo { demo::options() } else { TrainOptions::default() };
         let options = self.training.options(base, self.files.hf_names);

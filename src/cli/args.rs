@@ -106,12 +106,24 @@ pub struct DeviceArgs {
     /// Where the arithmetic runs: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
     device: Choice,
+    /// Memory of a GPU that a run may take beside the images, in GB; with less, activations are made again where that
+    /// suffices: slower, the same results [default: all that is free]
+    #[arg(long, value_name = "GB", value_parser = positive)]
+    max_memory: Option<f64>,
 }
 
 impl DeviceArgs {
+    /// Bounds the memory of an opened device as the user asks.
+    pub fn limit(&self, place: &mut Place) {
+        if let Some(gigabytes) = self.max_memory {
+            place.limit_memory((gigabytes * 1e9) as usize);
+        }
+    }
+
     /// Opens the device. Where a GPU was left out that this machine seems to have, says why.
     pub fn open(&self, progress: &Progress) -> Result<Place> {
-        let (place, passed_over) = Place::open(self.device)?;
+        let (mut place, passed_over) = Place::open(self.device)?;
+        self.limit(&mut place);
         if let Some(why) = passed_over.filter(|_| nvidia_gpus() > 0) {
             progress.warn(format!("there is a GPU, but the CPU is used: {why}"));
         }

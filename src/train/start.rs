@@ -365,16 +365,21 @@ pub(super) fn on_gpu(
     trainable: &Trainable,
     tensors: &StateDict,
 ) -> Result<Model<Gpu>> {
-    let planned = |batch| {
-        let mut model = Model::new(Cuda::new(Dry::default()), config, ModelOptions { batch, ..options }, trainable);
+    let planned = |batch, saves| {
+        let backend = Cuda::new(Dry::default()).saving_memory(saves);
+        let mut model = Model::new(backend, config, ModelOptions { batch, ..options }, trainable);
         dry_steps(&mut model, |_| {});
         model
     };
-    let plan = planned(options.batch);
-    let (bytes, free) = (plan.backend().device().bytes(), gpu.driver.free_memory()?);
-    if bytes > free {
+    let bytes = |model: &Model<Cuda<Dry>>| model.backend().device().bytes();
+    let room = gpu.room()?;
+    let mut plan = planned(options.batch, false);
+    if bytes(&plan) > room {
+        plan = planned(options.batch, true);
+    }
+    if bytes(&plan) > room {
         // Memory grows with the batch.
-        let fits = |&batch: &usize| planned(batch).backend().device().bytes() <= free;
+        let fits = |&batch: &usize| bytes(&planned(batch, true)) <= room;
         let fitting = (1..options.batch).collect::<Vec<_>>().partition_point(fits);
         let remedy = match fitting {
             0 => "not even one fits: lower --size".into(),
@@ -383,12 +388,12 @@ pub(super) fn on_gpu(
         return Err(Error::new(
             Kind::Device,
             format!(
-                "{}: batches of {} images at {3} x {3} need {:.1} GB, {4:.1} GB are free; {remedy}",
+                "{}: batches of {} images at {3} x {3} need {:.2} GB, {4:.2} GB may be used; {remedy}",
                 gpu.driver.name(),
                 options.batch,
-                bytes as f64 / 1e9,
+                bytes(&plan) as f64 / 1e9,
                 options.size,
-                free as f64 / 1e9,
+                room as f64 / 1e9,
             ),
         ));
     }

@@ -202,6 +202,26 @@ fn follow(what: &str, trainable: &Trainable) {
     assert!(distance < spread, "{what}: {distance} from the CPU's curve, seeds are {spread} apart");
 }
 
+/// Activations that are made again are those that were kept.
+#[test]
+fn saving_memory_changes_no_bit() {
+    let (config, size) = config();
+    let pictures = Pictures::new(0..3, size, config.num_labels() == 3);
+    for trainable in [Trainable::Everything, adapters(&config, 0.0)] {
+        let gradients = |saves| {
+            let backend = Cuda::new(Host(Order::Forward)).saving_memory(saves);
+            let mut model = model(backend, &config, ModelOptions { size, batch: 3 }, &trainable, false);
+            let bytes = model.planned_bytes();
+            (bytes, step(&mut model, &pictures, 0).gradients)
+        };
+        let ((kept_bytes, kept), (saved_bytes, saved)) = (gradients(false), gradients(true));
+        assert!(saved_bytes < kept_bytes, "{saved_bytes} of {kept_bytes} bytes");
+        for ((name, a), (_, b)) in kept.iter().zip(&saved) {
+            assert!(a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits()), "{name} differs");
+        }
+    }
+}
+
 #[test]
 fn full_fine_tuning_follows_the_curve() {
     follow("full", &Trainable::Everything);

@@ -75,6 +75,7 @@ pub struct Cuda<D: Device> {
     /// What is on its way from the host.
     staging: Room<D>,
     pictures: Option<Arc<Pictures>>,
+    remembers: bool,
     pub(super) tables: Tables<D>,
     allocated: AtomicUsize,
     failure: Mutex<Option<Error>>,
@@ -92,6 +93,7 @@ impl<D: Device> Cuda<D> {
             scratch: Room::new(),
             staging: Room::new(),
             pictures: None,
+            remembers: true,
             tables: Tables::new(),
             allocated: AtomicUsize::new(0),
             failure: Mutex::new(None),
@@ -101,6 +103,11 @@ impl<D: Device> Cuda<D> {
     /// The same, with pictures that need not be brought again.
     pub fn with_pictures(self, pictures: Option<Arc<Pictures>>) -> Self {
         Self { pictures, ..self }
+    }
+
+    /// The same, making activations again in the backward pass where it can: less memory, more time, the same bits.
+    pub fn saving_memory(self, saves: bool) -> Self {
+        Self { remembers: !saves, ..self }
     }
 
     /// Bytes of the two rooms that operations share, after the largest so far.
@@ -339,7 +346,7 @@ impl<D: Device> Memory for Cuda<D> {
     }
 
     fn remembers(&self) -> bool {
-        true
+        self.remembers
     }
 
     fn workers(&self) -> usize {
