@@ -9,9 +9,6 @@
 
 #ifdef __CUDACC__
 #define SHARED(type, name, dimensions) __shared__ type name dimensions
-#define DYNAMIC_SHARED(type, name)             \
-    extern __shared__ uint4 dynamic_shared[];  \
-    type* name = reinterpret_cast<type*>(dynamic_shared)
 #endif
 
 // A kernel that is launched with blocks of at most `threads`.

@@ -26,6 +26,31 @@ fn the_notebooks_batch_fits_eight_gigabytes() {
     }
 }
 
+/// Whatever a batch holds, what a run was planned with suffices: rooms that operations share do not all grow with it.
+#[test]
+fn the_plan_covers_smaller_batches() {
+    use segpeft_native::backend::cuda::{Cuda, Dry};
+    use segpeft_native::backend::{Memory, Sample};
+    use segpeft_native::dataset::Augment;
+    use segpeft_native::segformer::{Model, ModelOptions, SegformerConfig, StepRandom, Trainable};
+
+    let (size, batch) = (512, 59);
+    let plan = demand(StepKind::Fft, size, batch).expect("fits");
+    let backend = Cuda::new(Dry::default());
+    backend.reserve(plan.rooms);
+    let config = SegformerConfig::default();
+    let mut model = Model::new(backend, &config, ModelOptions { size, batch }, &Trainable::Everything);
+    let (pixels, labels) = (vec![0; size * size * 3], vec![0; size * size]);
+    let sample = |index| Sample { index, pixels: &pixels, labels: &labels, augment: Augment::IDENTITY };
+    let samples: Vec<Sample<'_>> = (0..batch).map(sample).collect();
+    for images in (1..=batch).rev() {
+        model.train_micro_batch(&samples[..images], 1.0, StepRandom { seed: 0, step: 0 });
+        model.evaluate(&samples[..images]);
+        assert_eq!(model.backend().rooms(), plan.rooms, "a batch of {images} needs more than was planned");
+    }
+    model.backend().check().expect("a device that only counts does not fail");
+}
+
 /// Nothing in a step is launched by the thousand: the host must stay ahead of the device.
 #[test]
 fn launches_are_few() {

@@ -109,8 +109,10 @@ impl RunConfig {
         if differences.is_empty() {
             return Ok(());
         }
+        let device = differences.iter().any(|difference| difference.starts_with("device "));
+        let remedy = if device { "choose the device with --device, another --out" } else { "choose another --out" };
         Err(Error::usage(format!(
-            "{}: holds a run with other settings ({}); choose another --out or delete this folder",
+            "{}: holds a run with other settings ({}); {remedy} or delete this folder",
             folder.display(),
             differences.join(", ")
         )))

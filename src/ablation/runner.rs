@@ -1,6 +1,7 @@
 //! Runs one configuration, or the grid, in folders: what is finished is kept, what is interrupted continues, what another
 //! process holds is left to it.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -60,6 +61,15 @@ impl Setup {
             s = packed.size()
         ));
         let all: Vec<_> = (0..packed.len()).map(|i| train::sample(&packed, i, Augment::IDENTITY)).collect();
+        let kinds: BTreeSet<&str> = places.iter().map(Place::kind).collect();
+        if kinds.len() > 1 {
+            let kinds: Vec<&str> = kinds.into_iter().collect();
+            return Err(Error::usage(format!(
+                "--devices: {} round differently, and a run must be able to continue on either: give devices of one kind, or \
+                 start a process for each with --slice",
+                kinds.join(" and ")
+            )));
+        }
         for place in &mut places {
             let stays = place.hold(&all, packed.size())?;
             if let Place::Gpu(gpu) = place {
@@ -304,6 +314,10 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
                     continue;
                 }
                 Err(error) => {
+                    if setup.places.len() > 1 && error.kind != Kind::Interrupted {
+                        progress
+                            .warn(format!("{label}: {error}; the other devices end their runs, then the grid stops"));
+                    }
                     outcome_now().2.get_or_insert(error);
                     return;
                 }

@@ -60,6 +60,14 @@ impl Place {
         }
     }
 
+    /// The kind of device: `cpu`, or the GPU's name. Devices of one kind give the same bits.
+    pub fn kind(&self) -> &str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Gpu(gpu) => gpu.driver.name(),
+        }
+    }
+
     /// Bounds the device memory that a run takes beside the dataset; the CPU's is not bounded.
     pub fn limit_memory(&mut self, bytes: usize) {
         if let Self::Gpu(gpu) = self {

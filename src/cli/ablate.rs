@@ -90,7 +90,7 @@ impl Ablate {
         let progress = &context.progress;
         let places = match self.devices.as_slice() {
             [] => vec![self.files.device.open(progress)?],
-            choices => (choices.iter())
+            choices => (self.distinct(choices)?.iter())
                 .map(|&choice| {
                     let (mut place, _) = Place::open(choice)?;
                     self.files.device.limit(&mut place);
@@ -121,6 +121,15 @@ impl Ablate {
                 let names: Vec<&str> = outcome.failed.iter().map(|(name, _)| name.as_str()).collect();
                 Err(Error::new(error.kind, format!("failed: {} (run_error.json in each folder)", names.join(", "))))
             }
+        }
+    }
+
+    /// The devices, each GPU at most once.
+    fn distinct<'a>(&self, choices: &'a [Choice]) -> Result<&'a [Choice]> {
+        let twice = |(i, choice): (usize, &Choice)| matches!(choice, Choice::Cuda(_)) && choices[..i].contains(choice);
+        match choices.iter().enumerate().any(twice) {
+            true => Err(Error::usage("--devices: names a GPU twice; one run at a time uses all of it")),
+            false => Ok(choices),
         }
     }
 

@@ -5,9 +5,9 @@ use std::time::Instant;
 
 use super::options::{LoraOptions, Method, TrainOptions};
 use super::run::adamw;
-use super::start::{Prepared, Start, Weights, dry_steps, on_cpu, on_gpu};
+use super::start::{Prepared, Start, Weights, on_cpu, on_gpu, planned_on_gpu};
 use crate::Result;
-use crate::backend::cuda::{Cuda, Dry, Work};
+use crate::backend::cuda::Work;
 use crate::backend::{Backend, Place, Sample};
 use crate::dataset::Augment;
 use crate::lora;
@@ -33,12 +33,11 @@ pub enum StepKind {
 /// When the worker threads cannot be started, or the device fails.
 pub fn measure_step(place: &Place, kind: StepKind, size: usize, batch: usize, steps: usize) -> Result<Vec<f64>> {
     let noise = Philox::new(0, Purpose::Demo, 0, 0);
-    let pixels: Vec<u8> = (0..batch * size * size * 3).map(|i| noise.word(i as u64) as u8).collect();
-    let labels: Vec<u8> = (0..batch * size * size).map(|i| u8::from(i / 64 % 3 == 0)).collect();
-    let samples: Vec<Sample<'_>> =
-        (pixels.chunks_exact(size * size * 3).zip(labels.chunks_exact(size * size)).enumerate())
-            .map(|(index, (pixels, labels))| Sample { index, pixels, labels, augment: Augment::IDENTITY })
-            .collect();
+    // One picture, over and over: what it shows makes no difference to a step's time.
+    let pixels: Vec<u8> = (0..size * size * 3).map(|i| noise.word(i as u64) as u8).collect();
+    let labels: Vec<u8> = (0..size * size).map(|i| u8::from(i / 64 % 3 == 0)).collect();
+    let sample = |index| Sample { index, pixels: &pixels, labels: &labels, augment: Augment::IDENTITY };
+    let samples: Vec<Sample<'_>> = (0..batch).map(sample).collect();
     let mut place = place.clone();
     place.hold(&samples, size)?;
     let (options, prepared) = prepare(kind)?;
@@ -82,6 +81,8 @@ fn prepare(kind: StepKind) -> Result<(TrainOptions, Prepared)> {
 pub struct Demand {
     /// Bytes of memory that a run takes, its dataset aside.
     pub memory: usize,
+    /// Bytes of it that operations share, partial sums and what is on its way from the host.
+    pub rooms: [usize; 2],
     /// What is launched, by kernel: of a training step one micro-batch and one update.
     pub work: BTreeMap<String, Work>,
 }
@@ -93,11 +94,12 @@ pub struct Demand {
 pub fn demand(kind: StepKind, size: usize, batch: usize) -> Result<Demand> {
     let (_, prepared) = prepare(kind)?;
     let sizes = ModelOptions { size, batch };
-    let mut model = Model::new(Cuda::new(Dry::default()), &prepared.config, sizes, &prepared.trainable);
     let mut ledgers = Vec::new();
-    dry_steps(&mut model, |model| ledgers.push(model.backend().device().take_ledger()));
+    let model = planned_on_gpu(&prepared.config, sizes, &prepared.trainable, false, |model| {
+        ledgers.push(model.backend().device().take_ledger());
+    });
     let work = ledgers.swap_remove(if kind == StepKind::Eval { 2 } else { 1 });
-    Ok(Demand { memory: model.backend().device().bytes(), work })
+    Ok(Demand { memory: model.backend().device().bytes(), rooms: model.backend().rooms(), work })
 }
 
 fn time<B: Backend>(

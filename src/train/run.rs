@@ -138,9 +138,19 @@ impl<B: Backend> Run<'_, B> {
     }
 
     fn epochs(&mut self) -> Result<()> {
+        let mut keeper = Keeper::new(self.name, self.out.to_path_buf(), self.options.keep_checkpoints);
+        let trained = self.epochs_kept_by(&mut keeper);
+        match (trained, keeper.finish()) {
+            // An interruption is no news beside a checkpoint that could not be written.
+            (Err(interruption), Err(lost)) if interruption.kind == Kind::Interrupted => Err(lost),
+            (Err(error), _) => Err(error),
+            (Ok(()), written) => written,
+        }
+    }
+
+    fn epochs_kept_by(&mut self, keeper: &mut Keeper) -> Result<()> {
         let updates = self.updates_per_epoch();
         let schedule = Schedule::new(self.options.lr, self.options.warmup_ratio, updates * self.options.epochs as u64);
-        let mut keeper = Keeper::new(self.name, self.out.to_path_buf(), self.options.keep_checkpoints);
         while self.state.epoch < self.options.epochs && !self.stopped_early() {
             let started = Instant::now();
             let epoch = self.state.epoch + 1;
@@ -184,7 +194,7 @@ impl<B: Backend> Run<'_, B> {
                 ));
             }
         }
-        keeper.finish()
+        Ok(())
     }
 
     /// One pass over the training split; returns its row of the history.

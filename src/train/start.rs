@@ -327,6 +327,9 @@ fn table(matches: &[Match], lora: &LoraOptions, per_rank: bool, progress: &Progr
     }
 }
 
+/// Channels of the widest head that the GPU's attention takes.
+const WIDEST_HEAD: usize = 64;
+
 /// Images for which buffers are reserved on trial where more are asked for.
 const TRIAL: usize = 32;
 
@@ -365,12 +368,17 @@ pub(super) fn on_gpu(
     trainable: &Trainable,
     tensors: &StateDict,
 ) -> Result<Model<Gpu>> {
-    let planned = |batch, saves| {
-        let backend = Cuda::new(Dry::default()).saving_memory(saves);
-        let mut model = Model::new(backend, config, ModelOptions { batch, ..options }, trainable);
-        dry_steps(&mut model, |_| {});
-        model
-    };
+    let head = |(channels, heads): (&usize, &usize)| channels / heads;
+    if let Some(head) = config.hidden_sizes.iter().zip(&config.num_attention_heads).map(head).find(|&h| h > WIDEST_HEAD)
+    {
+        return Err(Error::new(
+            Kind::Device,
+            format!(
+                "the model's attention heads have {head} channels; on a GPU up to {WIDEST_HEAD} are supported: use --device cpu"
+            ),
+        ));
+    }
+    let planned = |batch, saves| planned_on_gpu(config, ModelOptions { batch, ..options }, trainable, saves, |_| ());
     let bytes = |model: &Model<Cuda<Dry>>| model.backend().device().bytes();
     let room = gpu.room()?;
     let mut plan = planned(options.batch, false);
@@ -403,13 +411,34 @@ pub(super) fn on_gpu(
     Ok(model)
 }
 
-/// A training step (one micro-batch, one update) if the model trains, and an evaluation, on blank pictures; `between` is
-/// called after each.
-pub(super) fn dry_steps<B: Backend>(model: &mut Model<B>, mut between: impl FnMut(&Model<B>)) {
+/// A model on a device that only counts, after all that a run does: what its device has handed out is what a run needs.
+/// Calls `between` when the model is made, after a training step over a whole batch (if it trains), and after an evaluation.
+pub(super) fn planned_on_gpu(
+    config: &SegformerConfig,
+    options: ModelOptions,
+    trainable: &Trainable,
+    saves: bool,
+    between: impl FnMut(&Model<Cuda<Dry>>),
+) -> Model<Cuda<Dry>> {
+    let new = || Cuda::new(Dry::default()).saving_memory(saves);
+    // The rooms that operations share do not always grow with the batch, so every size a batch may have is tried.
+    let mut scout = Model::new(new(), config, options, trainable);
+    for images in 1..=options.batch {
+        dry_steps(&mut scout, images, |_| ());
+    }
+    let backend = new();
+    backend.reserve(scout.backend().rooms());
+    let mut model = Model::new(backend, config, options, trainable);
+    dry_steps(&mut model, options.batch, between);
+    model
+}
+
+/// A training step (one micro-batch, one update) if the model trains, and an evaluation, on blank pictures.
+fn dry_steps(model: &mut Model<Cuda<Dry>>, images: usize, mut between: impl FnMut(&Model<Cuda<Dry>>)) {
     let size = model.size();
     let (pixels, labels) = (vec![0; size * size * 3], vec![0; size * size]);
     let blank = |index| Sample { index, pixels: &pixels, labels: &labels, augment: Augment::IDENTITY };
-    let samples: Vec<Sample<'_>> = (0..model.batch()).map(blank).collect();
+    let samples: Vec<Sample<'_>> = (0..images).map(blank).collect();
     model.refresh();
     let mut moments = model.moments();
     between(model);

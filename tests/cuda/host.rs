@@ -92,10 +92,10 @@ impl Device for Host {
     }
 
     unsafe fn product(&self, product: &MatrixProduct) -> Result<()> {
-        let &MatrixProduct { size: (m, n, k), alpha, add, .. } = product;
+        let &MatrixProduct { size: (m, n, k), add, .. } = product;
         // SAFETY: the caller's, here and below.
-        let a = unsafe { numbers(product.a, m * k, product.inputs) };
-        let b = unsafe { numbers(product.b, k * n, product.inputs) };
+        let a = unsafe { numbers(product.a, m * k, Element::Bf16) };
+        let b = unsafe { numbers(product.b, k * n, Element::Bf16) };
         let bias = product.bias.map(|bias| unsafe { numbers(bias, n, Element::Bf16) });
         // Rows of b that are k apart become rows that are n apart, so that the inner loop runs along both b and c.
         let b = if product.transpose_b { transposed(&b, n, k) } else { b };
@@ -111,7 +111,7 @@ impl Device for Host {
                 }
             }
             for (j, sum) in row.iter().enumerate() {
-                let mut value = alpha * sum;
+                let mut value = *sum;
                 if let Some(bias) = &bias {
                     value += bias[j];
                 }

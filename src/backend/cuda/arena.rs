@@ -45,7 +45,11 @@ impl<D: Device> Device for Arena<D> {
             Ok(start) => Ok(D::address(&self.block) + start as u64),
             Err(used) => Err(Error::new(
                 Kind::Device,
-                format!("no room for {bytes} bytes more in an arena of {} of which {used} are used", self.size),
+                format!(
+                    "{bytes} bytes are asked for beyond the plan ({used} of {} are used): a defect in segpeft-native, please \
+                     report it; a smaller --batch-size may avoid it",
+                    self.size
+                ),
             )),
         }
     }

@@ -193,7 +193,7 @@ impl Element {
     }
 }
 
-/// `c = alpha·op(a)·op(b) + bias`, plus c itself with `add`; all row-major and contiguous, summed in f32.
+/// `c = op(a)·op(b) + bias`, plus c itself with `add`; a and b are bf16, all row-major and contiguous, summed in f32.
 #[derive(Clone, Copy, Debug)]
 pub struct MatrixProduct {
     /// Rows of c, columns of c, length of the sums.
@@ -206,14 +206,10 @@ pub struct MatrixProduct {
     pub b: u64,
     /// Whether b is read transposed.
     pub transpose_b: bool,
-    /// Storage of a and b.
-    pub inputs: Element,
     /// `(m, n)`
     pub c: u64,
     /// Storage of c.
     pub output: Element,
-    /// Factor of the product.
-    pub alpha: f32,
     /// Whether c is added to.
     pub add: bool,
     /// bf16 `(n)`, added to every row.

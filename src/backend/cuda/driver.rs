@@ -417,7 +417,7 @@ impl Device for Driver {
             let (m, n, k) = product.size;
             let transposed = |yes: bool| if yes { "t" } else { "n" };
             let (a, b) = (transposed(product.transpose_a), transposed(product.transpose_b));
-            (format!("product {a}{b} {m}x{n}x{k} {:?}", product.inputs), Work::product(product))
+            (format!("product {a}{b} {m}x{n}x{k}"), Work::product(product))
         };
         self.timed(name, || {
             // SAFETY: the caller's, and the workspace is the device's own.
@@ -433,7 +433,7 @@ impl Device for Driver {
 struct Shape {
     size: (usize, usize, usize),
     transposes: (bool, bool),
-    elements: (Element, Element),
+    output: Element,
     add: bool,
     bias: bool,
 }
@@ -488,7 +488,7 @@ impl Products {
         let shape = Shape {
             size: product.size,
             transposes: (product.transpose_a, product.transpose_b),
-            elements: (product.inputs, product.output),
+            output: product.output,
             add: product.add,
             bias: product.bias.is_some(),
         };
@@ -497,7 +497,7 @@ impl Products {
             self.plans.insert(shape, plan);
         }
         let plan = &self.plans[&shape];
-        let (alpha, beta) = (product.alpha, f32::from(product.add));
+        let (alpha, beta) = (1.0f32, f32::from(product.add));
         // SAFETY: the plan is alive; addresses are the caller's.
         unsafe {
             if let Some(bias) = product.bias {
@@ -553,13 +553,12 @@ fn plan(handle: lt::cublasLtHandle_t, shape: Shape) -> std::result::Result<Plan,
         blas::create_matrix_layout(kind(element), columns as u64, rows as u64, columns as i64)
     };
     let ((m, n, k), (transpose_a, transpose_b)) = (shape.size, shape.transposes);
-    let (inputs, output) = shape.elements;
     let (b_rows, b_columns) = if transpose_b { (n, k) } else { (k, n) };
     let (a_rows, a_columns) = if transpose_a { (k, m) } else { (m, k) };
     let compute = lt::cublasComputeType_t::CUBLAS_COMPUTE_32F;
     let description = blas::create_matmul_desc(compute, lt::cudaDataType::CUDA_R_32F)?;
-    let (left, right) = (layout(inputs, b_rows, b_columns)?, layout(inputs, a_rows, a_columns)?);
-    let result = layout(output, m, n)?;
+    let (left, right) = (layout(Element::Bf16, b_rows, b_columns)?, layout(Element::Bf16, a_rows, a_columns)?);
+    let result = layout(shape.output, m, n)?;
     let preference = blas::create_matmul_pref()?;
     // SAFETY: everything has just been made, and each value is of its attribute's type.
     let found = unsafe {

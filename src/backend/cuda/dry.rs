@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::device::ALIGNMENT;
-use super::{Argument, Device, MatrixProduct};
+use super::{Argument, Device, Element, MatrixProduct};
 use crate::Result;
 
 /// What a kernel, or a kind of product, was asked to do.
@@ -39,7 +39,7 @@ impl Work {
         let (m, n, k) = product.size;
         let written = m * n * product.output.size();
         let old = if product.add { written } else { 0 };
-        let read = (m * k + k * n) * product.inputs.size() + old;
+        let read = (m * k + k * n) * Element::Bf16.size() + old;
         Self { calls: 1, read, written, multiply_adds: m * n * k }
     }
 

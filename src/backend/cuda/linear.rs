@@ -24,10 +24,8 @@ impl<D: Device> Linear for Cuda<D> {
             transpose_a: false,
             b: w.address(p.outputs * p.inputs),
             transpose_b: true,
-            inputs: Element::Bf16,
             c: y.address(p.rows * p.outputs),
             output: Element::Bf16,
-            alpha: 1.0,
             add,
             bias: bias.map(|bias| bias.address(p.outputs)),
         });
@@ -40,10 +38,8 @@ impl<D: Device> Linear for Cuda<D> {
             transpose_a: false,
             b: w.address(p.outputs * p.inputs),
             transpose_b: false,
-            inputs: Element::Bf16,
             c: dx.address(p.rows * p.inputs),
             output: Element::Bf16,
-            alpha: 1.0,
             add,
             bias: None,
         });
@@ -56,10 +52,8 @@ impl<D: Device> Linear for Cuda<D> {
             transpose_a: true,
             b: x.address(p.rows * p.inputs),
             transpose_b: false,
-            inputs: Element::Bf16,
             c: dw.address(p.outputs * p.inputs),
             output: Element::F32,
-            alpha: 1.0,
             add: true,
             bias: None,
         });
