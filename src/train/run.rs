@@ -143,6 +143,10 @@ impl<B: Backend> Run<'_, B> {
         match (trained, keeper.finish()) {
             // An interruption is no news beside a checkpoint that could not be written.
             (Err(interruption), Err(lost)) if interruption.kind == Kind::Interrupted => Err(lost),
+            (Err(error), _) if error.kind == Kind::Device => Err(Error::new(
+                Kind::Device,
+                format!("{error}; the epochs before {} are kept, and the same command continues", self.state.epoch + 1),
+            )),
             (Err(error), _) => Err(error),
             (Ok(()), written) => written,
         }

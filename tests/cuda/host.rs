@@ -3,6 +3,7 @@
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::slice;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::bf16;
 use host_kernels::{Order, Value};
@@ -128,6 +129,71 @@ impl Device for Host {
             }
         }
         Ok(())
+    }
+}
+
+/// The device, lost after so many launches: it then fails at everything, as a GPU does.
+pub struct Lost {
+    pub host: Host,
+    pub launches: AtomicUsize,
+}
+
+impl Lost {
+    fn there(&self) -> Result<()> {
+        match self.launches.load(Ordering::Relaxed) {
+            0 => Err(failure("the device is lost".into())),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Device for Lost {
+    type Memory = Block;
+
+    fn allocate(&self, bytes: usize) -> Result<Block> {
+        self.there()?;
+        self.host.allocate(bytes)
+    }
+
+    fn address(memory: &Block) -> u64 {
+        Host::address(memory)
+    }
+
+    unsafe fn write(&self, from: &[u8], to: u64) -> Result<()> {
+        self.there()?;
+        // SAFETY: the caller's, here and below.
+        unsafe { self.host.write(from, to) }
+    }
+
+    unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<()> {
+        self.there()?;
+        // SAFETY: as above.
+        unsafe { self.host.read(from, to) }
+    }
+
+    unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()> {
+        self.there()?;
+        // SAFETY: as above.
+        unsafe { self.host.clear(at, bytes) }
+    }
+
+    unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: [usize; 3],
+        threads: usize,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        self.there()?;
+        self.launches.fetch_sub(1, Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { self.host.launch(kernel, grid, threads, arguments) }
+    }
+
+    unsafe fn product(&self, product: &MatrixProduct) -> Result<()> {
+        self.there()?;
+        // SAFETY: as above.
+        unsafe { self.host.product(product) }
     }
 }
 

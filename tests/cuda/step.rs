@@ -1,16 +1,19 @@
 //! Whole training steps on the host-run CUDA path against the CPU backend in f32.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use half::bf16;
 use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device};
 use segpeft_native::backend::{AdamW, Backend, Memory};
+use segpeft_native::error::Kind;
 use segpeft_native::lora;
 use segpeft_native::segformer::{Id, Model, ModelOptions, SegformerConfig, StepRandom, Trainable, modules};
 
 use crate::common::{self, Pictures, json, norm};
 use crate::gpu;
-use crate::host::Host;
+use crate::host::{Host, Lost};
 
 /// Tensors whose true gradient is zero: what is left is rounding, of no direction. Key biases (softmax ignores a
 /// constant), and shifts that training-mode BatchNorm removes.
@@ -220,6 +223,27 @@ fn saving_memory_changes_no_bit() {
             assert!(a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits()), "{name} differs");
         }
     }
+}
+
+/// A device that is lost in the middle of a step: the first failure is what is reported, and answers that never came are no
+/// numbers, so that nothing can be taken for a result.
+#[test]
+fn a_device_lost_in_mid_step_is_one_clear_error() {
+    let (config, size) = config();
+    let pictures = Pictures::new(0..3, size, config.num_labels() == 3);
+    let samples = pictures.samples();
+    let lost = Lost { host: Host(Order::Forward), launches: AtomicUsize::new(usize::MAX) };
+    let mut model = model(Cuda::new(lost), &config, ModelOptions { size, batch: 3 }, &Trainable::Everything, false);
+    model.backend().check().expect("the device works");
+    model.backend().device().launches.store(40, Ordering::Relaxed);
+    model.train_micro_batch(&samples, 1e-3, StepRandom { seed: 3, step: 0 });
+    model.finish_gradients();
+    let error = model.backend().check().expect_err("it is lost");
+    assert_eq!((error.kind, error.to_string()), (Kind::Device, "the device is lost".to_string()));
+    assert!(model.take_loss().is_nan() && model.gradient_norm().is_nan());
+    assert!(model.get(Id(0)).iter().all(|x| x.is_nan()), "no weights to write into a checkpoint");
+    assert!(model.evaluate(&samples).loss.iter().all(|x| x.is_nan()));
+    assert_eq!(model.backend().check().expect_err("it stays so").to_string(), error.to_string());
 }
 
 #[test]
