@@ -89,7 +89,7 @@ def theirs(options) -> dict:
         per_device_eval_batch_size=options.batch_size,
         learning_rate=5e-4,
         lr_scheduler_type="cosine",
-        warmup_ratio=0.1,
+        warmup_steps=0.1,  # as a share of all updates
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
@@ -168,7 +168,7 @@ def main():
             for folder in ("images", "masks"):
                 (scratch / "data" / folder).mkdir(parents=True)
                 for path in sorted((options.data / folder).iterdir())[: options.limit]:
-                    (scratch / "data" / folder / path.name).symlink_to(path.resolve())
+                    shutil.copy(path, scratch / "data" / folder)
             options.data = scratch / "data"
         options.start = scratch / "start"
         transformers.set_seed(0)
