@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, SamplingMode, Throughput};
 use segpeft_native::backend::cuda::{Cuda, Driver, Spent};
 use segpeft_native::backend::{
-    Attention, AttentionShape, BatchNormView, Classifier, Depthwise, Dropout, Grid, Head, LayerNorm, Linear, Loss,
-    Memory, Patches, Product, Residual, Resize, Sample, Window,
+    Attention, AttentionShape, BatchNormView, Classifier, Depthwise, Dropout, Grid, Head, HeadPass, LayerNorm, Linear,
+    Loss, Memory, Patches, Product, Residual, Resize, Sample, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -287,6 +287,18 @@ fn head(batch: usize) -> Vec<Case> {
     fn view(p: &Full) -> BatchNormView<'_, Full> {
         BatchNormView { stats: p, gamma: p, beta: p }
     }
+    type Pass<'a> = HeadPass<'a, Cuda<Arc<Driver>>>;
+    fn pass<'a>(
+        z: &'a Act,
+        p: &'a Full,
+        weight: &'a Act,
+        bias: &'a Act,
+        drop: Option<Dropout>,
+        rows: usize,
+    ) -> Pass<'a> {
+        let classifier = Classifier { weight, bias, labels: LABELS };
+        HeadPass { z, norm: view(p), drop, rows, channels: WIDTH, classifier }
+    }
     let mut cases = Vec::new();
     for (side, ..) in STAGES.into_iter().skip(1) {
         let from = grid(batch, side);
@@ -298,9 +310,6 @@ fn head(batch: usize) -> Vec<Case> {
             cuda.upsample_backward(d, from, to, WIDTH, y);
         }));
     }
-    fn classifier<'a>(weight: &'a Act, bias: &'a Act) -> Classifier<'a, Cuda<Arc<Driver>>> {
-        Classifier { weight, bias, labels: LABELS }
-    }
     cases.extend([
         plain(name("join_stages"), move |Lab { cuda, x: [a, b, c], y: [z, _], s: [moments, _], .. }| {
             let parts = [(&*a, grid(batch, STAGES[1].0)), (b, grid(batch, STAGES[2].0)), (c, grid(batch, STAGES[3].0))];
@@ -311,18 +320,18 @@ fn head(batch: usize) -> Vec<Case> {
             cuda.split_stages(d, to, WIDTH, &mut [(p, at(1)), (q, at(2)), (r, at(3))]);
         }),
         plain(name("classify"), move |Lab { cuda, x: [z, ..], w: [w, b], p, y: [room, logits], .. }| {
-            cuda.classify(z, view(p), drop, rows, WIDTH, classifier(w, b), room, logits);
+            cuda.classify(pass(z, p, w, b, drop, rows), room, logits);
         }),
         plain(
             name("classify_backward"),
             move |Lab { cuda, x: [z, d, _], w: [w, b], p, y: [room, _], s: [dw, s], .. }| {
-                cuda.classify_backward(z, view(p), drop, rows, WIDTH, classifier(w, b), d, room, Some(dw), s);
+                cuda.classify_backward(pass(z, p, w, b, drop, rows), d, room, Some(dw), s);
             },
         ),
         plain(
             name("classify_backward_input"),
             move |Lab { cuda, x: [z, d, _], w: [w, b], p, y: [dz, _], s: [s, _], .. }| {
-                cuda.classify_backward_input(z, view(p), drop, rows, WIDTH, classifier(w, b), d, (p, rows), s, dz);
+                cuda.classify_backward_input(pass(z, p, w, b, drop, rows), d, (p, rows), s, dz);
             },
         ),
         plain(name("batch_moments"), move |Lab { cuda, x: [z, ..], s: [s, _], .. }| {

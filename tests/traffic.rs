@@ -26,6 +26,26 @@ fn the_notebooks_batch_fits_eight_gigabytes() {
     }
 }
 
+/// A decoder far wider than the first stage, with which a stage's contribution outgrows every matrix of tokens.
+#[test]
+fn a_wide_decoder_finds_room() {
+    use segpeft_native::backend::Memory;
+    use segpeft_native::backend::cuda::{Cuda, Dry};
+    use segpeft_native::dataset::Augment;
+    use segpeft_native::segformer::{Model, ModelOptions, SegformerConfig, StepRandom, Trainable};
+
+    let hidden_sizes = vec![8, 16, 40, 64];
+    let config = SegformerConfig { hidden_sizes, decoder_hidden_size: 512, ..SegformerConfig::default() };
+    let (pixels, labels) = (vec![0; 64 * 64 * 3], vec![0; 64 * 64]);
+    let sample =
+        segpeft_native::backend::Sample { index: 0, pixels: &pixels, labels: &labels, augment: Augment::IDENTITY };
+    let options = ModelOptions { size: 64, batch: 1 };
+    let mut model = Model::new(Cuda::new(Dry::default()), &config, options, &Trainable::Everything);
+    // Every operand is asserted to be as large as its kernel touches.
+    model.train_micro_batch(&[sample], 1.0, StepRandom { seed: 0, step: 0 });
+    model.backend().check().expect("a device that only counts does not fail");
+}
+
 /// Whatever a batch holds, what a run was planned with suffices: rooms that operations share do not all grow with it.
 #[test]
 fn the_plan_covers_smaller_batches() {
@@ -57,5 +77,5 @@ fn launches_are_few() {
     let launches = |kind| demand(kind, 512, BATCH).expect("fits").work.values().map(|work| work.calls).sum::<usize>();
     let (full, adapters, evaluation) = (launches(StepKind::Fft), launches(StepKind::Lora), launches(StepKind::Eval));
     println!("{full}, {adapters} and {evaluation} launches");
-    assert!(full < 800 && adapters < 450 && evaluation < 200, "{full}, {adapters}, {evaluation}");
+    assert!(full <= 600 && adapters <= 340 && evaluation <= 145, "{full}, {adapters}, {evaluation}");
 }

@@ -259,6 +259,14 @@ pub struct BatchNormView<'a, F> {
     pub beta: &'a F,
 }
 
+impl<F> Clone for BatchNormView<'_, F> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<F> Copy for BatchNormView<'_, F> {}
+
 /// The product at the end of the decoder.
 pub struct Classifier<'a, B: Memory> {
     /// `(labels, channels)`
@@ -268,6 +276,45 @@ pub struct Classifier<'a, B: Memory> {
     /// Classes.
     pub labels: usize,
 }
+
+impl<B: Memory> Clone for Classifier<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Memory> Copy for Classifier<'_, B> {}
+
+/// What one pass over z, from BatchNorm to the logits or back, reads.
+pub struct HeadPass<'a, B: Memory> {
+    /// `(rows, channels)`
+    pub z: &'a B::Act,
+    /// How z is normalised.
+    pub norm: BatchNormView<'a, B::Full>,
+    /// Dropout before the classifier.
+    pub drop: Option<Dropout>,
+    /// Tokens.
+    pub rows: usize,
+    /// Channels of the decoder.
+    pub channels: usize,
+    /// The classifier.
+    pub classifier: Classifier<'a, B>,
+}
+
+impl<B: Memory> HeadPass<'_, B> {
+    /// The classifier's sizes.
+    fn product(&self) -> Product {
+        Product { rows: self.rows, inputs: self.channels, outputs: self.classifier.labels }
+    }
+}
+
+impl<B: Memory> Clone for HeadPass<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Memory> Copy for HeadPass<'_, B> {}
 
 /// The end of the decoder: stages joined → BatchNorm (Ioffe and Szegedy, 2015; eps 1e-5) → ReLU → dropout → classifier.
 ///
@@ -296,63 +343,31 @@ pub trait Head: Resize + Linear {
     }
     /// `logits = classifier(dropout(relu(batch_norm(z))))`; `room` is `(rows, channels)`, and
     /// [`Head::classify_backward`] wants it as it was left.
-    fn classify(
-        &self,
-        z: &Self::Act,
-        norm: BatchNormView<'_, Self::Full>,
-        drop: Option<Dropout>,
-        rows: usize,
-        channels: usize,
-        classifier: Classifier<'_, Self>,
-        room: &mut Self::Act,
-        logits: &mut Self::Act,
-    ) {
-        classify_plainly(self, z, norm, drop, rows, channels, classifier, room, logits);
+    fn classify(&self, head: HeadPass<'_, Self>, room: &mut Self::Act, logits: &mut Self::Act) {
+        classify_plainly(self, head, room, logits);
     }
     /// Adds the gradient of the classifier's weight, and writes what [`Head::head_backward`] writes to `sums`.
     fn classify_backward(
         &self,
-        z: &Self::Act,
-        norm: BatchNormView<'_, Self::Full>,
-        drop: Option<Dropout>,
-        rows: usize,
-        channels: usize,
-        classifier: Classifier<'_, Self>,
+        head: HeadPass<'_, Self>,
         dlogits: &Self::Act,
         room: &mut Self::Act,
         weight_gradient: Option<&mut Self::Full>,
         sums: &mut Self::Full,
     ) {
-        classify_backward_plainly(
-            self,
-            z,
-            norm,
-            drop,
-            rows,
-            channels,
-            classifier,
-            dlogits,
-            room,
-            weight_gradient,
-            sums,
-        );
+        classify_backward_plainly(self, head, dlogits, room, weight_gradient, sums);
     }
     /// dz `(rows, channels)` from the logits' gradient; `total` as [`Head::batch_sums`] made it over so many rows, `sums` is
     /// room.
     fn classify_backward_input(
         &self,
-        z: &Self::Act,
-        norm: BatchNormView<'_, Self::Full>,
-        drop: Option<Dropout>,
-        rows: usize,
-        channels: usize,
-        classifier: Classifier<'_, Self>,
+        head: HeadPass<'_, Self>,
         dlogits: &Self::Act,
         total: (&Self::Full, usize),
         sums: &mut Self::Full,
         dz: &mut Self::Act,
     ) {
-        classify_backward_input_plainly(self, z, norm, drop, rows, channels, classifier, dlogits, total, sums, dz);
+        classify_backward_input_plainly(self, head, dlogits, total, sums, dz);
     }
 
     /// Measures z `(rows, channels)`: `moments` receives, per channel, the mean and then (from `channels` on) the sum of
@@ -430,37 +445,23 @@ pub(super) fn split_stages_plainly<B: Head>(
 }
 
 /// [`Head::classify`] by its parts.
-pub(super) fn classify_plainly<B: Head>(
-    backend: &B,
-    z: &B::Act,
-    norm: BatchNormView<'_, B::Full>,
-    drop: Option<Dropout>,
-    rows: usize,
-    channels: usize,
-    classifier: Classifier<'_, B>,
-    room: &mut B::Act,
-    logits: &mut B::Act,
-) {
+pub(super) fn classify_plainly<B: Head>(backend: &B, head: HeadPass<'_, B>, room: &mut B::Act, logits: &mut B::Act) {
+    let HeadPass { z, norm, drop, rows, channels, classifier } = head;
     backend.head_activation(z, norm, drop, rows, channels, room);
-    let product = Product { rows, inputs: channels, outputs: classifier.labels };
-    backend.linear(room, classifier.weight, Some(classifier.bias), product, logits, false);
+    backend.linear(room, classifier.weight, Some(classifier.bias), head.product(), logits, false);
 }
 
 /// [`Head::classify_backward`] by its parts.
 pub(super) fn classify_backward_plainly<B: Head>(
     backend: &B,
-    z: &B::Act,
-    norm: BatchNormView<'_, B::Full>,
-    drop: Option<Dropout>,
-    rows: usize,
-    channels: usize,
-    classifier: Classifier<'_, B>,
+    head: HeadPass<'_, B>,
     dlogits: &B::Act,
     room: &mut B::Act,
     weight_gradient: Option<&mut B::Full>,
     sums: &mut B::Full,
 ) {
-    let product = Product { rows, inputs: channels, outputs: classifier.labels };
+    let HeadPass { z, norm, drop, rows, channels, classifier } = head;
+    let product = head.product();
     if let Some(dw) = weight_gradient {
         backend.linear_backward_weight(dlogits, room, product, dw);
     }
@@ -471,22 +472,16 @@ pub(super) fn classify_backward_plainly<B: Head>(
 /// [`Head::classify_backward_input`] by its parts.
 pub(super) fn classify_backward_input_plainly<B: Head>(
     backend: &B,
-    z: &B::Act,
-    norm: BatchNormView<'_, B::Full>,
-    drop: Option<Dropout>,
-    rows: usize,
-    channels: usize,
-    classifier: Classifier<'_, B>,
+    head: HeadPass<'_, B>,
     dlogits: &B::Act,
     (total, batch_rows): (&B::Full, usize),
     sums: &mut B::Full,
     dz: &mut B::Act,
 ) {
-    let product = Product { rows, inputs: channels, outputs: classifier.labels };
-    backend.linear_backward_input(dlogits, classifier.weight, product, dz, false);
-    let BatchNormView { stats, gamma, beta } = norm;
-    backend.head_backward(z, BatchNormView { stats, gamma, beta }, drop, rows, channels, dz, sums);
-    backend.batch_norm_backward(z, BatchNormView { stats, gamma, beta }, total, batch_rows, rows, channels, dz);
+    let HeadPass { z, norm, drop, rows, channels, classifier } = head;
+    backend.linear_backward_input(dlogits, classifier.weight, head.product(), dz, false);
+    backend.head_backward(z, norm, drop, rows, channels, dz, sums);
+    backend.batch_norm_backward(z, norm, total, batch_rows, rows, channels, dz);
 }
 
 /// What the loss leaves on the device: numbers per image.

@@ -164,12 +164,14 @@ impl Doctor {
         });
         rows.push(Traffic::new("together", &total));
         let document = json!({
-            "step": step, "size": self.size, "batch_size": self.batch_size, "memory_bytes": demand.memory, "work": rows,
+            "step": step, "size": self.size, "batch_size": self.batch_size, "memory_bytes": demand.memory,
+            "least_memory_bytes": demand.least_memory, "work": rows,
         });
         context.result(&document, || {
             let each = |bytes: usize| bytes as f64 / 1e6 / self.batch_size as f64;
             let mut text = output::fields(&[
                 ("memory of a run, its dataset aside", gigabytes(Some(demand.memory as u64))),
+                ("the least it can do with (--max-memory)", gigabytes(Some(demand.least_memory as u64))),
                 ("moved per image", format!("{:.1} MB", each(total.bytes()))),
                 ("multiply-adds in products, per image", format!("{:.0} million", each(total.multiply_adds))),
             ]);
@@ -206,10 +208,7 @@ impl Doctor {
             median_seconds,
             seconds,
             peak_rss_bytes: proc_bytes("/proc/self/status", "VmHWM:"),
-            device: match &place {
-                Place::Cpu => "cpu".into(),
-                Place::Gpu(gpu) => gpu.driver.name().into(),
-            },
+            device: place.kind().into(),
             device_bytes: match &place {
                 Place::Cpu => None,
                 Place::Gpu(_) => Some(train::demand(kind, self.size, self.batch_size)?.memory),

@@ -7,7 +7,9 @@ use super::encoder::StageActs;
 use super::model::{Pass, Scratch, Worker};
 use super::norm::Norm;
 use super::tensors::{Gradients, Id, Tensor, Tensors};
-use crate::backend::{Backend, Base, BatchNormView, Classifier, Dropout, Grid, Sample, SmallProduct, Transpose};
+use crate::backend::{
+    Backend, Base, BatchNormView, Classifier, Dropout, Grid, HeadPass, Sample, SmallProduct, Transpose,
+};
 use crate::random::Purpose;
 
 /// The layer.
@@ -97,17 +99,33 @@ impl Decoder {
         pass.backend.join_stages(&parts, to, self.width, &mut acts.z, moments);
     }
 
-    /// Numbers that [`Decoder::forward_linear`] needs in each of `Scratch::tokens`.
+    /// Numbers that the decoder needs in each of `Scratch::tokens`, where stages go that find no wide room on the way back: all
+    /// from the third on.
     pub fn token_room(&self, grids: &[Grid]) -> usize {
-        grids.iter().skip(3).map(|grid| grid.rows() * self.width).max().unwrap_or(0)
+        grids.iter().skip(2).map(|grid| grid.rows() * self.width).max().unwrap_or(0)
     }
 
-    fn classifier<'a, B: Backend>(&self, pass: &Pass<'a, B>) -> Classifier<'a, B> {
+    /// What a pass over z, from BatchNorm to the logits or back, reads.
+    fn head<'a, B: Backend>(
+        &self,
+        pass: &Pass<'a, B>,
+        stats: &'a B::Full,
+        grid: Grid,
+        z: &'a B::Act,
+    ) -> HeadPass<'a, B> {
         let Some(bias) = self.classifier.bias else { unreachable!("the classifier has a bias") };
-        Classifier {
-            weight: pass.tensors.product(self.classifier.weight),
-            bias: pass.tensors.product(bias),
-            labels: self.labels,
+        let tensors = pass.tensors;
+        HeadPass {
+            z,
+            norm: BatchNormView { stats, gamma: tensors.value(self.norm.gamma), beta: tensors.value(self.norm.beta) },
+            drop: self.drop(pass, grid),
+            rows: grid.rows(),
+            channels: self.width,
+            classifier: Classifier {
+                weight: tensors.product(self.classifier.weight),
+                bias: tensors.product(bias),
+                labels: self.labels,
+            },
         }
     }
 
@@ -120,9 +138,8 @@ impl Decoder {
         acts: &mut DecoderActs<B>,
         scratch: &mut Scratch<B>,
     ) {
-        let (norm, drop, rows) = (self.view(pass, stats), self.drop(pass, grid), grid.rows());
-        let (classifier, room) = (self.classifier(pass), &mut scratch.wide[0]);
-        pass.backend.classify(&acts.z, norm, drop, rows, self.width, classifier, room, &mut acts.logits);
+        let DecoderActs { z, logits, .. } = acts;
+        pass.backend.classify(self.head(pass, stats, grid, z), &mut scratch.wide[0], logits);
     }
 
     /// Logits to the loss, its gradient, the classifier's gradients and the sums BatchNorm needs. `scratch` must be as
@@ -140,14 +157,13 @@ impl Decoder {
         scratch: &mut Scratch<B>,
     ) {
         let (backend, rows) = (pass.backend, grid.rows());
-        let DecoderActs { logits, dlogits, sums, .. } = acts;
+        let DecoderActs { z, logits, dlogits, sums, .. } = acts;
         backend.cross_entropy(logits, grid, self.labels, samples, size, scale, loss, Some(dlogits));
         if let Some(db) = self.classifier.bias.and_then(|id| gradients.get_mut(id)) {
             backend.linear_backward_bias(dlogits, rows, self.labels, db);
         }
-        let (norm, drop, classifier) = (self.view(pass, stats), self.drop(pass, grid), self.classifier(pass));
         let (room, dw) = (&mut scratch.wide[0], gradients.get_mut(self.classifier.weight));
-        backend.classify_backward(&acts.z, norm, drop, rows, self.width, classifier, dlogits, room, dw, sums);
+        backend.classify_backward(self.head(pass, stats, grid, z), dlogits, room, dw, sums);
     }
 
     /// From the gradient of the logits to `worker.out_gradients`, with the folded weights' gradients. `total` is the
@@ -164,13 +180,11 @@ impl Decoder {
     ) {
         let backend = pass.backend;
         let grid = stages[0].grid;
-        let rows = grid.rows();
         let Worker { scratch, out_gradients, .. } = worker;
         let Scratch { wide: [dz, own], tokens, side, .. } = scratch;
-        let (norm, drop, classifier) = (self.view(pass, stats), self.drop(pass, grid), self.classifier(pass));
         let DecoderActs { z, dlogits, sums, .. } = acts;
-        let total = (total, batch_rows);
-        backend.classify_backward_input(z, norm, drop, rows, self.width, classifier, dlogits, total, sums, dz);
+        let head = self.head(pass, stats, grid, z);
+        backend.classify_backward_input(head, dlogits, (total, batch_rows), sums, dz);
         // Stages whose gradient nobody wants are left out, from the first on: what is trained lies in one piece.
         let wanted = |i: usize| self.folded[i].trains(gradients) || self.reached[i];
         let skipped = (0..stages.len()).take_while(|&i| !wanted(i)).count();
@@ -195,10 +209,6 @@ impl Decoder {
                 folded.backward_input(pass, dy, stage_rows, &mut out_gradients[i], false, side);
             }
         }
-    }
-
-    fn view<'a, B: Backend>(&self, pass: &Pass<'a, B>, stats: &'a B::Full) -> BatchNormView<'a, B::Full> {
-        BatchNormView { stats, gamma: pass.tensors.value(self.norm.gamma), beta: pass.tensors.value(self.norm.beta) }
     }
 
     /// Makes F_i, to `blocks`, and from them `M_i = F_i·L_i`, L_i with its adapter merged, and `c = Σ F_i·l_i`, summed

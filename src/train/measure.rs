@@ -81,6 +81,8 @@ fn prepare(kind: StepKind) -> Result<(TrainOptions, Prepared)> {
 pub struct Demand {
     /// Bytes of memory that a run takes, its dataset aside.
     pub memory: usize,
+    /// The same where activations are made again rather than kept.
+    pub least_memory: usize,
     /// Bytes of it that operations share, partial sums and what is on its way from the host.
     pub rooms: [usize; 2],
     /// What is launched, by kernel: of a training step one micro-batch and one update.
@@ -99,7 +101,9 @@ pub fn demand(kind: StepKind, size: usize, batch: usize) -> Result<Demand> {
         ledgers.push(model.backend().device().take_ledger());
     });
     let work = ledgers.swap_remove(if kind == StepKind::Eval { 2 } else { 1 });
-    Ok(Demand { memory: model.backend().device().bytes(), rooms: model.backend().rooms(), work })
+    let saving = planned_on_gpu(&prepared.config, sizes, &prepared.trainable, true, |_| ());
+    let least_memory = saving.backend().device().bytes();
+    Ok(Demand { memory: model.backend().device().bytes(), least_memory, rooms: model.backend().rooms(), work })
 }
 
 fn time<B: Backend>(

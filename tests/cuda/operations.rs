@@ -11,8 +11,8 @@ use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
-    AdamW, AttentionShape, Backend, Base, BatchNormView, Classifier, Dropout, Grid, Loss as _, Memory, Moving,
-    Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
+    AdamW, AttentionShape, Backend, Base, BatchNormView, Classifier, Dropout, Grid, HeadPass, Loss as _, Memory,
+    Moving, Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -474,27 +474,16 @@ case!(
         let (z, gamma, beta) = (lab.act(n, 1), lab.full(channels, 2), lab.full(channels, 3));
         let stats = lab.full_of(&numbers(2 * channels, 4).iter().map(|x| 1.0 + 0.5 * x).collect::<Vec<_>>());
         let (w, bias, dlogits) = (lab.act(labels * channels, 5), lab.act(labels, 6), lab.act(rows * labels, 7));
-        let view = || BatchNormView { stats: &stats, gamma: &gamma, beta: &beta };
-        let classifier = || Classifier { weight: &w, bias: &bias, labels };
+        let norm = BatchNormView { stats: &stats, gamma: &gamma, beta: &beta };
+        let classifier = Classifier { weight: &w, bias: &bias, labels };
+        let head = HeadPass { z: &z, norm, drop, rows, channels, classifier };
         let (mut room, mut logits) = (lab.act(n, 8), lab.act(rows * labels, 9));
         let (mut dw, mut sums, mut again) =
             (lab.full(labels * channels, 10), lab.full(2 * channels, 11), lab.full(2 * channels, 12));
         let (total, mut dz) = (lab.full(2 * channels, 13), lab.act(n, 14));
-        b.classify(&z, view(), drop, rows, channels, classifier(), &mut room, &mut logits);
-        b.classify_backward(
-            &z,
-            view(),
-            drop,
-            rows,
-            channels,
-            classifier(),
-            &dlogits,
-            &mut room,
-            Some(&mut dw),
-            &mut sums,
-        );
-        let total = (&total, 3 * rows);
-        b.classify_backward_input(&z, view(), drop, rows, channels, classifier(), &dlogits, total, &mut again, &mut dz);
+        b.classify(head, &mut room, &mut logits);
+        b.classify_backward(head, &dlogits, &mut room, Some(&mut dw), &mut sums);
+        b.classify_backward_input(head, &dlogits, (&total, 3 * rows), &mut again, &mut dz);
         // Where the classifier is not fused, activations and their gradients are rounded on the way.
         let fused = labels == 2 && channels <= 256 && channels % 8 == 0 && (channels / 8).is_power_of_two();
         let plain = if fused { 0.0 } else { 1.0 };

@@ -3,7 +3,7 @@
 use super::memory::{ColumnSums, THREADS, column_span, dropout_arguments, slabs, width};
 use super::{Argument, Cuda, Device};
 use crate::backend::{
-    BatchNormView, Classifier, Dropout, Grid, Head, Memory, classify_backward_input_plainly, classify_backward_plainly,
+    BatchNormView, Dropout, Grid, Head, HeadPass, Memory, classify_backward_input_plainly, classify_backward_plainly,
     classify_plainly, split_stages_plainly,
 };
 
@@ -17,8 +17,17 @@ const STRIP: (usize, usize) = (32, 320);
 const EACH: usize = 8;
 
 /// Whether the fused kernels serve these sizes.
-fn fuses(channels: usize, labels: usize) -> bool {
-    labels == 2 && channels <= 256 && channels.is_multiple_of(8) && (channels / 8).is_power_of_two()
+fn fuses<D: Device>(head: &HeadPass<'_, Cuda<D>>) -> bool {
+    let &HeadPass { channels, classifier, .. } = head;
+    classifier.labels == 2 && channels <= 256 && channels.is_multiple_of(8) && (channels / 8).is_power_of_two()
+}
+
+/// z, how it is normalised and dropped, as the arguments with which every fused kernel begins.
+fn read<D: Device>(head: &HeadPass<'_, Cuda<D>>) -> Vec<Argument> {
+    let mut arguments = vec![head.z.at(head.rows * head.channels)];
+    arguments.extend(view(&head.norm, head.channels));
+    arguments.extend(dropout_arguments(head.drop));
+    arguments
 }
 
 impl<D: Device> Cuda<D> {
@@ -94,23 +103,12 @@ impl<D: Device> Head for Cuda<D> {
         }
     }
 
-    fn classify(
-        &self,
-        z: &Self::Act,
-        norm: BatchNormView<'_, Self::Full>,
-        drop: Option<Dropout>,
-        rows: usize,
-        channels: usize,
-        classifier: Classifier<'_, Self>,
-        room: &mut Self::Act,
-        logits: &mut Self::Act,
-    ) {
-        if !fuses(channels, classifier.labels) {
-            return classify_plainly(self, z, norm, drop, rows, channels, classifier, room, logits);
+    fn classify(&self, head: HeadPass<'_, Self>, room: &mut Self::Act, logits: &mut Self::Act) {
+        if !fuses(&head) {
+            return classify_plainly(self, head, room, logits);
         }
-        let mut arguments = vec![z.at(rows * channels)];
-        arguments.extend(view(&norm, channels));
-        arguments.extend(dropout_arguments(drop));
+        let HeadPass { rows, channels, classifier, .. } = head;
+        let mut arguments = read(&head);
         arguments.extend([classifier.weight.at(2 * channels), classifier.bias.at(2)]);
         arguments.extend([rows, channels, EACH].map(Argument::from));
         arguments.push(logits.to(2 * rows));
@@ -119,37 +117,19 @@ impl<D: Device> Head for Cuda<D> {
 
     fn classify_backward(
         &self,
-        z: &Self::Act,
-        norm: BatchNormView<'_, Self::Full>,
-        drop: Option<Dropout>,
-        rows: usize,
-        channels: usize,
-        classifier: Classifier<'_, Self>,
+        head: HeadPass<'_, Self>,
         dlogits: &Self::Act,
         room: &mut Self::Act,
         weight_gradient: Option<&mut Self::Full>,
         sums: &mut Self::Full,
     ) {
-        if !fuses(channels, classifier.labels) {
-            return classify_backward_plainly(
-                self,
-                z,
-                norm,
-                drop,
-                rows,
-                channels,
-                classifier,
-                dlogits,
-                room,
-                weight_gradient,
-                sums,
-            );
+        if !fuses(&head) {
+            return classify_backward_plainly(self, head, dlogits, room, weight_gradient, sums);
         }
+        let HeadPass { norm, rows, channels, classifier, .. } = head;
         let (slab, slabs) = slabs(rows);
         let partial = Argument::pointer(self.scratch(slabs * 4 * channels));
-        let mut arguments = vec![z.at(rows * channels)];
-        arguments.extend(view(&norm, channels));
-        arguments.extend(dropout_arguments(drop));
+        let mut arguments = read(&head);
         arguments.push(dlogits.at(2 * rows));
         arguments.extend([rows, channels, slab].map(Argument::from));
         arguments.push(partial);
@@ -164,26 +144,17 @@ impl<D: Device> Head for Cuda<D> {
 
     fn classify_backward_input(
         &self,
-        z: &Self::Act,
-        norm: BatchNormView<'_, Self::Full>,
-        drop: Option<Dropout>,
-        rows: usize,
-        channels: usize,
-        classifier: Classifier<'_, Self>,
+        head: HeadPass<'_, Self>,
         dlogits: &Self::Act,
         (total, batch_rows): (&Self::Full, usize),
         sums: &mut Self::Full,
         dz: &mut Self::Act,
     ) {
-        if !fuses(channels, classifier.labels) {
-            let total = (total, batch_rows);
-            return classify_backward_input_plainly(
-                self, z, norm, drop, rows, channels, classifier, dlogits, total, sums, dz,
-            );
+        if !fuses(&head) {
+            return classify_backward_input_plainly(self, head, dlogits, (total, batch_rows), sums, dz);
         }
-        let mut arguments = vec![z.at(rows * channels)];
-        arguments.extend(view(&norm, channels));
-        arguments.extend(dropout_arguments(drop));
+        let HeadPass { rows, channels, classifier, .. } = head;
+        let mut arguments = read(&head);
         let share = Argument::F32((1.0 / batch_rows as f64) as f32);
         arguments.extend([classifier.weight.at(2 * channels), dlogits.at(2 * rows), total.at(2 * channels), share]);
         arguments.extend([rows, channels, EACH].map(Argument::from));
