@@ -1,6 +1,6 @@
 //! LayerNorm over channels.
 
-use super::simd::{each, vectorised};
+use super::simd::{block_by_block, each, vectorised};
 use super::{Cpu, Real};
 use crate::backend::LayerNorm;
 
@@ -21,6 +21,7 @@ pub(super) fn sum<T: Real, const N: usize>(rows: [&[T]; N], term: impl Fn([T; N]
     let mut lanes = [T::ZERO; 16];
     let parts = rows.map(|row| row.as_chunks::<16>());
     for block in 0..parts[0].0.len() {
+        block_by_block();
         let blocks: [&[T; 16]; N] = std::array::from_fn(|k| &parts[k].0[block]);
         for i in 0..16 {
             lanes[i] += term(std::array::from_fn(|k| blocks[k][i]));

@@ -41,6 +41,7 @@ pub fn each<T: Copy, const N: usize>(inputs: [&[T]; N], out: &mut [T], work: imp
     let inputs = inputs.map(|input| input[..out.len()].as_chunks::<LANES>());
     let (blocks, rest) = out.as_chunks_mut::<LANES>();
     for (b, out) in blocks.iter_mut().enumerate() {
+        block_by_block();
         let from: [[T; LANES]; N] = std::array::from_fn(|k| inputs[k].0[b]);
         let mut to = *out;
         for i in 0..LANES {
@@ -50,6 +51,17 @@ pub fn each<T: Copy, const N: usize>(inputs: [&[T]; N], out: &mut [T], work: imp
     }
     for (i, out) in rest.iter_mut().enumerate() {
         *out = work(std::array::from_fn(|k| inputs[k].1[i]), *out);
+    }
+}
+
+/// Keeps the compiler from vectorising the loop it stands in. A loop over blocks of [`LANES`] is vector code already once its
+/// body is; across blocks the compiler would have to gather every sixteenth number and shuffle.
+#[inline(always)]
+pub fn block_by_block() {
+    // SAFETY: no instruction, which touches nothing.
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    unsafe {
+        std::arch::asm!("", options(nomem, nostack, preserves_flags));
     }
 }
 
