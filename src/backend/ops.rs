@@ -222,7 +222,7 @@ pub trait Depthwise: Memory {
 }
 
 /// Additions along the residual stream, with stochastic depth (Huang et al., 2016).
-pub trait Residual: Memory {
+pub trait Residual: Linear {
     /// `y = x + factor(image)·branch`, one factor per image; without `drop`, the factor is 1.
     fn residual(
         &self,
@@ -233,6 +233,21 @@ pub trait Residual: Memory {
         channels: usize,
         y: &mut Self::Act,
     );
+    /// `y = x + input·Wᵀ + bias`, where no depth is dropped; `room` is `(rows, outputs)`.
+    fn linear_residual(
+        &self,
+        x: &Self::Act,
+        input: &Self::Act,
+        w: &Self::Act,
+        bias: Option<&Self::Act>,
+        p: Product,
+        room: &mut Self::Act,
+        y: &mut Self::Act,
+    ) {
+        self.linear(input, w, bias, p, room, false);
+        let grid = Grid { images: 1, height: p.rows, width: 1 };
+        self.residual(x, room, None, grid, p.outputs, y);
+    }
     /// `y = factor(image)·x`.
     fn drop_path(&self, x: &Self::Act, drop: Dropout, grid: Grid, channels: usize, y: &mut Self::Act);
     /// `y = factor(element)·x`.

@@ -3,7 +3,7 @@
 use super::model::{Pass, SideScratch};
 use super::plan::product;
 use super::tensors::{Gradients, Id};
-use crate::backend::{Backend, Dropout, Product};
+use crate::backend::{Backend, Dropout, Grid, Product};
 use crate::random::Purpose;
 
 /// `y = x·Wᵀ + b`. Without dropout an adapter is merged into W; with it, it runs beside as a [`SidePath`].
@@ -67,6 +67,28 @@ impl Affine {
         if let Some(side) = &self.side {
             self.low(side, pass, x, rows, scratch);
             backend.linear(&scratch.low, tensors.product(side.b), None, side.up(rows, self.outputs), y, true);
+        }
+    }
+
+    /// The end of a branch of the residual stream x: `y = x + drop·(input·Wᵀ + b)`. `room` is `(grid, outputs)`.
+    pub fn join<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        input: &B::Act,
+        grid: Grid,
+        drop: Option<Dropout>,
+        room: &mut B::Act,
+        y: &mut B::Act,
+        scratch: &mut SideScratch<B>,
+    ) {
+        let rows = grid.rows();
+        if drop.is_none() && self.side.is_none() {
+            let (w, bias) = (pass.tensors.product(self.weight), self.bias.map(|id| pass.tensors.product(id)));
+            pass.backend.linear_residual(x, input, w, bias, product(self, rows), room, y);
+        } else {
+            self.forward(pass, input, rows, room, scratch);
+            pass.backend.residual(x, room, drop, grid, self.outputs, y);
         }
     }
 

@@ -114,8 +114,7 @@ impl AttentionLayer {
         scratch: &mut Scratch<B>,
     ) {
         let Scratch { tokens: [branch, ..], side, .. } = scratch;
-        self.output.forward(pass, &acts.o, grid.rows(), branch, side);
-        pass.backend.residual(x, branch, drop, grid, self.channels, y);
+        self.output.join(pass, x, &acts.o, grid, drop, branch, y, side);
     }
 
     /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients.

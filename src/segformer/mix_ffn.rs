@@ -57,8 +57,7 @@ impl MixFfn {
         self.expand.forward(pass, normed, rows, &mut acts.h, side);
         let (w, b) = (pass.tensors.value(self.mix_weight), pass.tensors.value(self.mix_bias));
         pass.backend.depthwise_gelu(&acts.h, w, b, grid, self.hidden, g);
-        self.contract.forward(pass, g, rows, t0, side);
-        pass.backend.residual(x, t0, drop, grid, self.channels, y);
+        self.contract.join(pass, x, g, grid, drop, t0, y, side);
     }
 
     /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients.

@@ -156,11 +156,14 @@ case!(
         let (mut y, mut dx) = (lab.act(outs, 5), lab.act(ins, 6));
         let (mut dw, mut db) = (lab.full(p.inputs * p.outputs, 7), lab.full(p.outputs, 8));
         b.linear(&x, &w, self.bias.then_some(&bias), p, &mut y, self.add);
+        let (base, mut joined) = (lab.act(outs, 9), lab.act(outs, 10));
+        b.linear_residual(&base, &x, &w, self.bias.then_some(&bias), p, &mut lab.act(outs, 11), &mut joined);
         b.linear_backward_input(&dy, &w, p, &mut dx, self.add);
         b.linear_backward_weight(&dy, &x, p, &mut dw);
         b.linear_backward_bias(&dy, p.rows, p.outputs, &mut db);
         vec![
             lab.read("y", &y, outs, 1.0, 0.0),
+            lab.read("joined", &joined, outs, 1.0, 0.0),
             lab.read("dx", &dx, ins, 1.0, 0.0),
             lab.read_full("dw", &dw, p.inputs * p.outputs),
             lab.read_full("db", &db, p.outputs),
