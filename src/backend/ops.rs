@@ -352,6 +352,21 @@ pub trait Head: Resize + Linear {
             self.batch_moments(z, to.rows(), channels, moments);
         }
     }
+    /// From the stages to the logits in evaluation: [`Head::join_stages`], then [`Head::classify`] without dropout. z, which
+    /// holds the first stage's part, is used up; `room` is `(to, channels)`.
+    fn classify_stages(
+        &self,
+        parts: &[(&Self::Act, Grid)],
+        to: Grid,
+        channels: usize,
+        z: &mut Self::Act,
+        norm: BatchNormView<'_, Self::Full>,
+        classifier: Classifier<'_, Self>,
+        room: &mut Self::Act,
+        logits: &mut Self::Act,
+    ) {
+        classify_stages_plainly(self, parts, to, channels, z, norm, classifier, room, logits);
+    }
     /// The transpose of the resizing in [`Head::join_stages`]: each of `parts` receives the gradient at its grid.
     fn split_stages(&self, dz: &Self::Act, from: Grid, channels: usize, parts: &mut [(&mut Self::Act, Grid)]) {
         split_stages_plainly(self, dz, from, channels, parts);
@@ -444,6 +459,22 @@ pub trait Head: Resize + Linear {
         channels: usize,
         dy: &mut Self::Act,
     );
+}
+
+/// [`Head::classify_stages`] by its parts.
+pub(super) fn classify_stages_plainly<B: Head>(
+    backend: &B,
+    parts: &[(&B::Act, Grid)],
+    to: Grid,
+    channels: usize,
+    z: &mut B::Act,
+    norm: BatchNormView<'_, B::Full>,
+    classifier: Classifier<'_, B>,
+    room: &mut B::Act,
+    logits: &mut B::Act,
+) {
+    backend.join_stages(parts, to, channels, z, None);
+    backend.classify(HeadPass { z, norm, drop: None, rows: to.rows(), channels, classifier }, room, logits);
 }
 
 /// [`Head::split_stages`] by its parts.

@@ -4,7 +4,7 @@
 
 use super::affine::Affine;
 use super::encoder::StageActs;
-use super::model::{Pass, Scratch, Worker};
+use super::model::{Pass, Scratch, SideScratch, Worker};
 use super::norm::Norm;
 use super::tensors::{Gradients, Id, Tensor, Tensors};
 use crate::backend::{
@@ -77,26 +77,51 @@ impl Decoder {
         pass.dropout(Purpose::HeadDropout, 0, self.dropout, grid.area() * self.width)
     }
 
-    /// Stage outputs to z; with `measures`, its moments too.
+    /// The stages' parts of z: the first goes to z, the others to `rooms`, each at its resolution.
+    fn parts<'s, B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        stages: &[StageActs<B>],
+        z: &mut B::Act,
+        rooms: impl Iterator<Item = &'s mut B::Act>,
+        side: &mut SideScratch<B>,
+    ) -> Vec<(&'s B::Act, Grid)> {
+        self.folded[0].forward(pass, &stages[0].out, stages[0].grid.rows(), z, side);
+        let others = self.folded.iter().zip(stages).skip(1).zip(rooms);
+        let part = |((folded, stage), room): ((&Affine, &StageActs<B>), &'s mut B::Act)| {
+            folded.forward(pass, &stage.out, stage.grid.rows(), room, side);
+            (&*room, stage.grid)
+        };
+        others.map(part).collect()
+    }
+
+    /// Stage outputs to z and its moments, in training.
     pub fn forward_linear<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
         stages: &[StageActs<B>],
         acts: &mut DecoderActs<B>,
-        measures: bool,
         scratch: &mut Scratch<B>,
     ) {
-        let to = stages[0].grid;
-        let Scratch { wide: [first, second], tokens, side, .. } = scratch;
-        self.folded[0].forward(pass, &stages[0].out, to.rows(), &mut acts.z, side);
-        let rooms = [first, second].into_iter().chain(tokens);
-        let mut parts: Vec<(&B::Act, Grid)> = Vec::with_capacity(stages.len());
-        for ((folded, stage), room) in self.folded.iter().zip(stages).skip(1).zip(rooms) {
-            folded.forward(pass, &stage.out, stage.grid.rows(), room, side);
-            parts.push((room, stage.grid));
-        }
-        let moments = measures.then_some(&mut acts.moments);
-        pass.backend.join_stages(&parts, to, self.width, &mut acts.z, moments);
+        let Scratch { wide, tokens, side, .. } = scratch;
+        let parts = self.parts(pass, stages, &mut acts.z, wide.iter_mut().chain(tokens), side);
+        pass.backend.join_stages(&parts, stages[0].grid, self.width, &mut acts.z, Some(&mut acts.moments));
+    }
+
+    /// Stage outputs to logits, in evaluation, whose statistics are known beforehand.
+    pub fn forward_evaluation<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        stats: &B::Full,
+        stages: &[StageActs<B>],
+        acts: &mut DecoderActs<B>,
+        scratch: &mut Scratch<B>,
+    ) {
+        let Scratch { wide: [room, own], tokens, side, .. } = scratch;
+        let DecoderActs { z, logits, .. } = acts;
+        let parts = self.parts(pass, stages, z, [own].into_iter().chain(tokens), side);
+        let (norm, classifier) = self.end(pass, stats);
+        pass.backend.classify_stages(&parts, stages[0].grid, self.width, z, norm, classifier, room, logits);
     }
 
     /// Numbers that the decoder needs in each of `Scratch::tokens`, where stages go that find no wide room on the way back: all
@@ -113,23 +138,26 @@ impl Decoder {
         grid: Grid,
         z: &'a B::Act,
     ) -> HeadPass<'a, B> {
-        let Some(bias) = self.classifier.bias else { unreachable!("the classifier has a bias") };
-        let tensors = pass.tensors;
-        HeadPass {
-            z,
-            norm: BatchNormView { stats, gamma: tensors.value(self.norm.gamma), beta: tensors.value(self.norm.beta) },
-            drop: self.drop(pass, grid),
-            rows: grid.rows(),
-            channels: self.width,
-            classifier: Classifier {
-                weight: tensors.product(self.classifier.weight),
-                bias: tensors.product(bias),
-                labels: self.labels,
-            },
-        }
+        let (norm, classifier) = self.end(pass, stats);
+        HeadPass { z, norm, drop: self.drop(pass, grid), rows: grid.rows(), channels: self.width, classifier }
     }
 
-    /// z to logits, with the statistics of the batch or the running ones.
+    /// BatchNorm and the classifier.
+    fn end<'a, B: Backend>(
+        &self,
+        pass: &Pass<'a, B>,
+        stats: &'a B::Full,
+    ) -> (BatchNormView<'a, B::Full>, Classifier<'a, B>) {
+        let Some(bias) = self.classifier.bias else { unreachable!("the classifier has a bias") };
+        let tensors = pass.tensors;
+        let (weight, bias) = (tensors.product(self.classifier.weight), tensors.product(bias));
+        (
+            BatchNormView { stats, gamma: tensors.value(self.norm.gamma), beta: tensors.value(self.norm.beta) },
+            Classifier { weight, bias, labels: self.labels },
+        )
+    }
+
+    /// z to logits, with the statistics of the batch.
     pub fn forward_head<B: Backend>(
         &self,
         pass: &Pass<'_, B>,

@@ -502,6 +502,39 @@ case!(
 );
 
 case!(
+    classify_stages,
+    ClassifyStages { images: usize, to: (usize, usize), parts: Vec<(usize, usize)>, channels: usize, labels: usize },
+    |self, lab| {
+        let grid = |(height, width)| Grid { images: self.images, height, width };
+        let (to, channels, labels) = (grid(self.to), self.channels, self.labels);
+        let parts: Vec<_> = self.parts.iter().map(|&part| grid(part)).collect();
+        let acts: Vec<_> = (10..).zip(&parts).map(|(site, part)| lab.act(part.rows() * channels, site)).collect();
+        let parts: Vec<_> = acts.iter().zip(parts).collect();
+        let (gamma, beta) = (lab.full(channels, 2), lab.full(channels, 3));
+        let stats = lab.full_of(&numbers(2 * channels, 4).iter().map(|x| 1.0 + 0.5 * x).collect::<Vec<_>>());
+        let norm = BatchNormView { stats: &stats, gamma: &gamma, beta: &beta };
+        let (w, bias) = (lab.act(labels * channels, 5), lab.act(labels, 6));
+        let classifier = Classifier { weight: &w, bias: &bias, labels };
+        let (n, n_logits) = (to.rows() * channels, to.rows() * labels);
+        let (mut z, mut room, mut logits) = (lab.act(n, 1), lab.act(n, 8), lab.act(n_logits, 9));
+        lab.0.classify_stages(&parts, to, channels, &mut z, norm, classifier, &mut room, &mut logits);
+        // Where it is not fused, z and the activations are rounded on the way.
+        let fused = labels == 2 && (32..=256).contains(&channels) && channels.is_power_of_two() && parts.len() <= 3;
+        vec![lab.read("logits", &logits, n_logits, 1.0, if fused { 0.0 } else { 3.0 })]
+    },
+    [
+        (1, (5, 7), vec![(2, 3)], 32, 2),
+        (2, (130, 9), vec![(65, 5), (33, 3), (17, 2)], 64, 2),
+        (3, (12, 16), vec![(6, 8), (3, 4)], 128, 2),
+        (2, (8, 10), vec![(4, 5), (2, 3), (1, 2)], 256, 2),
+        (1, (3, 2), vec![], 256, 2),
+        (1, (8, 8), vec![(4, 4), (2, 2), (1, 1), (1, 1)], 64, 2),
+        (2, (8, 8), vec![(4, 4), (2, 2), (1, 1)], 24, 2),
+        (1, (8, 8), vec![(4, 4), (2, 2)], 64, 3)
+    ]
+);
+
+case!(
     loss,
     Loss { images: usize, from: usize, size: usize, labels: usize, flip: bool },
     |self, lab| {

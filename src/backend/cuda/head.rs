@@ -3,13 +3,13 @@
 use super::memory::{ColumnSums, THREADS, column_span, dropout_arguments, slabs, width};
 use super::{Argument, Cuda, Device};
 use crate::backend::{
-    BatchNormView, Dropout, Grid, Head, HeadPass, Memory, classify_backward_input_plainly, classify_backward_plainly,
-    classify_plainly, split_stages_plainly,
+    BatchNormView, Classifier, Dropout, Grid, Head, HeadPass, Memory, classify_backward_input_plainly,
+    classify_backward_plainly, classify_plainly, classify_stages_plainly, split_stages_plainly,
 };
 
 /// Stages that one launch joins.
 const PARTS: usize = 3;
-/// Lines of a picture that a block joins.
+/// Lines of a picture that a block joins; `PIECE` of `classify_stages`.
 const PIECE: usize = 64;
 /// Columns that a block of `split_stages` takes, and its threads.
 const STRIP: (usize, usize) = (32, 320);
@@ -17,9 +17,17 @@ const STRIP: (usize, usize) = (32, 320);
 const EACH: usize = 8;
 
 /// Whether the fused kernels serve these sizes.
-fn fuses<D: Device>(head: &HeadPass<'_, Cuda<D>>) -> bool {
-    let &HeadPass { channels, classifier, .. } = head;
-    classifier.labels == 2 && channels <= 256 && channels.is_multiple_of(8) && (channels / 8).is_power_of_two()
+fn fuses(channels: usize, labels: usize) -> bool {
+    labels == 2 && channels <= 256 && channels.is_multiple_of(8) && (channels / 8).is_power_of_two()
+}
+
+/// Up to [`PARTS`] stages as the arguments of a kernel that interpolates them.
+fn stages<D: Device>(parts: &[(&<Cuda<D> as Memory>::Act, Grid)], channels: usize) -> Vec<Argument> {
+    let argument = |i: usize| match parts.get(i) {
+        Some((part, from)) => [part.at(from.rows() * channels), from.height.into(), from.width.into()],
+        None => [Argument::pointer(0), 0usize.into(), 0usize.into()],
+    };
+    (0..PARTS).flat_map(argument).collect()
 }
 
 /// z, how it is normalised and dropped, as the arguments with which every fused kernel begins.
@@ -47,12 +55,7 @@ impl<D: Device> Cuda<D> {
         let slabs = grid[1] * grid[2];
         let partial = moments.as_ref().map_or(0, |_| self.scratch(slabs * 3 * channels));
         let mut arguments = vec![z];
-        for i in 0..PARTS {
-            arguments.extend(match parts.get(i) {
-                Some((part, from)) => [part.at(from.rows() * channels), from.height.into(), from.width.into()],
-                None => [Argument::pointer(0), 0usize.into(), 0usize.into()],
-            });
-        }
+        arguments.extend(stages::<D>(parts, channels));
         arguments.extend([to.height, to.width, channels, PIECE].map(Argument::from));
         arguments.push(Argument::pointer(partial));
         self.launch_blocks("join_stages", grid, THREADS, &arguments);
@@ -86,6 +89,29 @@ impl<D: Device> Head for Cuda<D> {
         self.join_stages(rest, to, channels, z, moments);
     }
 
+    fn classify_stages(
+        &self,
+        parts: &[(&Self::Act, Grid)],
+        to: Grid,
+        channels: usize,
+        z: &mut Self::Act,
+        norm: BatchNormView<'_, Self::Full>,
+        classifier: Classifier<'_, Self>,
+        room: &mut Self::Act,
+        logits: &mut Self::Act,
+    ) {
+        if !fuses(channels, classifier.labels) || channels < 32 || parts.len() > PARTS {
+            return classify_stages_plainly(self, parts, to, channels, z, norm, classifier, room, logits);
+        }
+        let mut arguments = vec![z.at(to.rows() * channels)];
+        arguments.extend(stages::<D>(parts, channels));
+        arguments.extend([to.height, to.width, channels].map(Argument::from));
+        arguments.extend(view::<D>(&norm, channels));
+        arguments.extend([classifier.weight.at(2 * channels), classifier.bias.at(2), logits.to(2 * to.rows())]);
+        let columns = to.width.div_ceil(4 * THREADS / channels);
+        self.launch_blocks("classify_stages", [columns * to.height.div_ceil(PIECE), to.images, 1], THREADS, &arguments);
+    }
+
     fn split_stages(&self, dz: &Self::Act, from: Grid, channels: usize, parts: &mut [(&mut Self::Act, Grid)]) {
         let at = |ratio| Grid { images: from.images, height: from.height / ratio, width: from.width / ratio };
         let divides = from.height.is_multiple_of(8) && from.width.is_multiple_of(8) && channels.is_multiple_of(8);
@@ -104,7 +130,7 @@ impl<D: Device> Head for Cuda<D> {
     }
 
     fn classify(&self, head: HeadPass<'_, Self>, room: &mut Self::Act, logits: &mut Self::Act) {
-        if !fuses(&head) {
+        if !fuses(head.channels, head.classifier.labels) {
             return classify_plainly(self, head, room, logits);
         }
         let HeadPass { rows, channels, classifier, .. } = head;
@@ -123,7 +149,7 @@ impl<D: Device> Head for Cuda<D> {
         weight_gradient: Option<&mut Self::Full>,
         sums: &mut Self::Full,
     ) {
-        if !fuses(&head) {
+        if !fuses(head.channels, head.classifier.labels) {
             return classify_backward_plainly(self, head, dlogits, room, weight_gradient, sums);
         }
         let HeadPass { norm, rows, channels, classifier, .. } = head;
@@ -150,7 +176,7 @@ impl<D: Device> Head for Cuda<D> {
         sums: &mut Self::Full,
         dz: &mut Self::Act,
     ) {
-        if !fuses(&head) {
+        if !fuses(head.channels, head.classifier.labels) {
             return classify_backward_input_plainly(self, head, dlogits, (total, batch_rows), sums, dz);
         }
         let HeadPass { rows, channels, classifier, .. } = head;
