@@ -245,13 +245,13 @@ fn blocks(batch: usize) -> Vec<Case> {
         cases.push(plain(
             name("depthwise_gelu_backward", hidden),
             move |Lab { cuda, x: [h, ..], p, y: [d, dh], .. }| {
-                cuda.depthwise_gelu_backward(h, p, p, g, hidden, d, None, Some(dh), None);
+                cuda.depthwise_gelu_backward(h, p, p, g, hidden, d, None, Some(dh), None, None);
             },
         ));
         cases.push(plain(
             name("depthwise_gelu_backward with parameters", hidden),
             move |Lab { cuda, x: [h, ..], p, y: [d, dh], s: [dw, db], .. }| {
-                cuda.depthwise_gelu_backward(h, p, p, g, hidden, d, None, Some(dh), Some((dw, db)));
+                cuda.depthwise_gelu_backward(h, p, p, g, hidden, d, None, Some(dh), Some((dw, db)), None);
             },
         ));
 

@@ -194,7 +194,7 @@ pub trait Attention: Memory {
 
 /// The middle of a Mix-FFN: depth-wise 3x3 convolution with zero padding, bias, GELU in its erf form (Hendrycks and
 /// Gimpel, 2016).
-pub trait Depthwise: Memory {
+pub trait Depthwise: Linear {
     /// `g = gelu(conv(h) + b)`; w is `(9, channels)`.
     fn depthwise_gelu(
         &self,
@@ -206,7 +206,8 @@ pub trait Depthwise: Memory {
         g: &mut Self::Act,
     );
     /// From `dg`, the gradient after the GELU, which is used up: `g` receives the forward output again, `dh` the gradient
-    /// of h, and those of w and b are added to `parameters`; each if it is wanted.
+    /// of h, and those of w and b are added to `parameters`; each if it is wanted. With dh, its column sums, the gradient of a
+    /// bias in front of h, are added to `shift`.
     fn depthwise_gelu_backward(
         &self,
         h: &Self::Act,
@@ -218,6 +219,7 @@ pub trait Depthwise: Memory {
         g: Option<&mut Self::Act>,
         dh: Option<&mut Self::Act>,
         parameters: Option<(&mut Self::Full, &mut Self::Full)>,
+        shift: Option<&mut Self::Full>,
     );
 }
 

@@ -137,12 +137,25 @@ impl Affine {
         gradients: &mut Gradients<B>,
         scratch: &mut SideScratch<B>,
     ) {
+        self.backward_weights(pass, x, dy, rows, gradients, scratch);
+        if let Some(db) = self.bias.and_then(|id| gradients.get_mut(id)) {
+            pass.backend.linear_backward_bias(dy, rows, self.outputs, db);
+        }
+    }
+
+    /// [`Affine::backward_params`] but for the bias, whose gradient is summed elsewhere.
+    pub fn backward_weights<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        dy: &B::Act,
+        rows: usize,
+        gradients: &mut Gradients<B>,
+        scratch: &mut SideScratch<B>,
+    ) {
         let (backend, tensors) = (pass.backend, pass.tensors);
         if let Some(dw) = gradients.get_mut(self.weight) {
             backend.linear_backward_weight(dy, x, product(self, rows), dw);
-        }
-        if let Some(db) = self.bias.and_then(|id| gradients.get_mut(id)) {
-            backend.linear_backward_bias(dy, rows, self.outputs, db);
         }
         if let Some(side) = &self.side {
             let dropped = self.low(side, pass, x, rows, scratch);

@@ -94,8 +94,10 @@ impl MixFfn {
         self.contract.backward_input(pass, branch, rows, dg, false, side);
         let (w, b) = (pass.tensors.value(self.mix_weight), pass.tensors.value(self.mix_bias));
         let (wanted_g, wanted_dh) = (contract_trains.then_some(&mut *g), (below || expand_trains).then_some(&mut *dh));
-        let parameters = gradients.pair_mut(self.mix_weight, self.mix_bias);
-        backend.depthwise_gelu_backward(&acts.h, w, b, grid, self.hidden, dg, wanted_g, wanted_dh, parameters);
+        let mut each = gradients.each();
+        let parameters = each.take(self.mix_weight).zip(each.take(self.mix_bias));
+        let shift = self.expand.bias.and_then(|id| each.take(id));
+        backend.depthwise_gelu_backward(&acts.h, w, b, grid, self.hidden, dg, wanted_g, wanted_dh, parameters, shift);
         if contract_trains {
             self.contract.backward_params(pass, g, branch, rows, gradients, side);
         }
@@ -109,7 +111,7 @@ impl MixFfn {
                     &*t0
                 }
             };
-            self.expand.backward_params(pass, normed, dh, rows, gradients, side);
+            self.expand.backward_weights(pass, normed, dh, rows, gradients, side);
         }
         if below {
             self.expand.backward_input(pass, dh, rows, t1, false, side);

@@ -298,13 +298,15 @@ case!(
         let [mut again, mut again_alone, mut dh, mut dh_alone, mut dh_last] =
             [5, 6, 7, 8, 9].map(|site| lab.act(n, site));
         let (mut dw, mut db) = (lab.full(9 * channels, 10), lab.full(channels, 11));
-        let back = |g, dh, parameters| {
-            lab.0.depthwise_gelu_backward(&h, &w, &b, grid, channels, &mut lab.act_of(&dg), g, dh, parameters);
+        let (mut shift, mut shift_alone) = (lab.full(channels, 12), lab.full(channels, 13));
+        let back = |g, dh, parameters, shift| {
+            lab.0.depthwise_gelu_backward(&h, &w, &b, grid, channels, &mut lab.act_of(&dg), g, dh, parameters, shift);
         };
-        back(Some(&mut again), Some(&mut dh), Some((&mut dw, &mut db)));
-        back(None, Some(&mut dh_alone), None);
-        back(Some(&mut again_alone), None, None);
-        back(None, Some(&mut dh_last), Some((&mut lab.full(9 * channels, 10), &mut lab.full(channels, 11))));
+        back(Some(&mut again), Some(&mut dh), Some((&mut dw, &mut db)), Some(&mut shift));
+        back(None, Some(&mut dh_alone), None, Some(&mut shift_alone));
+        back(Some(&mut again_alone), None, None, None);
+        let parameters = (&mut lab.full(9 * channels, 10), &mut lab.full(channels, 11));
+        back(None, Some(&mut dh_last), Some(parameters), None);
         // dh, dw: the gradient before the GELU, which they are summed from, is rounded.
         vec![
             lab.read("g", &g, n, 1.0, 0.0),
@@ -315,6 +317,9 @@ case!(
             lab.read("dh with parameters", &dh_last, n, 1.0, 1.0),
             Output { summed: 1.0, ..lab.read_full("dw", &dw, 9 * channels) },
             lab.read_full("db", &db, channels),
+            // Each rounding of du counts here by the sum of its weights.
+            Output { summed: 4.0, ..lab.read_full("shift", &shift, channels) },
+            Output { summed: 4.0, ..lab.read_full("shift alone", &shift_alone, channels) },
         ]
     },
     [

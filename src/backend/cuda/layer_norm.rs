@@ -68,7 +68,7 @@ impl<D: Device> LayerNorm for Cuda<D> {
         self.launch_blocks("layer_norm_backward_both", [slabs, 1, 1], THREADS, &arguments);
         let sums = |to| ColumnSums { kinds: 1, factor: 1.0, to, add: true };
         let outputs = [sums(dgamma.both(channels)), sums(dbeta.both(channels))];
-        self.sum_partials((partial, slabs, channels), &outputs);
+        self.sum_partials((partial, slabs, channels), 2, &outputs);
     }
 
     fn layer_norm_backward_params(
