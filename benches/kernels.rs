@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, SamplingMode, Throughput};
 use segpeft_native::backend::cuda::{Cuda, Driver, Spent};
 use segpeft_native::backend::{
-    Attention, AttentionShape, BatchNormView, Classifier, Depthwise, Dropout, Grid, Head, HeadPass, LayerNorm, Linear,
-    Loss, Memory, Patches, Product, Residual, Resize, Sample, Window,
+    Attention, AttentionShape, BatchNormView, Classifier, Depthwise, Dropout, Grid, Head, HeadPass, InFront, LayerNorm,
+    Linear, Loss, Memory, Patches, Product, Residual, Resize, Sample, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -201,6 +201,7 @@ fn blocks(batch: usize) -> Vec<Case> {
         let g = grid(batch, side);
         let rows = g.rows();
         let name = |what: &str, c: usize| format!("{what} {} {rows}x{c}", i + 1);
+        let drop = Dropout { rate: 0.1, stream: Philox::new(1, Purpose::DropPath, 0, 0), first: 0 };
 
         cases.push(plain(name("layer_norm", c), move |Lab { cuda, x: [x, ..], p, y: [y, _], s: [s, _], .. }| {
             cuda.layer_norm(x, p, p, rows, c, y, s);
@@ -218,7 +219,22 @@ fn blocks(batch: usize) -> Vec<Case> {
         cases.push(plain(
             name("layer_norm_backward_both", c),
             move |Lab { cuda, x: [d, x, _], p, y: [y, _], s: [s, t], .. }| {
-                cuda.layer_norm_backward_both(d, x, p, p, rows, c, (y, true), (s, t));
+                let front = InFront { scaled: None, bias: None };
+                cuda.layer_norm_backward_all(d, x, p, p, rows, c, (y, true), Some((s, t)), front);
+            },
+        ));
+        cases.push(plain(
+            name("layer_norm_backward_both, scaled", c),
+            move |Lab { cuda, x: [d, x, _], p, y: [y, z], s: [s, t], .. }| {
+                let front = InFront { scaled: Some((drop, g, z)), bias: None };
+                cuda.layer_norm_backward_all(d, x, p, p, rows, c, (y, true), Some((s, t)), front);
+            },
+        ));
+        cases.push(plain(
+            name("layer_norm_backward_branch", c),
+            move |Lab { cuda, x: [d, x, _], p, y: [y, z], .. }| {
+                let front = InFront { scaled: Some((drop, g, z)), bias: None };
+                cuda.layer_norm_backward_all(d, x, p, p, rows, c, (y, true), None, front);
             },
         ));
 
@@ -255,7 +271,6 @@ fn blocks(batch: usize) -> Vec<Case> {
             },
         ));
 
-        let drop = Dropout { rate: 0.1, stream: Philox::new(1, Purpose::DropPath, 0, 0), first: 0 };
         cases.push(plain(name("residual", c), move |Lab { cuda, x: [x, branch, _], y: [y, _], .. }| {
             cuda.residual(x, branch, Some(drop), g, c, y);
         }));

@@ -110,8 +110,18 @@ pub trait Patches: Memory {
     );
 }
 
+/// What the product in front of a LayerNorm wants of the gradient dx of the LayerNorm's input: the product is the input itself,
+/// or a branch added to it.
+pub struct InFront<'a, B: Memory> {
+    /// Stochastic depth of the branch, over tokens of a grid; receives the product's gradient, `factor(image)·dx`. Where there
+    /// is none, that is dx.
+    pub scaled: Option<(Dropout, Grid, &'a mut B::Act)>,
+    /// The column sums of the product's gradient, that of its bias, are added.
+    pub bias: Option<&'a mut B::Full>,
+}
+
 /// Normalisation over channels (Ba, Kiros, Hinton, "Layer Normalization", 2016), eps 1e-5.
-pub trait LayerNorm: Memory {
+pub trait LayerNorm: Residual {
     /// `y = (x - mean)/sqrt(var + eps)·gamma + beta` per row of `channels`; `stats` receives (mean, 1/std) per row.
     fn layer_norm(
         &self,
@@ -135,8 +145,9 @@ pub trait LayerNorm: Memory {
         dx: &mut Self::Act,
         add: bool,
     );
-    /// [`LayerNorm::layer_norm_backward`] and [`LayerNorm::layer_norm_backward_params`] at once.
-    fn layer_norm_backward_both(
+    /// [`LayerNorm::layer_norm_backward`], [`LayerNorm::layer_norm_backward_params`] if asked, and what the product in front
+    /// wants, at once.
+    fn layer_norm_backward_all(
         &self,
         dy: &Self::Act,
         x: &Self::Act,
@@ -145,10 +156,23 @@ pub trait LayerNorm: Memory {
         rows: usize,
         channels: usize,
         (dx, add): (&mut Self::Act, bool),
-        (dgamma, dbeta): (&mut Self::Full, &mut Self::Full),
+        parameters: Option<(&mut Self::Full, &mut Self::Full)>,
+        front: InFront<'_, Self>,
     ) {
-        self.layer_norm_backward_params(dy, x, stats, rows, channels, dgamma, dbeta);
+        if let Some((dgamma, dbeta)) = parameters {
+            self.layer_norm_backward_params(dy, x, stats, rows, channels, dgamma, dbeta);
+        }
         self.layer_norm_backward(dy, x, stats, gamma, rows, channels, dx, add);
+        let product = match front.scaled {
+            Some((drop, grid, scaled)) => {
+                self.drop_path(dx, drop, grid, channels, scaled);
+                &*scaled
+            }
+            None => &*dx,
+        };
+        if let Some(bias) = front.bias {
+            self.linear_backward_bias(product, rows, channels, bias);
+        }
     }
     /// Adds the gradients of gamma and beta.
     fn layer_norm_backward_params(

@@ -3,7 +3,7 @@
 use super::attention::{AttentionActs, AttentionLayer};
 use super::mix_ffn::{FfnActs, MixFfn};
 use super::model::{Pass, Scratch, Worker};
-use super::norm::Norm;
+use super::norm::{Branch, Front, Norm};
 use super::patch_embed::{EmbedActs, EmbedInput, PatchEmbed};
 use super::tensors::Gradients;
 use crate::backend::{Backend, Dropout, Grid, Sample};
@@ -161,7 +161,14 @@ impl Stage {
     ) {
         let rows = acts.grid.rows();
         let last = &acts.stream[self.blocks.len()];
-        self.norm.backward(pass, out_gradient, last, &acts.stats, rows, gradients, Some((&mut *d, false)));
+        // What block j's input was made by; tokens[0] passes on the gradient of the branch that comes next.
+        let before = |j: usize| -> Option<Branch<'_>> {
+            let block = &self.blocks[j.checked_sub(1)?];
+            Some((&block.ffn.contract, block.drop(pass, 1)))
+        };
+        let front = before(self.blocks.len());
+        let front = front.map_or(Front::none(), |front| Front::branch(front, acts.grid, &mut scratch.tokens[0]));
+        self.norm.backward(pass, out_gradient, last, &acts.stats, rows, gradients, Some((&mut *d, false)), front);
         for (j, (block, saved)) in self.blocks.iter().zip(&acts.blocks).enumerate().rev() {
             let (x, drop) = (&acts.stream[j], block.drop(pass, 0));
             let middle = match &saved.middle {
@@ -173,8 +180,9 @@ impl Stage {
                     &*middle
                 }
             };
-            block.ffn.backward(pass, middle, acts.grid, block.drop(pass, 1), &saved.ffn, d, gradients, scratch);
-            block.attention.backward(pass, x, acts.grid, drop, &saved.attention, d, gradients, scratch);
+            let output = (&block.attention.output, drop);
+            block.ffn.backward(pass, middle, acts.grid, block.drop(pass, 1), output, &saved.ffn, d, gradients, scratch);
+            block.attention.backward(pass, x, acts.grid, drop, before(j), &saved.attention, d, gradients, scratch);
         }
         if self.embed.input_gradient || self.embed.trains {
             self.embed.backward(pass, input, acts.from, &acts.embed, d, gradients, below, scratch);

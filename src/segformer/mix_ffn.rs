@@ -2,7 +2,7 @@
 
 use super::affine::Affine;
 use super::model::{Pass, Scratch};
-use super::norm::Norm;
+use super::norm::{Branch, Front, Norm};
 use super::tensors::{Gradients, Id};
 use crate::backend::{Backend, Dropout, Grid};
 
@@ -60,13 +60,15 @@ impl MixFfn {
         self.contract.join(pass, x, g, grid, drop, t0, y, side);
     }
 
-    /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients.
+    /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients. With `drop`, `tokens[0]` of
+    /// `scratch` holds the branch's gradient; it is left holding that of `before`, which was added to make x.
     pub fn backward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
         x: &B::Act,
         grid: Grid,
         drop: Option<Dropout>,
+        before: Branch<'_>,
         acts: &FfnActs<B>,
         d: &mut B::Act,
         gradients: &mut Gradients<B>,
@@ -78,13 +80,7 @@ impl MixFfn {
         let backend = pass.backend;
         let rows = grid.rows();
         let Scratch { tokens: [t0, t1, ..], wide: [dg, g], hidden: dh, side, stats } = scratch;
-        let branch = match drop {
-            Some(drop) => {
-                backend.drop_path(d, drop, grid, self.channels, t0);
-                &*t0
-            }
-            None => &*d,
-        };
+        let branch = if drop.is_some() { &*t0 } else { &*d };
 
         let contract_trains = self.contract.trains(gradients);
         let expand_trains = self.expand.trains(gradients);
@@ -99,7 +95,7 @@ impl MixFfn {
         let shift = self.expand.bias.and_then(|id| each.take(id));
         backend.depthwise_gelu_backward(&acts.h, w, b, grid, self.hidden, dg, wanted_g, wanted_dh, parameters, shift);
         if contract_trains {
-            self.contract.backward_params(pass, g, branch, rows, gradients, side);
+            self.contract.backward_weights(pass, g, branch, rows, gradients, side);
         }
 
         // The expansion and the LayerNorm.
@@ -116,7 +112,7 @@ impl MixFfn {
         if below {
             self.expand.backward_input(pass, dh, rows, t1, false, side);
             let dx = self.input_gradient.then_some((d, true));
-            self.norm.backward(pass, t1, x, &acts.stats, rows, gradients, dx);
+            self.norm.backward(pass, t1, x, &acts.stats, rows, gradients, dx, Front::branch(before, grid, t0));
         }
     }
 }

@@ -11,8 +11,8 @@ use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
-    AdamW, AttentionShape, Backend, Base, BatchNormView, Classifier, Dropout, Grid, HeadPass, Loss as _, Memory,
-    Moving, Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
+    AdamW, AttentionShape, Backend, Base, BatchNormView, Classifier, Dropout, Grid, HeadPass, InFront, Loss as _,
+    Memory, Moving, Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -217,9 +217,10 @@ case!(
 
 case!(
     layer_norm,
-    LayerNorm { rows: usize, channels: usize },
+    LayerNorm { images: usize, area: usize, channels: usize },
     |self, lab| {
-        let (rows, channels) = (self.rows, self.channels);
+        let grid = Grid { images: self.images, height: self.area, width: 1 };
+        let (rows, channels) = (grid.rows(), self.channels);
         let n = rows * channels;
         let (x, gamma, beta, dy) = (lab.act(n, 1), lab.full(channels, 2), lab.full(channels, 3), lab.act(n, 4));
         let (mut y, mut stats) = (lab.act(n, 5), lab.full(2 * rows, 6));
@@ -231,12 +232,32 @@ case!(
         lab.0.layer_norm_backward_params(&dy, &x, &stats, rows, channels, &mut dgamma, &mut dbeta);
         let (mut dx_too, mut dgamma_too, mut dbeta_too) =
             (lab.act(n, 11), lab.full(channels, 12), lab.full(channels, 13));
-        let parameters = (&mut dgamma_too, &mut dbeta_too);
-        lab.0.layer_norm_backward_both(&dy, &x, &stats, &gamma, rows, channels, (&mut dx_too, true), parameters);
+        let drop = drop_of(Purpose::DropPath, 0.4);
+        let all = |dx, parameters, scaled, bias| {
+            let front = InFront { scaled, bias };
+            lab.0.layer_norm_backward_all(&dy, &x, &stats, &gamma, rows, channels, dx, parameters, front);
+        };
+        let [mut scaled, mut scaled_alone, mut dx_branch, mut dx_bias] = [14, 15, 16, 17].map(|site| lab.act(n, site));
+        let [mut bias, mut bias_plain, mut bias_alone] = [18, 19, 20].map(|site| lab.full(channels, site));
+        let parameters = Some((&mut dgamma_too, &mut dbeta_too));
+        all((&mut dx_too, true), parameters, Some((drop, grid, &mut scaled)), Some(&mut bias));
+        let parameters = Some((&mut lab.full(channels, 21), &mut lab.full(channels, 22)));
+        all((&mut dx_bias, false), parameters, None, Some(&mut bias_plain));
+        all((&mut dx_branch, true), None, Some((drop, grid, &mut scaled_alone)), Some(&mut bias_alone));
+        // Apart from the parameters' gradients, the bias's is summed from what has been rounded.
+        let fused = if channels <= 256 && channels.is_multiple_of(8) { 0.0 } else { 1.0 };
+        let sums = |name, bias, summed| Output { summed, ..lab.read_full(name, bias, channels) };
         vec![
-            lab.read("dx of both", &dx_too, n, 1.0, 0.0),
-            lab.read_full("dgamma of both", &dgamma_too, channels),
-            lab.read_full("dbeta of both", &dbeta_too, channels),
+            lab.read("dx of all", &dx_too, n, 1.0, 0.0),
+            lab.read_full("dgamma of all", &dgamma_too, channels),
+            lab.read_full("dbeta of all", &dbeta_too, channels),
+            lab.read("scaled", &scaled, n, 1.0, 0.0),
+            sums("bias", &bias, fused),
+            lab.read("dx beside a bias", &dx_bias, n, 1.0, 0.0),
+            sums("bias without factors", &bias_plain, fused),
+            lab.read("dx beside a branch", &dx_branch, n, 1.0, 0.0),
+            lab.read("scaled alone", &scaled_alone, n, 1.0, 0.0),
+            sums("bias alone", &bias_alone, 1.0),
             lab.read("y", &y, n, 1.0, 0.0),
             lab.read_full("stats", &stats, 2 * rows),
             lab.read("dx", &dx, n, 1.0, 0.0),
@@ -245,7 +266,7 @@ case!(
             lab.read_full("dbeta", &dbeta, channels),
         ]
     },
-    [(1, 3), (5, 33), (300, 32), (70, 64), (9, 160), (33, 256), (3, 520)]
+    [(4, 1, 3), (5, 3, 33), (3, 100, 32), (7, 10, 64), (9, 1, 160), (11, 3, 256), (3, 1, 520), (2, 1300, 8)]
 );
 
 case!(
