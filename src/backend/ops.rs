@@ -426,6 +426,12 @@ pub trait Head: Resize + Linear {
         classify_backward_input_plainly(self, head, dlogits, total, sums, dz);
     }
 
+    /// Adds the column sums of dz over a whole batch, which are the gradient of a constant added to z. BatchNorm takes that away
+    /// again, so they are zero but for rounding, and a backend may leave them out.
+    fn shift_gradient(&self, dz: &Self::Act, rows: usize, channels: usize, db: &mut Self::Full) {
+        self.linear_backward_bias(dz, rows, channels, db);
+    }
+
     /// Measures z `(rows, channels)`: `moments` receives, per channel, the mean and then (from `channels` on) the sum of
     /// squared deviations from it.
     fn batch_moments(&self, z: &Self::Act, rows: usize, channels: usize, moments: &mut Self::Full);

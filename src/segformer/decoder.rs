@@ -231,7 +231,10 @@ impl Decoder {
             let (folded, stage) = (&self.folded[i], &stages[i]);
             let stage_rows = stage.grid.rows();
             if folded.trains(gradients) {
-                folded.backward_params(pass, &stage.out, dy, stage_rows, gradients, side);
+                folded.backward_weights(pass, &stage.out, dy, stage_rows, gradients, side);
+            }
+            if let Some(db) = folded.bias.and_then(|id| gradients.get_mut(id)) {
+                backend.shift_gradient(dy, stage_rows, self.width, db);
             }
             if self.reached[i] {
                 folded.backward_input(pass, dy, stage_rows, &mut out_gradients[i], false, side);

@@ -11,8 +11,8 @@ use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
-    AdamW, AttentionShape, Backend, Base, BatchNormView, Classifier, Dropout, Grid, HeadPass, InFront, Loss as _,
-    Memory, Moving, Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
+    AdamW, AttentionShape, Backend, Base, BatchNormView, Classifier, Dropout, Grid, Head as _, HeadPass, InFront,
+    Loss as _, Memory, Moving, Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -452,6 +452,28 @@ case!(
     },
     [((3, 5), 3, 0.0), ((70, 300), 32, 0.1), ((600, 1), 8, 0.1), ((33, 2), 35, 0.3)]
 );
+
+/// A constant added to z has no gradient, which is why one backend does not sum it.
+#[test]
+fn batch_norm_takes_shifts_away() {
+    let backend = Cpu::<f64>::new(Some(1)).expect("threads");
+    let (lab, rows, channels) = (Lab(&backend), 600, 24);
+    let n = rows * channels;
+    let (z, gamma, beta) = (lab.act(n, 1), lab.full(channels, 2), lab.full(channels, 3));
+    let [mut moments, mut stats, mut sums, mut total] = [4, 5, 6, 7].map(|site| lab.full(2 * channels, site));
+    let (mut mean, mut var) = (lab.full(channels, 8), lab.full(channels, 9));
+    backend.batch_moments(&z, rows, channels, &mut moments);
+    backend.batch_stats(&[&moments], &[rows], channels, 0.1, &mut stats, &mut mean, &mut var);
+    let norm = BatchNormView { stats: &stats, gamma: &gamma, beta: &beta };
+    let (mut dz, mut db) = (lab.act(n, 10), lab.full_of(&vec![0.0; channels]));
+    backend.head_backward(&z, norm, None, rows, channels, &mut dz, &mut sums);
+    backend.batch_sums(&[&sums], &mut total);
+    backend.batch_norm_backward(&z, norm, &total, rows, rows, channels, &mut dz);
+    backend.shift_gradient(&dz, rows, channels, &mut db);
+    let largest = backend.download_act(&dz, n).iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let db = backend.scalars(&db, channels);
+    assert!(largest > 0.01 && db.iter().all(|x| x.abs() < 1e-12 * rows as f64), "{largest}, {db:?}");
+}
 
 case!(
     join_stages,

@@ -188,6 +188,9 @@ impl<D: Device> Head for Cuda<D> {
         self.launch("classify_backward_input", rows.div_ceil(EACH) * channels / 8, &arguments);
     }
 
+    /// Nothing is added: reading dz again would bring rounding alone.
+    fn shift_gradient(&self, _: &Self::Act, _: usize, _: usize, _: &mut Self::Full) {}
+
     fn batch_stats(
         &self,
         moments: &[&Self::Full],
