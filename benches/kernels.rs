@@ -334,19 +334,31 @@ fn head(batch: usize) -> Vec<Case> {
             let at = |stage: usize| grid(batch, STAGES[stage].0);
             cuda.split_stages(d, to, WIDTH, &mut [(p, at(1)), (q, at(2)), (r, at(3))]);
         }),
-        plain(name("classify"), move |Lab { cuda, x: [z, ..], w: [w, b], p, y: [room, logits], .. }| {
-            cuda.classify(pass(z, p, w, b, drop, rows), room, logits);
-        }),
+        plain(
+            name("classify"),
+            move |Lab { cuda, x: [z, ..], w: [w, b], p, y: [room, passed], dw: [logits, _], .. }| {
+                cuda.classify(pass(z, p, w, b, drop, rows), room, passed, logits);
+            },
+        ),
+        plain(
+            name("classify_stages"),
+            move |Lab { cuda, x: [a, b, c], w: [w, bias], p, y: [z, room], dw: [logits, _], .. }| {
+                let parts =
+                    [(&*a, grid(batch, STAGES[1].0)), (b, grid(batch, STAGES[2].0)), (c, grid(batch, STAGES[3].0))];
+                let classifier = Classifier { weight: w, bias, labels: LABELS };
+                cuda.classify_stages(&parts, to, WIDTH, z, view(p), classifier, room, logits);
+            },
+        ),
         plain(
             name("classify_backward"),
-            move |Lab { cuda, x: [z, d, _], w: [w, b], p, y: [room, _], s: [dw, s], .. }| {
-                cuda.classify_backward(pass(z, p, w, b, drop, rows), d, room, Some(dw), s);
+            move |Lab { cuda, x: [z, d, passed], w: [w, b], p, y: [room, _], s: [dw, s], .. }| {
+                cuda.classify_backward(pass(z, p, w, b, drop, rows), passed, d, room, Some(dw), s);
             },
         ),
         plain(
             name("classify_backward_input"),
-            move |Lab { cuda, x: [z, d, _], w: [w, b], p, y: [dz, _], s: [s, _], .. }| {
-                cuda.classify_backward_input(pass(z, p, w, b, drop, rows), d, (p, rows), s, dz);
+            move |Lab { cuda, x: [z, d, passed], w: [w, b], p, y: [dz, _], s: [s, _], .. }| {
+                cuda.classify_backward_input(pass(z, p, w, b, drop, rows), passed, d, (p, rows), s, dz);
             },
         ),
         plain(name("batch_moments"), move |Lab { cuda, x: [z, ..], s: [s, _], .. }| {

@@ -305,10 +305,10 @@ template <int V> struct ColumnsOf {
     __device__ __forceinline__ float before(const Pack<V>& z, int i) const { return z.x[i] * slope.x[i] + offset.x[i]; }
 
     // The gradient after BatchNorm of channel i: through classifier, dropout and ReLU.
-    __device__ __forceinline__ float back(const Pack<V>& z, const float (&d)[CLASSES], float factor, int i) const {
+    __device__ __forceinline__ float back(const float (&d)[CLASSES], float factor, int i) const {
         float sum = 0;
         for (int l = 0; l < CLASSES; l++) sum += d[l] * weights[l].x[i];
-        return before(z, i) > 0.0f ? sum * factor : 0.0f;
+        return sum * factor;
     }
 };
 typedef ColumnsOf<8> Columns;
@@ -319,13 +319,14 @@ __device__ __forceinline__ void load_classes(const bf16* from, float (&to)[CLASS
     to[1] = __uint_as_float(pair & 0xffff0000u);
 }
 
-// logits = classifier(dropout(relu(batch_norm(z)))). A group of channels / 8 lanes, a power of two, takes `each` rows in a
-// row. Threads: ceil(rows / each)·channels / 8.
+// logits = classifier(dropout(relu(batch_norm(z)))); a bit of `passed` tells whether ReLU and dropout let its channel through,
+// so that the way back draws no random numbers. A group of channels / 8 lanes, a power of two, takes `each` rows in a row.
+// Threads: ceil(rows / each)·channels / 8.
 KERNEL(THREADS) classify(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                          const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
                          unsigned key1, unsigned high0, unsigned high1, u64 first, float rate,
                          const bf16* w /* (2, channels) */, const bf16* bias /* (2) */, int rows, int channels, int each,
-                         bf16* logits /* (rows, 2) */) {
+                         unsigned char* passed /* (rows, channels / 8) or null */, bf16* logits /* (rows, 2) */) {
     Dropout drop = {key0, key1, high0, high1, first, rate};
     int lanes = channels / 8, c = threadIdx.x % lanes * 8;
     size_t start = thread_number() / lanes * each;
@@ -338,12 +339,15 @@ KERNEL(THREADS) classify(const bf16* z /* (rows, channels) */, const float* stat
         // Groups past the last row take part in the sums, with nothing.
         if (row < size_t(rows)) {
             Pack<8> p = load<8>(z + row * channels + c), f = drop.factors<8>(row * channels + c);
+            unsigned bits = 0;
             for (int i = 0; i < 8; i++) {
                 float before = columns.before(p, i);
                 // Written so that a NaN passes through and shows in the loss.
                 float a = (before < 0.0f ? 0.0f : before) * f.x[i];
+                if (a > 0.0f) bits |= 1u << i;
                 for (int l = 0; l < CLASSES; l++) sums[l] += a * columns.weights[l].x[i];
             }
+            if (passed != nullptr) passed[(row * channels + c) / 8] = (unsigned char)bits;
         }
         for (int l = 0; l < CLASSES; l++) sums[l] = group_sum(sums[l], lanes);
         if (c == 0 && row < size_t(rows)) {
@@ -353,27 +357,22 @@ KERNEL(THREADS) classify(const bf16* z /* (rows, channels) */, const float* stat
 }
 
 // Per channel and class, over the rows that pass ReLU and dropout: the sums of dlogit and of dlogit·normalised z, both times
-// the dropout's factor. Everything else follows from them (classify_sums). Grid: as column_partials has it.
+// the dropout's factor, which is `kept` for all of them. Everything else follows from them (classify_sums). Grid: as
+// column_partials has it.
 KERNEL(THREADS) classify_backward(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
-                                  const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
-                                  unsigned key1, unsigned high0, unsigned high1, u64 first, float rate,
+                                  const unsigned char* passed /* (rows, channels / 8) */, float kept,
                                   const bf16* dlogits /* (rows, 2) */, int rows, int channels, int slab,
                                   float* partial /* (slabs, 2, 2, channels) */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
     int span = column_span<8>(channels), own = min(int(blockIdx.x) * span + int(threadIdx.x) % (span / 8) * 8, channels - 8);
     Pack<8> mean = load<8>(stats + own), scale = load<8>(stats + channels + own);
-    Pack<8> g = load<8>(gamma + own), b = load<8>(beta + own), slope, offset;
-    for (int i = 0; i < 8; i++) {
-        slope.x[i] = scale.x[i] * g.x[i];
-        offset.x[i] = b.x[i] - mean.x[i] * slope.x[i];
-    }
     auto term = [&](int row, int c, Pack<8>(&terms)[2 * CLASSES]) {
         size_t at = size_t(row) * channels + c;
-        Pack<8> p = load<8>(z + at), f = drop.factors<8>(at);
+        Pack<8> p = load<8>(z + at);
+        unsigned bits = passed[at / 8];
         float d[CLASSES];
         load_classes(dlogits + size_t(row) * CLASSES, d);
         for (int i = 0; i < 8; i++) {
-            float factor = p.x[i] * slope.x[i] + offset.x[i] > 0.0f ? f.x[i] : 0.0f;
+            float factor = bits >> i & 1 ? kept : 0.0f;
             float normalised = (p.x[i] - mean.x[i]) * scale.x[i];
             for (int l = 0; l < CLASSES; l++) {
                 terms[l].x[i] = d[l] * factor;
@@ -422,11 +421,9 @@ KERNEL(THREADS) classify_sums(const float* partial /* (slabs, 2, 2, channels) */
 // as far apart as the grid has groups. Threads: ceil(rows / each)·channels / 8.
 KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                                         const float* gamma /* (channels) */, const float* beta /* (channels) */,
-                                        unsigned key0, unsigned key1, unsigned high0, unsigned high1, u64 first,
-                                        float rate, const bf16* w /* (2, channels) */,
-                                        const bf16* dlogits /* (rows, 2) */, const float* total /* (2, channels) */,
+                                        const unsigned char* passed /* (rows, channels / 8) */, float kept,
+                                        const bf16* w /* (2, channels) */, const bf16* dlogits /* (rows, 2) */, const float* total /* (2, channels) */,
                                         float share, int rows, int channels, int each, bf16* dz /* (rows, channels) */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
     int lanes = channels / 8, c = int(thread_number() % lanes) * 8;
     size_t groups = (size_t(rows) + each - 1) / each, group = thread_number() / lanes;
     if (group >= groups) return;
@@ -444,11 +441,12 @@ KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, co
     for (int k = 0; k < each; k++) {
         size_t row = group + k * groups;
         if (row >= size_t(rows)) return;
-        Pack<8> p = load<8>(z + row * channels + c), f = drop.factors<8>(row * channels + c);
+        Pack<8> p = load<8>(z + row * channels + c);
+        unsigned bits = passed[(row * channels + c) / 8];
         float d[CLASSES];
         load_classes(dlogits + row * CLASSES, d);
         for (int i = 0; i < 8; i++) {
-            float back = columns.back(p, d, f.x[i], i);
+            float back = columns.back(d, bits >> i & 1 ? kept : 0.0f, i);
             p.x[i] = columns.slope.x[i] * back - (constant.x[i] + linear.x[i] * p.x[i]);
         }
         store(dz + row * channels + c, p);

@@ -397,15 +397,28 @@ pub trait Head: Resize + Linear {
     fn split_stages(&self, dz: &Self::Act, from: Grid, channels: usize, parts: &mut [(&mut Self::Act, Grid)]) {
         split_stages_plainly(self, dz, from, channels, parts);
     }
+    /// Room for what [`Head::classify`] notes of which activations pass ReLU and dropout, for the passes behind it to read:
+    /// empty where they find out again.
+    fn passed(&self, _rows: usize, _channels: usize, _labels: usize) -> Self::Act {
+        self.act(0)
+    }
     /// `logits = classifier(dropout(relu(batch_norm(z))))`; `room` is `(rows, channels)`, and
-    /// [`Head::classify_backward`] wants it as it was left.
-    fn classify(&self, head: HeadPass<'_, Self>, room: &mut Self::Act, logits: &mut Self::Act) {
+    /// [`Head::classify_backward`] wants it as it was left. `passed`, of [`Head::passed`], may be empty where no pass back
+    /// follows.
+    fn classify(
+        &self,
+        head: HeadPass<'_, Self>,
+        room: &mut Self::Act,
+        _passed: &mut Self::Act,
+        logits: &mut Self::Act,
+    ) {
         classify_plainly(self, head, room, logits);
     }
     /// Adds the gradient of the classifier's weight, and writes what [`Head::head_backward`] writes to `sums`.
     fn classify_backward(
         &self,
         head: HeadPass<'_, Self>,
+        _passed: &Self::Act,
         dlogits: &Self::Act,
         room: &mut Self::Act,
         weight_gradient: Option<&mut Self::Full>,
@@ -418,6 +431,7 @@ pub trait Head: Resize + Linear {
     fn classify_backward_input(
         &self,
         head: HeadPass<'_, Self>,
+        _passed: &Self::Act,
         dlogits: &Self::Act,
         total: (&Self::Full, usize),
         sums: &mut Self::Full,
@@ -506,7 +520,12 @@ pub(super) fn classify_stages_plainly<B: Head>(
     logits: &mut B::Act,
 ) {
     backend.join_stages(parts, to, channels, z, None);
-    backend.classify(HeadPass { z, norm, drop: None, rows: to.rows(), channels, classifier }, room, logits);
+    backend.classify(
+        HeadPass { z, norm, drop: None, rows: to.rows(), channels, classifier },
+        room,
+        &mut backend.act(0),
+        logits,
+    );
 }
 
 /// [`Head::split_stages`] by its parts.

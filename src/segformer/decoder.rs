@@ -44,6 +44,8 @@ pub struct Decoder {
 pub struct DecoderActs<B: Backend> {
     /// Before BatchNorm, `(rows, width)`.
     pub z: B::Act,
+    /// Which activations pass ReLU and dropout, where a pass back follows that reads it.
+    pub passed: B::Act,
     /// `(rows, labels)`
     pub logits: B::Act,
     /// Gradient of the logits.
@@ -55,11 +57,13 @@ pub struct DecoderActs<B: Backend> {
 }
 
 impl Decoder {
-    /// Zeroed storage for logits on `grid`.
-    pub fn acts<B: Backend>(&self, backend: &B, grid: Grid) -> DecoderActs<B> {
+    /// Zeroed storage for logits on `grid`; with `keep`, what a backward pass needs.
+    pub fn acts<B: Backend>(&self, backend: &B, grid: Grid, keep: bool) -> DecoderActs<B> {
         let rows = grid.rows();
+        let passed = if keep { backend.passed(rows, self.width, self.labels) } else { backend.act(0) };
         DecoderActs {
             z: backend.act(rows * self.width),
+            passed,
             logits: backend.act(rows * self.labels),
             dlogits: backend.act(rows * self.labels),
             moments: backend.full(2 * self.width),
@@ -166,8 +170,8 @@ impl Decoder {
         acts: &mut DecoderActs<B>,
         scratch: &mut Scratch<B>,
     ) {
-        let DecoderActs { z, logits, .. } = acts;
-        pass.backend.classify(self.head(pass, stats, grid, z), &mut scratch.wide[0], logits);
+        let DecoderActs { z, passed, logits, .. } = acts;
+        pass.backend.classify(self.head(pass, stats, grid, z), &mut scratch.wide[0], passed, logits);
     }
 
     /// Logits to the loss, its gradient, the classifier's gradients and the sums BatchNorm needs. `scratch` must be as
@@ -185,13 +189,13 @@ impl Decoder {
         scratch: &mut Scratch<B>,
     ) {
         let (backend, rows) = (pass.backend, grid.rows());
-        let DecoderActs { z, logits, dlogits, sums, .. } = acts;
+        let DecoderActs { z, passed, logits, dlogits, sums, .. } = acts;
         backend.cross_entropy(logits, grid, self.labels, samples, size, scale, loss, Some(dlogits));
         if let Some(db) = self.classifier.bias.and_then(|id| gradients.get_mut(id)) {
             backend.linear_backward_bias(dlogits, rows, self.labels, db);
         }
         let (room, dw) = (&mut scratch.wide[0], gradients.get_mut(self.classifier.weight));
-        backend.classify_backward(self.head(pass, stats, grid, z), dlogits, room, dw, sums);
+        backend.classify_backward(self.head(pass, stats, grid, z), passed, dlogits, room, dw, sums);
     }
 
     /// From the gradient of the logits to `worker.out_gradients`, with the folded weights' gradients. `total` is the
@@ -210,9 +214,9 @@ impl Decoder {
         let grid = stages[0].grid;
         let Worker { scratch, out_gradients, .. } = worker;
         let Scratch { wide: [dz, own], tokens, side, .. } = scratch;
-        let DecoderActs { z, dlogits, sums, .. } = acts;
+        let DecoderActs { z, passed, dlogits, sums, .. } = acts;
         let head = self.head(pass, stats, grid, z);
-        backend.classify_backward_input(head, dlogits, (total, batch_rows), sums, dz);
+        backend.classify_backward_input(head, passed, dlogits, (total, batch_rows), sums, dz);
         // Stages whose gradient nobody wants are left out, from the first on: what is trained lies in one piece.
         let wanted = |i: usize| self.folded[i].trains(gradients) || self.reached[i];
         let skipped = (0..stages.len()).take_while(|&i| !wanted(i)).count();

@@ -185,7 +185,7 @@ impl<B: Backend> Model<B> {
                     .collect();
                 Unit {
                     images: per_unit,
-                    decoder: plan.decoder.acts(&backend, stages[0].grid),
+                    decoder: plan.decoder.acts(&backend, stages[0].grid, trains),
                     stages,
                     loss: backend.full(per_unit),
                     counts: vec![0; per_unit * plan.decoder.labels * plan.decoder.labels],

@@ -532,15 +532,18 @@ case!(
         let (mut dw, mut sums, mut again) =
             (lab.full(labels * channels, 10), lab.full(2 * channels, 11), lab.full(2 * channels, 12));
         let (total, mut dz) = (lab.full(2 * channels, 13), lab.act(n, 14));
-        b.classify(head, &mut room, &mut logits);
-        b.classify_backward(head, &dlogits, &mut room, Some(&mut dw), &mut sums);
-        b.classify_backward_input(head, &dlogits, (&total, 3 * rows), &mut again, &mut dz);
+        let (mut passed, mut silent) = (b.passed(rows, channels, labels), lab.act(rows * labels, 15));
+        b.classify(head, &mut room, &mut b.act(0), &mut silent);
+        b.classify(head, &mut room, &mut passed, &mut logits);
+        b.classify_backward(head, &passed, &dlogits, &mut room, Some(&mut dw), &mut sums);
+        b.classify_backward_input(head, &passed, &dlogits, (&total, 3 * rows), &mut again, &mut dz);
         // Where the classifier is not fused, activations and their gradients are rounded on the way.
         let fused = labels == 2 && channels <= 256 && channels % 8 == 0 && (channels / 8).is_power_of_two();
         let plain = if fused { 0.0 } else { 1.0 };
         let full = |name, full, n| Output { name, values: b.scalars(full, n), own: 0.0, summed: plain };
         vec![
             lab.read("logits", &logits, rows * labels, 1.0, 2.0 * plain),
+            lab.read("logits alone", &silent, rows * labels, 1.0, 2.0 * plain),
             full("dw", &dw, labels * channels),
             full("sums", &sums, 2 * channels),
             lab.read("dz", &dz, n, 1.0, 2.0 * plain),

@@ -30,12 +30,14 @@ fn stages<D: Device>(parts: &[(&<Cuda<D> as Memory>::Act, Grid)], channels: usiz
     (0..PARTS).flat_map(argument).collect()
 }
 
-/// z, how it is normalised and dropped, as the arguments with which every fused kernel begins.
-fn read<D: Device>(head: &HeadPass<'_, Cuda<D>>) -> Vec<Argument> {
-    let mut arguments = vec![head.z.at(head.rows * head.channels)];
-    arguments.extend(view(&head.norm, head.channels));
-    arguments.extend(dropout_arguments(head.drop));
-    arguments
+/// Numbers of storage that hold a bit for each of `(rows, channels)`.
+fn bits(rows: usize, channels: usize) -> usize {
+    (rows * channels).div_ceil(16)
+}
+
+/// The factor of what dropout keeps.
+fn kept(drop: Option<Dropout>) -> Argument {
+    Argument::F32(drop.map_or(1.0, |drop| 1.0 / (1.0 - drop.rate)))
 }
 
 impl<D: Device> Cuda<D> {
@@ -129,21 +131,30 @@ impl<D: Device> Head for Cuda<D> {
         }
     }
 
-    fn classify(&self, head: HeadPass<'_, Self>, room: &mut Self::Act, logits: &mut Self::Act) {
+    /// A bit per activation, where the kernels are fused.
+    fn passed(&self, rows: usize, channels: usize, labels: usize) -> Self::Act {
+        self.act(if fuses(channels, labels) { bits(rows, channels) } else { 0 })
+    }
+
+    fn classify(&self, head: HeadPass<'_, Self>, room: &mut Self::Act, passed: &mut Self::Act, logits: &mut Self::Act) {
         if !fuses(head.channels, head.classifier.labels) {
             return classify_plainly(self, head, room, logits);
         }
-        let HeadPass { rows, channels, classifier, .. } = head;
-        let mut arguments = read(&head);
+        let HeadPass { z, norm, drop, rows, channels, classifier } = head;
+        let mut arguments = vec![z.at(rows * channels)];
+        arguments.extend(view(&norm, channels));
+        arguments.extend(dropout_arguments(drop));
         arguments.extend([classifier.weight.at(2 * channels), classifier.bias.at(2)]);
         arguments.extend([rows, channels, EACH].map(Argument::from));
-        arguments.push(logits.to(2 * rows));
+        let passed = if passed.len() > 0 { passed.to(bits(rows, channels)) } else { Argument::pointer(0) };
+        arguments.extend([passed, logits.to(2 * rows)]);
         self.launch("classify", rows.div_ceil(EACH) * channels / 8, &arguments);
     }
 
     fn classify_backward(
         &self,
         head: HeadPass<'_, Self>,
+        passed: &Self::Act,
         dlogits: &Self::Act,
         room: &mut Self::Act,
         weight_gradient: Option<&mut Self::Full>,
@@ -152,11 +163,11 @@ impl<D: Device> Head for Cuda<D> {
         if !fuses(head.channels, head.classifier.labels) {
             return classify_backward_plainly(self, head, dlogits, room, weight_gradient, sums);
         }
-        let HeadPass { norm, rows, channels, classifier, .. } = head;
+        let HeadPass { z, norm, drop, rows, channels, classifier } = head;
         let (slab, slabs) = slabs(rows);
         let partial = Argument::pointer(self.scratch(slabs * 4 * channels));
-        let mut arguments = read(&head);
-        arguments.push(dlogits.at(2 * rows));
+        let mut arguments = vec![z.at(rows * channels), norm.stats.at(2 * channels)];
+        arguments.extend([passed.at(bits(rows, channels)), kept(drop), dlogits.at(2 * rows)]);
         arguments.extend([rows, channels, slab].map(Argument::from));
         arguments.push(partial);
         let grid = [channels.div_ceil(column_span(channels)), slabs, 1];
@@ -171,6 +182,7 @@ impl<D: Device> Head for Cuda<D> {
     fn classify_backward_input(
         &self,
         head: HeadPass<'_, Self>,
+        passed: &Self::Act,
         dlogits: &Self::Act,
         (total, batch_rows): (&Self::Full, usize),
         sums: &mut Self::Full,
@@ -179,8 +191,10 @@ impl<D: Device> Head for Cuda<D> {
         if !fuses(head.channels, head.classifier.labels) {
             return classify_backward_input_plainly(self, head, dlogits, (total, batch_rows), sums, dz);
         }
-        let HeadPass { rows, channels, classifier, .. } = head;
-        let mut arguments = read(&head);
+        let HeadPass { z, norm, drop, rows, channels, classifier } = head;
+        let mut arguments = vec![z.at(rows * channels)];
+        arguments.extend(view(&norm, channels));
+        arguments.extend([passed.at(bits(rows, channels)), kept(drop)]);
         let share = Argument::F32((1.0 / batch_rows as f64) as f32);
         arguments.extend([classifier.weight.at(2 * channels), dlogits.at(2 * rows), total.at(2 * channels), share]);
         arguments.extend([rows, channels, EACH].map(Argument::from));
