@@ -206,6 +206,12 @@ fn blocks(batch: usize) -> Vec<Case> {
         cases.push(plain(name("layer_norm", c), move |Lab { cuda, x: [x, ..], p, y: [y, _], s: [s, _], .. }| {
             cuda.layer_norm(x, p, p, rows, c, y, s);
         }));
+        cases.push(plain(
+            name("residual_norm", c),
+            move |Lab { cuda, x: [x, branch, _], p, y: [y, normed], s: [s, _], .. }| {
+                cuda.residual_norm(x, branch, Some(drop), g, c, (p, p), y, normed, s);
+            },
+        ));
         cases.push(plain(name("layer_norm_backward", c), move |Lab { cuda, x: [d, x, _], p, y: [y, _], .. }| {
             cuda.layer_norm_backward(d, x, p, p, rows, c, y, true);
         }));

@@ -38,15 +38,23 @@ __device__ void normalise(const bf16* x, const float* gamma, const float* beta, 
     }
 }
 
-// Rows of up to 256 channels in packs of 8: a lane's only pack stays in registers.
-__device__ void normalise_short(const bf16* x, const float* gamma, const float* beta, int rows, int channels, int lanes,
-                                bf16* y, float* stats) {
-    size_t row = thread_number() / lanes;
-    int c = threadIdx.x % lanes * 8;
-    bool inside = row < size_t(rows) && c < channels;
-    size_t at = row * channels + c;
-    Pack<8> p = {};
-    if (inside) p = load<8>(x + at);
+// Where a lane's only pack of a row of up to 256 channels in packs of 8 stands.
+struct Place {
+    size_t row, at;
+    int c;
+    bool inside;
+
+    __device__ __forceinline__ Place(int rows, int channels, int lanes)
+        : row(thread_number() / lanes), c(threadIdx.x % lanes * 8) {
+        at = row * channels + c;
+        inside = row < size_t(rows) && c < channels;
+    }
+};
+
+// Normalises such rows, whose packs stay in registers: p, nothing outside.
+__device__ __forceinline__ void normalise_pack(Pack<8>& p, const Place& place, const float* gamma, const float* beta,
+                                               int channels, int lanes, bf16* y, float* stats) {
+    auto [row, at, c, inside] = place;
     float sum = 0, square = 0, inverse = 1.0f / channels;
     for (int i = 0; i < 8; i++) sum += p.x[i];
     float mean = group_sum(sum, lanes) * inverse;
@@ -67,10 +75,36 @@ KERNEL(THREADS) layer_norm(const bf16* x /* (rows, channels) */, const float* ga
                            const float* beta /* (channels) */, int rows, int channels, int lanes,
                            bf16* y /* (rows, channels) */, float* stats /* (rows, 2): mean, 1/std */) {
     if (channels % 8 == 0 && channels <= 256) {
-        normalise_short(x, gamma, beta, rows, channels, lanes, y, stats);
+        Place place(rows, channels, lanes);
+        Pack<8> p = {};
+        if (place.inside) p = load<8>(x + place.at);
+        normalise_pack(p, place, gamma, beta, channels, lanes, y, stats);
     } else {
         BY_WIDTH(channels, normalise, x, gamma, beta, rows, channels, lanes, y, stats);
     }
+}
+
+// A branch joins the residual stream, y = x + factor(image)·branch, and LayerNorm of y, for up to 256 channels in packs of 8; an
+// image has `area` rows. Threads: rows·lanes.
+KERNEL(THREADS) residual_norm(const bf16* x /* (rows, channels) */, const bf16* branch /* (rows, channels) */,
+                              unsigned key0, unsigned key1, unsigned high0, unsigned high1, u64 first, float rate, int area,
+                              const float* gamma /* (channels) */, const float* beta /* (channels) */, int rows,
+                              int channels, int lanes, bf16* y /* (rows, channels) */,
+                              bf16* normed /* (rows, channels) */, float* stats /* (rows, 2): mean, 1/std */) {
+    Dropout drop = {key0, key1, high0, high1, first, rate};
+    Place place(rows, channels, lanes);
+    Pack<8> p = {};
+    if (place.inside) {
+        float factor = drop.factors<1>(unsigned(place.row) / unsigned(area)).x[0];
+        p = load<8>(x + place.at);
+        Pack<8> b = load<8>(branch + place.at);
+        for (int i = 0; i < 8; i++) {
+            // What is normalised is what is stored.
+            p.x[i] = __bfloat162float(__float2bfloat16_rn(p.x[i] + factor * b.x[i]));
+        }
+        store(y + place.at, p);
+    }
+    normalise_pack(p, place, gamma, beta, channels, lanes, normed, stats);
 }
 
 template <int V>

@@ -133,6 +133,22 @@ pub trait LayerNorm: Residual {
         y: &mut Self::Act,
         stats: &mut Self::Full,
     );
+    /// [`Residual::residual`], then LayerNorm of its y to `normed`.
+    fn residual_norm(
+        &self,
+        x: &Self::Act,
+        branch: &Self::Act,
+        drop: Option<Dropout>,
+        grid: Grid,
+        channels: usize,
+        (gamma, beta): (&Self::Full, &Self::Full),
+        y: &mut Self::Act,
+        normed: &mut Self::Act,
+        stats: &mut Self::Full,
+    ) {
+        self.residual(x, branch, drop, grid, channels, y);
+        self.layer_norm(y, gamma, beta, grid.rows(), channels, normed, stats);
+    }
     /// Gradient towards x; with `add`, adds to dx.
     fn layer_norm_backward(
         &self,

@@ -1,6 +1,7 @@
 //! A product with weight, bias and, where LoRA has dropout, the adapter's separate path.
 
 use super::model::{Pass, SideScratch};
+use super::norm::Joint;
 use super::plan::product;
 use super::tensors::{Gradients, Id};
 use crate::backend::{Backend, Dropout, Grid, Product};
@@ -89,6 +90,30 @@ impl Affine {
         } else {
             self.forward(pass, input, rows, room, scratch);
             pass.backend.residual(x, room, drop, grid, self.outputs, y);
+        }
+    }
+
+    /// [`Affine::join`], and the LayerNorm behind; its output goes to `normed` unless it is kept.
+    pub fn join_and_norm<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        input: &B::Act,
+        grid: Grid,
+        drop: Option<Dropout>,
+        room: &mut B::Act,
+        Joint { y, norm, out, stats }: Joint<'_, B>,
+        normed: &mut B::Act,
+        scratch: &mut SideScratch<B>,
+    ) {
+        let (rows, normed) = (grid.rows(), out.unwrap_or(normed));
+        if drop.is_none() && self.side.is_none() {
+            self.join(pass, x, input, grid, drop, room, y, scratch);
+            norm.forward(pass, y, rows, normed, stats);
+        } else {
+            self.forward(pass, input, rows, room, scratch);
+            let parameters = (pass.tensors.value(norm.gamma), pass.tensors.value(norm.beta));
+            pass.backend.residual_norm(x, room, drop, grid, self.outputs, parameters, y, normed, stats);
         }
     }
 

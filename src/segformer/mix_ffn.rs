@@ -2,7 +2,7 @@
 
 use super::affine::Affine;
 use super::model::{Pass, Scratch};
-use super::norm::{Branch, Front, Norm};
+use super::norm::{Branch, Front, Joint, Norm, Normed};
 use super::tensors::{Gradients, Id};
 use crate::backend::{Backend, Dropout, Grid};
 
@@ -30,34 +30,29 @@ pub struct MixFfn {
 
 /// What the backward pass needs besides the layer's input.
 pub struct FfnActs<B: Backend> {
-    /// (mean, 1/std) of the LayerNorm.
-    pub stats: B::Full,
-    /// Output of the LayerNorm, if kept.
-    pub normed: Option<B::Act>,
     /// Output of the expansion; the rest is recomputed.
     pub h: B::Act,
 }
 
 impl MixFfn {
-    /// `y = x + drop·ffn(norm(x))`
+    /// `y = x + drop·ffn(norm(x))`, and the LayerNorm behind; `normed` is that of x.
     pub fn forward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
         x: &B::Act,
         grid: Grid,
         drop: Option<Dropout>,
+        normed: &Normed<B>,
         acts: &mut FfnActs<B>,
-        y: &mut B::Act,
+        joint: Joint<'_, B>,
         scratch: &mut Scratch<B>,
     ) {
         let rows = grid.rows();
-        let Scratch { tokens: [t0, ..], wide: [g, _], side, .. } = scratch;
-        let normed = acts.normed.as_mut().unwrap_or(t0);
-        self.norm.forward(pass, x, rows, normed, &mut acts.stats);
-        self.expand.forward(pass, normed, rows, &mut acts.h, side);
+        let Scratch { tokens: [t0, t1, ..], wide: [g, _], side, .. } = scratch;
+        self.expand.forward(pass, normed.out.as_ref().unwrap_or(t0), rows, &mut acts.h, side);
         let (w, b) = (pass.tensors.value(self.mix_weight), pass.tensors.value(self.mix_bias));
         pass.backend.depthwise_gelu(&acts.h, w, b, grid, self.hidden, g);
-        self.contract.join(pass, x, g, grid, drop, t0, y, side);
+        self.contract.join_and_norm(pass, x, g, grid, drop, t1, joint, t0, side);
     }
 
     /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients. With `drop`, `tokens[0]` of
@@ -69,6 +64,7 @@ impl MixFfn {
         grid: Grid,
         drop: Option<Dropout>,
         before: Branch<'_>,
+        normed: &Normed<B>,
         acts: &FfnActs<B>,
         d: &mut B::Act,
         gradients: &mut Gradients<B>,
@@ -100,7 +96,7 @@ impl MixFfn {
 
         // The expansion and the LayerNorm.
         if expand_trains {
-            let normed = match &acts.normed {
+            let normed = match &normed.out {
                 Some(normed) => normed,
                 None => {
                     self.norm.forward(pass, x, rows, t0, stats);
@@ -112,7 +108,7 @@ impl MixFfn {
         if below {
             self.expand.backward_input(pass, dh, rows, t1, false, side);
             let dx = self.input_gradient.then_some((d, true));
-            self.norm.backward(pass, t1, x, &acts.stats, rows, gradients, dx, Front::branch(before, grid, t0));
+            self.norm.backward(pass, t1, x, &normed.stats, rows, gradients, dx, Front::branch(before, grid, t0));
         }
     }
 }

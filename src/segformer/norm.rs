@@ -5,6 +5,33 @@ use super::model::Pass;
 use super::tensors::{Gradients, Id};
 use crate::backend::{Backend, Dropout, Grid, InFront};
 
+/// What a LayerNorm made.
+pub struct Normed<B: Backend> {
+    /// Output, if kept; else it goes to `tokens[0]` of the scratch memory.
+    pub out: Option<B::Act>,
+    /// (mean, 1/std) per row.
+    pub stats: B::Full,
+}
+
+impl<B: Backend> Normed<B> {
+    /// Where a branch joins the stream, which goes to `y`, in front of `norm`.
+    pub fn joint<'a>(&'a mut self, y: &'a mut B::Act, norm: &'a Norm) -> Joint<'a, B> {
+        Joint { y, norm, out: self.out.as_mut(), stats: &mut self.stats }
+    }
+}
+
+/// Where a branch joins the residual stream, and what the LayerNorm behind makes of it.
+pub struct Joint<'a, B: Backend> {
+    /// Receives the stream.
+    pub y: &'a mut B::Act,
+    /// The LayerNorm.
+    pub norm: &'a Norm,
+    /// Its output, if kept.
+    pub out: Option<&'a mut B::Act>,
+    /// Its (mean, 1/std) per row.
+    pub stats: &'a mut B::Full,
+}
+
 /// The product in front of a LayerNorm, which the gradient goes on to.
 pub struct Front<'a, B: Backend> {
     /// Stochastic depth of the product; receives its gradient.

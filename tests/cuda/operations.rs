@@ -233,6 +233,20 @@ case!(
         let (mut dx_too, mut dgamma_too, mut dbeta_too) =
             (lab.act(n, 11), lab.full(channels, 12), lab.full(channels, 13));
         let drop = drop_of(Purpose::DropPath, 0.4);
+        // A branch joined in the same pass, to the bits of one pass after the other.
+        let branch = lab.act(n, 23);
+        let [mut joined, mut joined_normed, mut stream, mut normed] = [24, 25, 26, 27].map(|site| lab.act(n, site));
+        let [mut joined_stats, mut stream_stats] = [28, 29].map(|site| lab.full(2 * rows, site));
+        for drop in [Some(drop), None] {
+            let (y, to) = (&mut joined, &mut joined_normed);
+            lab.0.residual_norm(&x, &branch, drop, grid, channels, (&gamma, &beta), y, to, &mut joined_stats);
+            lab.0.residual(&x, &branch, drop, grid, channels, &mut stream);
+            lab.0.layer_norm(&stream, &gamma, &beta, rows, channels, &mut normed, &mut stream_stats);
+            for (a, b) in [(&joined, &stream), (&joined_normed, &normed)] {
+                assert_eq!(lab.0.download_act(a, n), lab.0.download_act(b, n), "{self:?}");
+            }
+            assert_eq!(lab.0.download(&joined_stats), lab.0.download(&stream_stats), "{self:?}");
+        }
         let all = |dx, parameters, scaled, bias| {
             let front = InFront { scaled, bias };
             lab.0.layer_norm_backward_all(&dy, &x, &stats, &gamma, rows, channels, dx, parameters, front);

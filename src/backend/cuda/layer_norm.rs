@@ -2,11 +2,16 @@
 
 use super::memory::{ColumnSums, THREADS, dropout_arguments, slabs, width};
 use super::{Argument, Cuda, Device};
-use crate::backend::{InFront, LayerNorm, Linear};
+use crate::backend::{Dropout, Grid, InFront, LayerNorm, Linear, Residual};
 
 /// Neighbouring lanes that share a row: as many as it has packs of channels, up to a warp.
 fn lanes(channels: usize) -> usize {
     (channels / width(channels)).next_power_of_two().min(32)
+}
+
+/// Whether a row is a warp's at most, each lane having one pack of 8 channels.
+fn short(channels: usize) -> bool {
+    channels <= 256 && channels.is_multiple_of(8)
 }
 
 impl<D: Device> LayerNorm for Cuda<D> {
@@ -25,6 +30,32 @@ impl<D: Device> LayerNorm for Cuda<D> {
         let sizes = [rows.into(), channels.into(), lanes.into()];
         let arguments = [x.at(n), gamma, beta, sizes[0], sizes[1], sizes[2], y.to(n), stats.to(2 * rows)];
         self.launch("layer_norm", rows * lanes, &arguments);
+    }
+
+    fn residual_norm(
+        &self,
+        x: &Self::Act,
+        branch: &Self::Act,
+        drop: Option<Dropout>,
+        grid: Grid,
+        channels: usize,
+        (gamma, beta): (&Self::Full, &Self::Full),
+        y: &mut Self::Act,
+        normed: &mut Self::Act,
+        stats: &mut Self::Full,
+    ) {
+        let rows = grid.rows();
+        if !short(channels) {
+            self.residual(x, branch, drop, grid, channels, y);
+            return self.layer_norm(y, gamma, beta, rows, channels, normed, stats);
+        }
+        let (n, lanes) = (rows * channels, lanes(channels));
+        let mut arguments = vec![x.at(n), branch.at(n)];
+        arguments.extend(dropout_arguments(drop));
+        arguments.extend([grid.area().into(), gamma.at(channels), beta.at(channels)]);
+        arguments.extend([rows, channels, lanes].map(Argument::from));
+        arguments.extend([y.to(n), normed.to(n), stats.to(2 * rows)]);
+        self.launch("residual_norm", rows * lanes, &arguments);
     }
 
     fn layer_norm_backward(
@@ -58,8 +89,7 @@ impl<D: Device> LayerNorm for Cuda<D> {
         InFront { mut scaled, bias }: InFront<'_, Self>,
     ) {
         let (n, lanes, (slab, slabs)) = (rows * channels, lanes(channels), slabs(rows));
-        let short = channels <= 256 && channels.is_multiple_of(8);
-        if let Some((dgamma, dbeta)) = parameters.take_if(|_| !short) {
+        if let Some((dgamma, dbeta)) = parameters.take_if(|_| !short(channels)) {
             self.layer_norm_backward_params(dy, x, stats, rows, channels, dgamma, dbeta);
         }
         let mut factors = dropout_arguments(scaled.as_ref().map(|(drop, ..)| *drop)).to_vec();
