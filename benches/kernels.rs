@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, SamplingMode, Throughput};
 use segpeft_native::backend::cuda::{Cuda, Driver, Spent};
 use segpeft_native::backend::{
-    Attention, AttentionShape, BatchNormView, Classifier, Depthwise, Dropout, Grid, Head, HeadPass, LayerNorm, Linear,
-    Loss, Memory, Patches, Product, Residual, Resize, Sample, Window,
+    Attention, AttentionShape, BatchNormView, Classifier, Depthwise, Dropout, Grid, Head, HeadPass, InFront, LayerNorm,
+    Linear, Loss, Memory, Patches, Product, Residual, Resize, Sample, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -201,10 +201,17 @@ fn blocks(batch: usize) -> Vec<Case> {
         let g = grid(batch, side);
         let rows = g.rows();
         let name = |what: &str, c: usize| format!("{what} {} {rows}x{c}", i + 1);
+        let drop = Dropout { rate: 0.1, stream: Philox::new(1, Purpose::DropPath, 0, 0), first: 0 };
 
         cases.push(plain(name("layer_norm", c), move |Lab { cuda, x: [x, ..], p, y: [y, _], s: [s, _], .. }| {
             cuda.layer_norm(x, p, p, rows, c, y, s);
         }));
+        cases.push(plain(
+            name("residual_norm", c),
+            move |Lab { cuda, x: [x, branch, _], p, y: [y, normed], s: [s, _], .. }| {
+                cuda.residual_norm(x, branch, Some(drop), g, c, (p, p), y, normed, s);
+            },
+        ));
         cases.push(plain(name("layer_norm_backward", c), move |Lab { cuda, x: [d, x, _], p, y: [y, _], .. }| {
             cuda.layer_norm_backward(d, x, p, p, rows, c, y, true);
         }));
@@ -218,7 +225,22 @@ fn blocks(batch: usize) -> Vec<Case> {
         cases.push(plain(
             name("layer_norm_backward_both", c),
             move |Lab { cuda, x: [d, x, _], p, y: [y, _], s: [s, t], .. }| {
-                cuda.layer_norm_backward_both(d, x, p, p, rows, c, (y, true), (s, t));
+                let front = InFront { scaled: None, bias: None };
+                cuda.layer_norm_backward_all(d, x, p, p, rows, c, (y, true), Some((s, t)), front);
+            },
+        ));
+        cases.push(plain(
+            name("layer_norm_backward_both, scaled", c),
+            move |Lab { cuda, x: [d, x, _], p, y: [y, z], s: [s, t], .. }| {
+                let front = InFront { scaled: Some((drop, g, z)), bias: None };
+                cuda.layer_norm_backward_all(d, x, p, p, rows, c, (y, true), Some((s, t)), front);
+            },
+        ));
+        cases.push(plain(
+            name("layer_norm_backward_branch", c),
+            move |Lab { cuda, x: [d, x, _], p, y: [y, z], .. }| {
+                let front = InFront { scaled: Some((drop, g, z)), bias: None };
+                cuda.layer_norm_backward_all(d, x, p, p, rows, c, (y, true), None, front);
             },
         ));
 
@@ -245,17 +267,16 @@ fn blocks(batch: usize) -> Vec<Case> {
         cases.push(plain(
             name("depthwise_gelu_backward", hidden),
             move |Lab { cuda, x: [h, ..], p, y: [d, dh], .. }| {
-                cuda.depthwise_gelu_backward(h, p, p, g, hidden, d, None, Some(dh), None);
+                cuda.depthwise_gelu_backward(h, p, p, g, hidden, d, None, Some(dh), None, None);
             },
         ));
         cases.push(plain(
             name("depthwise_gelu_backward with parameters", hidden),
             move |Lab { cuda, x: [h, ..], p, y: [d, dh], s: [dw, db], .. }| {
-                cuda.depthwise_gelu_backward(h, p, p, g, hidden, d, None, Some(dh), Some((dw, db)));
+                cuda.depthwise_gelu_backward(h, p, p, g, hidden, d, None, Some(dh), Some((dw, db)), None);
             },
         ));
 
-        let drop = Dropout { rate: 0.1, stream: Philox::new(1, Purpose::DropPath, 0, 0), first: 0 };
         cases.push(plain(name("residual", c), move |Lab { cuda, x: [x, branch, _], y: [y, _], .. }| {
             cuda.residual(x, branch, Some(drop), g, c, y);
         }));
@@ -319,19 +340,31 @@ fn head(batch: usize) -> Vec<Case> {
             let at = |stage: usize| grid(batch, STAGES[stage].0);
             cuda.split_stages(d, to, WIDTH, &mut [(p, at(1)), (q, at(2)), (r, at(3))]);
         }),
-        plain(name("classify"), move |Lab { cuda, x: [z, ..], w: [w, b], p, y: [room, logits], .. }| {
-            cuda.classify(pass(z, p, w, b, drop, rows), room, logits);
-        }),
+        plain(
+            name("classify"),
+            move |Lab { cuda, x: [z, ..], w: [w, b], p, y: [room, passed], dw: [logits, _], .. }| {
+                cuda.classify(pass(z, p, w, b, drop, rows), room, passed, logits);
+            },
+        ),
+        plain(
+            name("classify_stages"),
+            move |Lab { cuda, x: [a, b, c], w: [w, bias], p, y: [z, room], dw: [logits, _], .. }| {
+                let parts =
+                    [(&*a, grid(batch, STAGES[1].0)), (b, grid(batch, STAGES[2].0)), (c, grid(batch, STAGES[3].0))];
+                let classifier = Classifier { weight: w, bias, labels: LABELS };
+                cuda.classify_stages(&parts, to, WIDTH, z, view(p), classifier, room, logits);
+            },
+        ),
         plain(
             name("classify_backward"),
-            move |Lab { cuda, x: [z, d, _], w: [w, b], p, y: [room, _], s: [dw, s], .. }| {
-                cuda.classify_backward(pass(z, p, w, b, drop, rows), d, room, Some(dw), s);
+            move |Lab { cuda, x: [z, d, passed], w: [w, b], p, y: [room, _], s: [dw, s], .. }| {
+                cuda.classify_backward(pass(z, p, w, b, drop, rows), passed, d, room, Some(dw), s);
             },
         ),
         plain(
             name("classify_backward_input"),
-            move |Lab { cuda, x: [z, d, _], w: [w, b], p, y: [dz, _], s: [s, _], .. }| {
-                cuda.classify_backward_input(pass(z, p, w, b, drop, rows), d, (p, rows), s, dz);
+            move |Lab { cuda, x: [z, d, passed], w: [w, b], p, y: [dz, _], s: [s, _], .. }| {
+                cuda.classify_backward_input(pass(z, p, w, b, drop, rows), passed, d, (p, rows), s, dz);
             },
         ),
         plain(name("batch_moments"), move |Lab { cuda, x: [z, ..], s: [s, _], .. }| {

@@ -66,13 +66,24 @@ fn elementwise(c: &mut Criterion) {
         });
         group.bench_function(name("depthwise_gelu_backward"), |t| {
             t.iter(|| {
-                cpu.depthwise_gelu_backward(&h, &w, &b, grid, hidden, &mut d, Some(&mut g), Some(&mut dh), None);
+                cpu.depthwise_gelu_backward(&h, &w, &b, grid, hidden, &mut d, Some(&mut g), Some(&mut dh), None, None);
             });
         });
         group.bench_function(name("depthwise_gelu_backward with parameters"), |t| {
             t.iter(|| {
                 let parameters = Some((&mut dw, &mut db));
-                cpu.depthwise_gelu_backward(&h, &w, &b, grid, hidden, &mut d, Some(&mut g), Some(&mut dh), parameters);
+                cpu.depthwise_gelu_backward(
+                    &h,
+                    &w,
+                    &b,
+                    grid,
+                    hidden,
+                    &mut d,
+                    Some(&mut g),
+                    Some(&mut dh),
+                    parameters,
+                    None,
+                );
             });
         });
 

@@ -4,7 +4,7 @@
 // adds to the sums of three rows, of which it ends one. Each thread loads the columns beside its own itself, which its
 // neighbours have brought into the L1 cache: no barrier, no shared memory, and rows asked for ahead of their use. The way
 // back is two such walks: over h for u, which is recomputed instead of stored, and du; then over du, with the weights
-// mirrored, for dh. The gradient of the bias is summed on the first, that of the weights on the second. u is what enters
+// mirrored, for dh. The gradient of the bias is summed on the first, that of the weights and of a bias in front of h on the second. u is what enters
 // the GELU, du its gradient.
 #include "common.cuh"
 
@@ -147,7 +147,7 @@ template <int V> struct Strip {
     }
 };
 
-// A walk: from h to g; from h and dg to du, g and b's gradient; from du to dh; from du and h to dh and w's gradient.
+// A walk: from h to g; from h and dg to du, g and b's gradient; from du to dh; from du and h to dh, its sums and w's gradient.
 enum Way { FORWARD, BEFORE_GELU, TRANSPOSED, WEIGHTS };
 
 // x is convolved. At row y, `beside` is wanted: by BEFORE_GELU dg of row y - 1, by WEIGHTS h of rows y - 1 to y + 1.
@@ -224,6 +224,11 @@ __device__ __forceinline__ void walk(const Strip<V>& strip, const bf16* x, const
                     if (wants_g) strip.store(g, at - stride, sum[last]);
                 } else {
                     if (wants_out) strip.store(out, at - stride, sum[last]);
+                    if constexpr (WAY == WEIGHTS) {
+                        for (int i = 0; i < COLUMNS; i++) {
+                            if (i < strip.columns) add(gradient[TAPS], sum[last][i], {1.0f, 1.0f});
+                        }
+                    }
                 }
             }
             at += stride;
@@ -296,13 +301,14 @@ KERNEL(THREADS, 3) depthwise_backward(const bf16* du /* (tokens, channels) */, c
     else walk<1, TRANSPOSED>(du, w, nullptr, images, height, width, channels, rows, dh);
 }
 
-// The same with the gradient of w.
+// The same with the gradient of w and the sums of dh.
 KERNEL(THREADS, 2) depthwise_backward_weights(
     const bf16* du /* (tokens, channels) */, const bf16* h /* (tokens, channels) */,
     const float* w /* (9, channels) */, int images, int height, int width, int channels, int rows,
-    bf16* dh /* (tokens, channels) or null */, float* partial /* (ceil(strips / STRIPS), 9, channels) */) {
-    SHARED(float, even, [STRIPS][TAPS][2][32]);
-    SHARED(float, odd, [STRIPS][TAPS][1][32]);
+    bf16* dh /* (tokens, channels) or null */,
+    float* partial /* (ceil(strips / STRIPS), 9 + 1, channels): w's gradient, dh's sums */) {
+    SHARED(float, even, [STRIPS][TAPS + 1][2][32]);
+    SHARED(float, odd, [STRIPS][TAPS + 1][1][32]);
     if (channels % 2 == 0) {
         walk_and_sum<2, WEIGHTS>(du, h, w, nullptr, images, height, width, channels, rows, dh, nullptr, partial, even);
     } else {

@@ -1,4 +1,5 @@
 // The end of the decoder: stages joined → BatchNorm (eps 1e-5) → ReLU → dropout → classifier, forward and backward.
+// In evaluation all of it is one kernel (classify_stages), and the joined stages are never written.
 //
 // The reduction over rows and the element-wise work of a pass are one kernel wherever the algorithm allows it. For two
 // classes everything between z and the logits is one pass over z either way: the activation, its gradient and the
@@ -285,31 +286,32 @@ KERNEL(THREADS) join_moments(const float* partial /* (slabs, 3, channels) */, in
 
 constexpr int CLASSES = 2;
 
-// What stands before the classifier, for 8 channels: relu(slope·z + offset), and the classifier's weights.
-struct Columns {
-    Pack<8> slope, offset, weights[CLASSES];
+// What stands before the classifier, for V channels: relu(slope·z + offset), and the classifier's weights.
+template <int V> struct ColumnsOf {
+    Pack<V> slope, offset, weights[CLASSES];
 
-    __device__ __forceinline__ Columns(const float* stats, const float* gamma, const float* beta, const bf16* w,
+    __device__ __forceinline__ ColumnsOf(const float* stats, const float* gamma, const float* beta, const bf16* w,
                                        int channels, int c) {
-        Pack<8> mean = load<8>(stats + c), scale = load<8>(stats + channels + c);
-        Pack<8> g = load<8>(gamma + c), b = load<8>(beta + c);
-        for (int i = 0; i < 8; i++) {
+        Pack<V> mean = load<V>(stats + c), scale = load<V>(stats + channels + c);
+        Pack<V> g = load<V>(gamma + c), b = load<V>(beta + c);
+        for (int i = 0; i < V; i++) {
             slope.x[i] = scale.x[i] * g.x[i];
             offset.x[i] = b.x[i] - mean.x[i] * slope.x[i];
         }
-        for (int l = 0; l < CLASSES; l++) weights[l] = load<8>(w + l * channels + c);
+        for (int l = 0; l < CLASSES; l++) weights[l] = load<V>(w + l * channels + c);
     }
 
     // Before the ReLU.
-    __device__ __forceinline__ float before(const Pack<8>& z, int i) const { return z.x[i] * slope.x[i] + offset.x[i]; }
+    __device__ __forceinline__ float before(const Pack<V>& z, int i) const { return z.x[i] * slope.x[i] + offset.x[i]; }
 
     // The gradient after BatchNorm of channel i: through classifier, dropout and ReLU.
-    __device__ __forceinline__ float back(const Pack<8>& z, const float (&d)[CLASSES], float factor, int i) const {
+    __device__ __forceinline__ float back(const float (&d)[CLASSES], float factor, int i) const {
         float sum = 0;
         for (int l = 0; l < CLASSES; l++) sum += d[l] * weights[l].x[i];
-        return before(z, i) > 0.0f ? sum * factor : 0.0f;
+        return sum * factor;
     }
 };
+typedef ColumnsOf<8> Columns;
 
 __device__ __forceinline__ void load_classes(const bf16* from, float (&to)[CLASSES]) {
     unsigned pair = *reinterpret_cast<const unsigned*>(from);
@@ -317,13 +319,14 @@ __device__ __forceinline__ void load_classes(const bf16* from, float (&to)[CLASS
     to[1] = __uint_as_float(pair & 0xffff0000u);
 }
 
-// logits = classifier(dropout(relu(batch_norm(z)))). A group of channels / 8 lanes, a power of two, takes `each` rows in a
-// row. Threads: ceil(rows / each)·channels / 8.
+// logits = classifier(dropout(relu(batch_norm(z)))); a bit of `passed` tells whether ReLU and dropout let its channel through,
+// so that the way back draws no random numbers. A group of channels / 8 lanes, a power of two, takes `each` rows in a row.
+// Threads: ceil(rows / each)·channels / 8.
 KERNEL(THREADS) classify(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                          const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
                          unsigned key1, unsigned high0, unsigned high1, u64 first, float rate,
                          const bf16* w /* (2, channels) */, const bf16* bias /* (2) */, int rows, int channels, int each,
-                         bf16* logits /* (rows, 2) */) {
+                         unsigned char* passed /* (rows, channels / 8) or null */, bf16* logits /* (rows, 2) */) {
     Dropout drop = {key0, key1, high0, high1, first, rate};
     int lanes = channels / 8, c = threadIdx.x % lanes * 8;
     size_t start = thread_number() / lanes * each;
@@ -336,12 +339,15 @@ KERNEL(THREADS) classify(const bf16* z /* (rows, channels) */, const float* stat
         // Groups past the last row take part in the sums, with nothing.
         if (row < size_t(rows)) {
             Pack<8> p = load<8>(z + row * channels + c), f = drop.factors<8>(row * channels + c);
+            unsigned bits = 0;
             for (int i = 0; i < 8; i++) {
                 float before = columns.before(p, i);
                 // Written so that a NaN passes through and shows in the loss.
                 float a = (before < 0.0f ? 0.0f : before) * f.x[i];
+                if (a > 0.0f) bits |= 1u << i;
                 for (int l = 0; l < CLASSES; l++) sums[l] += a * columns.weights[l].x[i];
             }
+            if (passed != nullptr) passed[(row * channels + c) / 8] = (unsigned char)bits;
         }
         for (int l = 0; l < CLASSES; l++) sums[l] = group_sum(sums[l], lanes);
         if (c == 0 && row < size_t(rows)) {
@@ -351,27 +357,22 @@ KERNEL(THREADS) classify(const bf16* z /* (rows, channels) */, const float* stat
 }
 
 // Per channel and class, over the rows that pass ReLU and dropout: the sums of dlogit and of dlogit·normalised z, both times
-// the dropout's factor. Everything else follows from them (classify_sums). Grid: as column_partials has it.
+// the dropout's factor, which is `kept` for all of them. Everything else follows from them (classify_sums). Grid: as
+// column_partials has it.
 KERNEL(THREADS) classify_backward(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
-                                  const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
-                                  unsigned key1, unsigned high0, unsigned high1, u64 first, float rate,
+                                  const unsigned char* passed /* (rows, channels / 8) */, float kept,
                                   const bf16* dlogits /* (rows, 2) */, int rows, int channels, int slab,
                                   float* partial /* (slabs, 2, 2, channels) */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
     int span = column_span<8>(channels), own = min(int(blockIdx.x) * span + int(threadIdx.x) % (span / 8) * 8, channels - 8);
     Pack<8> mean = load<8>(stats + own), scale = load<8>(stats + channels + own);
-    Pack<8> g = load<8>(gamma + own), b = load<8>(beta + own), slope, offset;
-    for (int i = 0; i < 8; i++) {
-        slope.x[i] = scale.x[i] * g.x[i];
-        offset.x[i] = b.x[i] - mean.x[i] * slope.x[i];
-    }
     auto term = [&](int row, int c, Pack<8>(&terms)[2 * CLASSES]) {
         size_t at = size_t(row) * channels + c;
-        Pack<8> p = load<8>(z + at), f = drop.factors<8>(at);
+        Pack<8> p = load<8>(z + at);
+        unsigned bits = passed[at / 8];
         float d[CLASSES];
         load_classes(dlogits + size_t(row) * CLASSES, d);
         for (int i = 0; i < 8; i++) {
-            float factor = p.x[i] * slope.x[i] + offset.x[i] > 0.0f ? f.x[i] : 0.0f;
+            float factor = bits >> i & 1 ? kept : 0.0f;
             float normalised = (p.x[i] - mean.x[i]) * scale.x[i];
             for (int l = 0; l < CLASSES; l++) {
                 terms[l].x[i] = d[l] * factor;
@@ -420,11 +421,9 @@ KERNEL(THREADS) classify_sums(const float* partial /* (slabs, 2, 2, channels) */
 // as far apart as the grid has groups. Threads: ceil(rows / each)·channels / 8.
 KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                                         const float* gamma /* (channels) */, const float* beta /* (channels) */,
-                                        unsigned key0, unsigned key1, unsigned high0, unsigned high1, u64 first,
-                                        float rate, const bf16* w /* (2, channels) */,
-                                        const bf16* dlogits /* (rows, 2) */, const float* total /* (2, channels) */,
+                                        const unsigned char* passed /* (rows, channels / 8) */, float kept,
+                                        const bf16* w /* (2, channels) */, const bf16* dlogits /* (rows, 2) */, const float* total /* (2, channels) */,
                                         float share, int rows, int channels, int each, bf16* dz /* (rows, channels) */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
     int lanes = channels / 8, c = int(thread_number() % lanes) * 8;
     size_t groups = (size_t(rows) + each - 1) / each, group = thread_number() / lanes;
     if (group >= groups) return;
@@ -442,14 +441,101 @@ KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, co
     for (int k = 0; k < each; k++) {
         size_t row = group + k * groups;
         if (row >= size_t(rows)) return;
-        Pack<8> p = load<8>(z + row * channels + c), f = drop.factors<8>(row * channels + c);
+        Pack<8> p = load<8>(z + row * channels + c);
+        unsigned bits = passed[(row * channels + c) / 8];
         float d[CLASSES];
         load_classes(dlogits + row * CLASSES, d);
         for (int i = 0; i < 8; i++) {
-            float back = columns.back(p, d, f.x[i], i);
+            float back = columns.back(d, bits >> i & 1 ? kept : 0.0f, i);
             p.x[i] = columns.slope.x[i] * back - (constant.x[i] + linear.x[i] * p.x[i]);
         }
         store(dz + row * channels + c, p);
+    }
+}
+
+// ---- evaluation: from the stages to the logits
+
+// Lines of a picture that a block of classify_stages takes, and how many it makes at a time.
+constexpr int PIECE = 64, AT_ONCE = 4;
+
+// Sums of 8 numbers each over `lanes` neighbouring lanes, a power of two from 8 on: a lane receives that of number
+// lane / (lanes / 8) of its group. Lanes exchange halves of what they have, so that 9 shuffles of a warp do for all 8.
+__device__ __forceinline__ float group_sums(const float (&x)[8], int lanes) {
+    float four[4], two[2], one;
+    int apart = lanes / 2;
+    bool upper = threadIdx.x & apart;
+    for (int i = 0; i < 4; i++) {
+        four[i] = (upper ? x[i + 4] : x[i]) + __shfl_xor_sync(ALL_LANES, upper ? x[i] : x[i + 4], apart);
+    }
+    apart /= 2;
+    upper = threadIdx.x & apart;
+    for (int i = 0; i < 2; i++) {
+        two[i] = (upper ? four[i + 2] : four[i]) + __shfl_xor_sync(ALL_LANES, upper ? four[i] : four[i + 2], apart);
+    }
+    apart /= 2;
+    upper = threadIdx.x & apart;
+    one = (upper ? two[1] : two[0]) + __shfl_xor_sync(ALL_LANES, upper ? two[0] : two[1], apart);
+    return group_sum(one, apart);
+}
+
+// logits = classifier(relu(batch_norm(z + stages p, q and r, each interpolated to z's resolution))), where stages that are null
+// add nothing. Walks down columns as join_stages does, a column's channels side by side in a block; there are 32 to 256 of
+// them, a power of two. Grid: (ceil(width / (4·THREADS / channels))·ceil(height / PIECE), images).
+KERNEL(THREADS) classify_stages(const bf16* z /* (images, height, width, channels) */, const bf16* p /* at its resolution */,
+                                int p_height, int p_width, const bf16* q, int q_height, int q_width, const bf16* r,
+                                int r_height, int r_width, int height, int width, int channels,
+                                const float* stats /* (2, channels) */, const float* gamma /* (channels) */,
+                                const float* beta /* (channels) */, const bf16* w /* (2, channels) */,
+                                const bf16* bias /* (2) */, bf16* logits /* (images, height, width, 2) */) {
+    constexpr int V = 4;
+    // By group of lanes: a column's channels are one group's, or two groups'.
+    SHARED(float, sums, [THREADS / 8][PIECE][CLASSES]);
+    int columns = channels / V, lanes = min(columns, 32), side_by_side = THREADS / columns;
+    int c = threadIdx.x % columns * V, group = threadIdx.x / lanes, number = threadIdx.x % lanes / (lanes / 8);
+    bool writes = threadIdx.x % (lanes / 8) == 0;
+    int pieces = (height + PIECE - 1) / PIECE, left = blockIdx.x / pieces * side_by_side;
+    int first = blockIdx.x % pieces * PIECE, end = min(height, first + PIECE), image = blockIdx.y;
+    // Threads past the last column repeat it, for nothing.
+    int x = min(left + int(threadIdx.x) / columns, width - 1);
+    ColumnsOf<V> head(stats, gamma, beta, w, channels, c);
+    Contribution<V> parts[3] = {{p, p_height, p_width, image, x, width, channels, c},
+                                {q, q_height, q_width, image, x, width, channels, c},
+                                {r, r_height, r_width, image, x, width, channels, c}};
+    const bf16* at = z + ((size_t(image) * height + first) * width + x) * channels + c;
+    size_t pitch = size_t(width) * channels;
+    typename Words<V>::type lines_ahead[AT_ONCE];
+    for (int k = 0; k < AT_ONCE; k++) {
+        if (first + k < end) lines_ahead[k] = fetch<V>(at + k * pitch);
+    }
+    for (int start = first; start < end; start += AT_ONCE) {
+        float terms[AT_ONCE * CLASSES] = {};
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++, at += pitch) {
+            int y = start + k;
+            if (y >= end) continue;
+            Pack<V> sum = widen<V>(lines_ahead[k]);
+            if (y + AT_ONCE < end) lines_ahead[k] = fetch<V>(at + AT_ONCE * pitch);
+            for (int i = 0; i < 3; i++) parts[i].add(y, height, sum);
+            for (int i = 0; i < V; i++) {
+                float before = head.before(sum, i), a = before < 0.0f ? 0.0f : before;
+                for (int l = 0; l < CLASSES; l++) terms[k * CLASSES + l] += a * head.weights[l].x[i];
+            }
+        }
+        float total = group_sums(terms, lanes);
+        if (writes) sums[group][start - first + number / CLASSES][number % CLASSES] = total;
+    }
+    __syncthreads();
+    float shift[CLASSES];
+    load_classes(bias, shift);
+    for (int i = threadIdx.x; i < side_by_side * (end - first); i += THREADS) {
+        int own = i % side_by_side, y = i / side_by_side, groups = columns / lanes;
+        if (left + own >= width) continue;
+        float total[CLASSES] = {};
+        for (int g = 0; g < groups; g++) {
+            for (int l = 0; l < CLASSES; l++) total[l] += sums[own * groups + g][y][l];
+        }
+        size_t token = (size_t(image) * height + first + y) * width + left + own;
+        *reinterpret_cast<unsigned*>(logits + token * CLASSES) = pair_of(total[0] + shift[0], total[1] + shift[1]);
     }
 }
 

@@ -159,7 +159,18 @@ fn depthwise_gelu() {
         let (mut dh, mut dw, mut db) = (vec![9.0; n], vec![0.0; 9 * channels], vec![0.0; channels]);
         let [h, w, b] = &inputs;
         let parameters = Some((&mut dw, &mut db));
-        cpu.depthwise_gelu_backward(h, w, b, grid, channels, &mut dg, Some(&mut again), Some(&mut dh), parameters);
+        cpu.depthwise_gelu_backward(
+            h,
+            w,
+            b,
+            grid,
+            channels,
+            &mut dg,
+            Some(&mut again),
+            Some(&mut dh),
+            parameters,
+            None,
+        );
         assert_eq!(again, run(&inputs));
         check("depthwise_gelu", &|x| dot(&run(x), &weights), &inputs, &[dh, dw, db]);
     }

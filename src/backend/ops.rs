@@ -110,8 +110,18 @@ pub trait Patches: Memory {
     );
 }
 
+/// What the product in front of a LayerNorm wants of the gradient dx of the LayerNorm's input: the product is the input itself,
+/// or a branch added to it.
+pub struct InFront<'a, B: Memory> {
+    /// Stochastic depth of the branch, over tokens of a grid; receives the product's gradient, `factor(image)·dx`. Where there
+    /// is none, that is dx.
+    pub scaled: Option<(Dropout, Grid, &'a mut B::Act)>,
+    /// The column sums of the product's gradient, that of its bias, are added.
+    pub bias: Option<&'a mut B::Full>,
+}
+
 /// Normalisation over channels (Ba, Kiros, Hinton, "Layer Normalization", 2016), eps 1e-5.
-pub trait LayerNorm: Memory {
+pub trait LayerNorm: Residual {
     /// `y = (x - mean)/sqrt(var + eps)·gamma + beta` per row of `channels`; `stats` receives (mean, 1/std) per row.
     fn layer_norm(
         &self,
@@ -123,6 +133,22 @@ pub trait LayerNorm: Memory {
         y: &mut Self::Act,
         stats: &mut Self::Full,
     );
+    /// [`Residual::residual`], then LayerNorm of its y to `normed`.
+    fn residual_norm(
+        &self,
+        x: &Self::Act,
+        branch: &Self::Act,
+        drop: Option<Dropout>,
+        grid: Grid,
+        channels: usize,
+        (gamma, beta): (&Self::Full, &Self::Full),
+        y: &mut Self::Act,
+        normed: &mut Self::Act,
+        stats: &mut Self::Full,
+    ) {
+        self.residual(x, branch, drop, grid, channels, y);
+        self.layer_norm(y, gamma, beta, grid.rows(), channels, normed, stats);
+    }
     /// Gradient towards x; with `add`, adds to dx.
     fn layer_norm_backward(
         &self,
@@ -135,8 +161,9 @@ pub trait LayerNorm: Memory {
         dx: &mut Self::Act,
         add: bool,
     );
-    /// [`LayerNorm::layer_norm_backward`] and [`LayerNorm::layer_norm_backward_params`] at once.
-    fn layer_norm_backward_both(
+    /// [`LayerNorm::layer_norm_backward`], [`LayerNorm::layer_norm_backward_params`] if asked, and what the product in front
+    /// wants, at once.
+    fn layer_norm_backward_all(
         &self,
         dy: &Self::Act,
         x: &Self::Act,
@@ -145,10 +172,23 @@ pub trait LayerNorm: Memory {
         rows: usize,
         channels: usize,
         (dx, add): (&mut Self::Act, bool),
-        (dgamma, dbeta): (&mut Self::Full, &mut Self::Full),
+        parameters: Option<(&mut Self::Full, &mut Self::Full)>,
+        front: InFront<'_, Self>,
     ) {
-        self.layer_norm_backward_params(dy, x, stats, rows, channels, dgamma, dbeta);
+        if let Some((dgamma, dbeta)) = parameters {
+            self.layer_norm_backward_params(dy, x, stats, rows, channels, dgamma, dbeta);
+        }
         self.layer_norm_backward(dy, x, stats, gamma, rows, channels, dx, add);
+        let product = match front.scaled {
+            Some((drop, grid, scaled)) => {
+                self.drop_path(dx, drop, grid, channels, scaled);
+                &*scaled
+            }
+            None => &*dx,
+        };
+        if let Some(bias) = front.bias {
+            self.linear_backward_bias(product, rows, channels, bias);
+        }
     }
     /// Adds the gradients of gamma and beta.
     fn layer_norm_backward_params(
@@ -194,7 +234,7 @@ pub trait Attention: Memory {
 
 /// The middle of a Mix-FFN: depth-wise 3x3 convolution with zero padding, bias, GELU in its erf form (Hendrycks and
 /// Gimpel, 2016).
-pub trait Depthwise: Memory {
+pub trait Depthwise: Linear {
     /// `g = gelu(conv(h) + b)`; w is `(9, channels)`.
     fn depthwise_gelu(
         &self,
@@ -206,7 +246,8 @@ pub trait Depthwise: Memory {
         g: &mut Self::Act,
     );
     /// From `dg`, the gradient after the GELU, which is used up: `g` receives the forward output again, `dh` the gradient
-    /// of h, and those of w and b are added to `parameters`; each if it is wanted.
+    /// of h, and those of w and b are added to `parameters`; each if it is wanted. With dh, its column sums, the gradient of a
+    /// bias in front of h, are added to `shift`.
     fn depthwise_gelu_backward(
         &self,
         h: &Self::Act,
@@ -218,11 +259,12 @@ pub trait Depthwise: Memory {
         g: Option<&mut Self::Act>,
         dh: Option<&mut Self::Act>,
         parameters: Option<(&mut Self::Full, &mut Self::Full)>,
+        shift: Option<&mut Self::Full>,
     );
 }
 
 /// Additions along the residual stream, with stochastic depth (Huang et al., 2016).
-pub trait Residual: Memory {
+pub trait Residual: Linear {
     /// `y = x + factor(image)·branch`, one factor per image; without `drop`, the factor is 1.
     fn residual(
         &self,
@@ -233,6 +275,21 @@ pub trait Residual: Memory {
         channels: usize,
         y: &mut Self::Act,
     );
+    /// `y = x + input·Wᵀ + bias`, where no depth is dropped; `room` is `(rows, outputs)`.
+    fn linear_residual(
+        &self,
+        x: &Self::Act,
+        input: &Self::Act,
+        w: &Self::Act,
+        bias: Option<&Self::Act>,
+        p: Product,
+        room: &mut Self::Act,
+        y: &mut Self::Act,
+    ) {
+        self.linear(input, w, bias, p, room, false);
+        let grid = Grid { images: 1, height: p.rows, width: 1 };
+        self.residual(x, room, None, grid, p.outputs, y);
+    }
     /// `y = factor(image)·x`.
     fn drop_path(&self, x: &Self::Act, drop: Dropout, grid: Grid, channels: usize, y: &mut Self::Act);
     /// `y = factor(element)·x`.
@@ -337,19 +394,47 @@ pub trait Head: Resize + Linear {
             self.batch_moments(z, to.rows(), channels, moments);
         }
     }
+    /// From the stages to the logits in evaluation: [`Head::join_stages`], then [`Head::classify`] without dropout. z, which
+    /// holds the first stage's part, is used up; `room` is `(to, channels)`.
+    fn classify_stages(
+        &self,
+        parts: &[(&Self::Act, Grid)],
+        to: Grid,
+        channels: usize,
+        z: &mut Self::Act,
+        norm: BatchNormView<'_, Self::Full>,
+        classifier: Classifier<'_, Self>,
+        room: &mut Self::Act,
+        logits: &mut Self::Act,
+    ) {
+        classify_stages_plainly(self, parts, to, channels, z, norm, classifier, room, logits);
+    }
     /// The transpose of the resizing in [`Head::join_stages`]: each of `parts` receives the gradient at its grid.
     fn split_stages(&self, dz: &Self::Act, from: Grid, channels: usize, parts: &mut [(&mut Self::Act, Grid)]) {
         split_stages_plainly(self, dz, from, channels, parts);
     }
+    /// Room for what [`Head::classify`] notes of which activations pass ReLU and dropout, for the passes behind it to read:
+    /// empty where they find out again.
+    fn passed(&self, _rows: usize, _channels: usize, _labels: usize) -> Self::Act {
+        self.act(0)
+    }
     /// `logits = classifier(dropout(relu(batch_norm(z))))`; `room` is `(rows, channels)`, and
-    /// [`Head::classify_backward`] wants it as it was left.
-    fn classify(&self, head: HeadPass<'_, Self>, room: &mut Self::Act, logits: &mut Self::Act) {
+    /// [`Head::classify_backward`] wants it as it was left. `passed`, of [`Head::passed`], may be empty where no pass back
+    /// follows.
+    fn classify(
+        &self,
+        head: HeadPass<'_, Self>,
+        room: &mut Self::Act,
+        _passed: &mut Self::Act,
+        logits: &mut Self::Act,
+    ) {
         classify_plainly(self, head, room, logits);
     }
     /// Adds the gradient of the classifier's weight, and writes what [`Head::head_backward`] writes to `sums`.
     fn classify_backward(
         &self,
         head: HeadPass<'_, Self>,
+        _passed: &Self::Act,
         dlogits: &Self::Act,
         room: &mut Self::Act,
         weight_gradient: Option<&mut Self::Full>,
@@ -362,12 +447,19 @@ pub trait Head: Resize + Linear {
     fn classify_backward_input(
         &self,
         head: HeadPass<'_, Self>,
+        _passed: &Self::Act,
         dlogits: &Self::Act,
         total: (&Self::Full, usize),
         sums: &mut Self::Full,
         dz: &mut Self::Act,
     ) {
         classify_backward_input_plainly(self, head, dlogits, total, sums, dz);
+    }
+
+    /// Adds the column sums of dz over a whole batch, which are the gradient of a constant added to z. BatchNorm takes that away
+    /// again, so they are zero but for rounding, and a backend may leave them out.
+    fn shift_gradient(&self, dz: &Self::Act, rows: usize, channels: usize, db: &mut Self::Full) {
+        self.linear_backward_bias(dz, rows, channels, db);
     }
 
     /// Measures z `(rows, channels)`: `moments` receives, per channel, the mean and then (from `channels` on) the sum of
@@ -428,6 +520,27 @@ pub trait Head: Resize + Linear {
         rows: usize,
         channels: usize,
         dy: &mut Self::Act,
+    );
+}
+
+/// [`Head::classify_stages`] by its parts.
+pub(super) fn classify_stages_plainly<B: Head>(
+    backend: &B,
+    parts: &[(&B::Act, Grid)],
+    to: Grid,
+    channels: usize,
+    z: &mut B::Act,
+    norm: BatchNormView<'_, B::Full>,
+    classifier: Classifier<'_, B>,
+    room: &mut B::Act,
+    logits: &mut B::Act,
+) {
+    backend.join_stages(parts, to, channels, z, None);
+    backend.classify(
+        HeadPass { z, norm, drop: None, rows: to.rows(), channels, classifier },
+        room,
+        &mut backend.act(0),
+        logits,
     );
 }
 

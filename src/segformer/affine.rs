@@ -1,9 +1,10 @@
 //! A product with weight, bias and, where LoRA has dropout, the adapter's separate path.
 
 use super::model::{Pass, SideScratch};
+use super::norm::Joint;
 use super::plan::product;
 use super::tensors::{Gradients, Id};
-use crate::backend::{Backend, Dropout, Product};
+use crate::backend::{Backend, Dropout, Grid, Product};
 use crate::random::Purpose;
 
 /// `y = x·Wᵀ + b`. Without dropout an adapter is merged into W; with it, it runs beside as a [`SidePath`].
@@ -70,6 +71,52 @@ impl Affine {
         }
     }
 
+    /// The end of a branch of the residual stream x: `y = x + drop·(input·Wᵀ + b)`. `room` is `(grid, outputs)`.
+    pub fn join<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        input: &B::Act,
+        grid: Grid,
+        drop: Option<Dropout>,
+        room: &mut B::Act,
+        y: &mut B::Act,
+        scratch: &mut SideScratch<B>,
+    ) {
+        let rows = grid.rows();
+        if drop.is_none() && self.side.is_none() {
+            let (w, bias) = (pass.tensors.product(self.weight), self.bias.map(|id| pass.tensors.product(id)));
+            pass.backend.linear_residual(x, input, w, bias, product(self, rows), room, y);
+        } else {
+            self.forward(pass, input, rows, room, scratch);
+            pass.backend.residual(x, room, drop, grid, self.outputs, y);
+        }
+    }
+
+    /// [`Affine::join`], and the LayerNorm behind; its output goes to `normed` unless it is kept.
+    pub fn join_and_norm<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        input: &B::Act,
+        grid: Grid,
+        drop: Option<Dropout>,
+        room: &mut B::Act,
+        Joint { y, norm, out, stats }: Joint<'_, B>,
+        normed: &mut B::Act,
+        scratch: &mut SideScratch<B>,
+    ) {
+        let (rows, normed) = (grid.rows(), out.unwrap_or(normed));
+        if drop.is_none() && self.side.is_none() {
+            self.join(pass, x, input, grid, drop, room, y, scratch);
+            norm.forward(pass, y, rows, normed, stats);
+        } else {
+            self.forward(pass, input, rows, room, scratch);
+            let parameters = (pass.tensors.value(norm.gamma), pass.tensors.value(norm.beta));
+            pass.backend.residual_norm(x, room, drop, grid, self.outputs, parameters, y, normed, stats);
+        }
+    }
+
     /// Writes (or with `add` adds) the gradient towards x.
     pub fn backward_input<B: Backend>(
         &self,
@@ -115,12 +162,25 @@ impl Affine {
         gradients: &mut Gradients<B>,
         scratch: &mut SideScratch<B>,
     ) {
+        self.backward_weights(pass, x, dy, rows, gradients, scratch);
+        if let Some(db) = self.bias.and_then(|id| gradients.get_mut(id)) {
+            pass.backend.linear_backward_bias(dy, rows, self.outputs, db);
+        }
+    }
+
+    /// [`Affine::backward_params`] but for the bias, whose gradient is summed elsewhere.
+    pub fn backward_weights<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        dy: &B::Act,
+        rows: usize,
+        gradients: &mut Gradients<B>,
+        scratch: &mut SideScratch<B>,
+    ) {
         let (backend, tensors) = (pass.backend, pass.tensors);
         if let Some(dw) = gradients.get_mut(self.weight) {
             backend.linear_backward_weight(dy, x, product(self, rows), dw);
-        }
-        if let Some(db) = self.bias.and_then(|id| gradients.get_mut(id)) {
-            backend.linear_backward_bias(dy, rows, self.outputs, db);
         }
         if let Some(side) = &self.side {
             let dropped = self.low(side, pass, x, rows, scratch);

@@ -3,7 +3,7 @@
 
 use super::affine::Affine;
 use super::model::{Pass, Scratch};
-use super::norm::Norm;
+use super::norm::{Branch, Front, Joint, Norm, Normed};
 use super::tensors::Gradients;
 use crate::backend::{AttentionShape, Backend, Dropout, Grid, Window};
 
@@ -35,10 +35,6 @@ pub struct AttentionLayer {
 
 /// What the backward pass needs besides the layer's input.
 pub struct AttentionActs<B: Backend> {
-    /// (mean, 1/std) of the LayerNorm.
-    pub stats: B::Full,
-    /// Output of the LayerNorm, if kept.
-    pub normed: Option<B::Act>,
     /// Q.
     pub q: B::Act,
     /// Reduced tokens before their LayerNorm, with its (mean, 1/std).
@@ -69,40 +65,40 @@ impl AttentionLayer {
         }
     }
 
-    /// `y = x + drop·attention(norm(x))`
+    /// `y = x + drop·attention(norm(x))`, and the LayerNorm behind; `normed` is that of x.
     pub fn forward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
         x: &B::Act,
         grid: Grid,
         drop: Option<Dropout>,
+        normed: &Normed<B>,
         acts: &mut AttentionActs<B>,
-        y: &mut B::Act,
+        joint: Joint<'_, B>,
         scratch: &mut Scratch<B>,
     ) {
         let backend = pass.backend;
         let (rows, key_rows) = (grid.rows(), self.keys(grid).rows());
-        let Scratch { tokens: [room, keyed, ..], wide: [patches, _], side, .. } = scratch;
-        let normed = acts.normed.as_mut().unwrap_or(room);
-        self.norm.forward(pass, x, rows, normed, &mut acts.stats);
+        let Scratch { tokens: [t0, t1, ..], wide: [patches, _], side, .. } = scratch;
+        let normed = normed.out.as_ref().unwrap_or(t0);
         self.query.forward(pass, normed, rows, &mut acts.q, side);
         let source = match (&self.reduction, &mut acts.reduced) {
             (Some((convolution, norm)), Some((raw, stats))) => {
                 backend.patches(normed, grid, self.channels, self.window, patches);
                 convolution.forward(pass, patches, key_rows, raw, side);
-                norm.forward(pass, raw, key_rows, keyed, stats);
-                keyed
+                norm.forward(pass, raw, key_rows, t1, stats);
+                &*t1
             }
-            _ => &mut *normed,
+            _ => normed,
         };
         self.key.forward(pass, source, key_rows, &mut acts.k, side);
         self.value.forward(pass, source, key_rows, &mut acts.v, side);
         backend.attention(&acts.q, &acts.k, &acts.v, self.shape(grid), &mut acts.o, &mut acts.lse);
-        self.join(pass, x, grid, drop, acts, y, scratch);
+        self.output.join_and_norm(pass, x, &acts.o, grid, drop, t1, joint, t0, side);
     }
 
-    /// The end of [`AttentionLayer::forward`], from the attention output on: cheap enough to make y again in the backward
-    /// pass rather than keep it.
+    /// y of [`AttentionLayer::forward`], from the attention output: cheap enough to make again in the backward pass rather than
+    /// keep. Leaves `tokens[0]` of `scratch` alone.
     pub fn join<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
@@ -113,18 +109,20 @@ impl AttentionLayer {
         y: &mut B::Act,
         scratch: &mut Scratch<B>,
     ) {
-        let Scratch { tokens: [branch, ..], side, .. } = scratch;
-        self.output.forward(pass, &acts.o, grid.rows(), branch, side);
-        pass.backend.residual(x, branch, drop, grid, self.channels, y);
+        let Scratch { tokens: [_, branch, ..], side, .. } = scratch;
+        self.output.join(pass, x, &acts.o, grid, drop, branch, y, side);
     }
 
-    /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients.
+    /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients. With `drop`, `tokens[0]` of
+    /// `scratch` holds the branch's gradient; it is left holding that of `before`, if x was made by adding that.
     pub fn backward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
         x: &B::Act,
         grid: Grid,
         drop: Option<Dropout>,
+        before: Option<Branch<'_>>,
+        normed: &Normed<B>,
         acts: &AttentionActs<B>,
         d: &mut B::Act,
         gradients: &mut Gradients<B>,
@@ -138,15 +136,9 @@ impl AttentionLayer {
         let Scratch { tokens: [t0, t1, t2, t3, t4, t5], wide: [patches, _], side, stats, .. } = scratch;
 
         // Output product. Afterwards t1 is the gradient of the attention output.
-        let branch = match drop {
-            Some(drop) => {
-                backend.drop_path(d, drop, grid, self.channels, t0);
-                &*t0
-            }
-            None => &*d,
-        };
+        let branch = if drop.is_some() { &*t0 } else { &*d };
         if self.output.trains(gradients) {
-            self.output.backward_params(pass, &acts.o, branch, rows, gradients, side);
+            self.output.backward_weights(pass, &acts.o, branch, rows, gradients, side);
         }
         self.output.backward_input(pass, branch, rows, t1, false, side);
 
@@ -154,8 +146,9 @@ impl AttentionLayer {
         let shape = self.shape(grid);
         backend.attention_backward(&acts.q, &acts.k, &acts.v, &acts.o, &acts.lse, t1, shape, t2, t3, t4);
 
-        // What the products read: t0 the normalised x, t1 the normalised reduced tokens.
-        let t0 = match &acts.normed {
+        // What the products read: the normalised x, and t1, the normalised reduced tokens.
+        let x_stats = &normed.stats;
+        let normed = match &normed.out {
             Some(normed) => normed,
             None => {
                 self.norm.forward(pass, x, rows, t0, stats);
@@ -168,10 +161,10 @@ impl AttentionLayer {
                 norm.forward(pass, raw, key_rows, t1, stats);
                 &*t1
             }
-            _ => t0,
+            _ => normed,
         };
         if self.query.trains(gradients) {
-            self.query.backward_params(pass, t0, t2, rows, gradients, side);
+            self.query.backward_params(pass, normed, t2, rows, gradients, side);
         }
         for (affine, gradient) in [(&self.key, &*t3), (&self.value, &*t4)] {
             if affine.trains(gradients) {
@@ -186,10 +179,11 @@ impl AttentionLayer {
                 if below || trains || gradients.get(norm.gamma).is_some() {
                     self.key.backward_input(pass, t3, key_rows, t5, false, side);
                     self.value.backward_input(pass, t4, key_rows, t5, true, side);
-                    norm.backward(pass, t5, raw, raw_stats, key_rows, gradients, Some((&mut *t1, false)));
+                    let dx = Some((&mut *t1, false));
+                    norm.backward(pass, t5, raw, raw_stats, key_rows, gradients, dx, Front::product(convolution));
                     if trains {
-                        backend.patches(t0, grid, self.channels, self.window, patches);
-                        convolution.backward_params(pass, patches, t1, key_rows, gradients, side);
+                        backend.patches(normed, grid, self.channels, self.window, patches);
+                        convolution.backward_weights(pass, patches, t1, key_rows, gradients, side);
                     }
                 }
                 if below {
@@ -206,7 +200,8 @@ impl AttentionLayer {
         if below {
             self.query.backward_input(pass, t2, rows, t5, true, side);
             let dx = self.input_gradient.then_some((d, true));
-            self.norm.backward(pass, t5, x, &acts.stats, rows, gradients, dx);
+            let front = before.map_or(Front::none(), |before| Front::branch(before, grid, t0));
+            self.norm.backward(pass, t5, x, x_stats, rows, gradients, dx, front);
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use super::affine::Affine;
 use super::encoder::StageActs;
-use super::model::{Pass, Scratch, Worker};
+use super::model::{Pass, Scratch, SideScratch, Worker};
 use super::norm::Norm;
 use super::tensors::{Gradients, Id, Tensor, Tensors};
 use crate::backend::{
@@ -44,6 +44,8 @@ pub struct Decoder {
 pub struct DecoderActs<B: Backend> {
     /// Before BatchNorm, `(rows, width)`.
     pub z: B::Act,
+    /// Which activations pass ReLU and dropout, where a pass back follows that reads it.
+    pub passed: B::Act,
     /// `(rows, labels)`
     pub logits: B::Act,
     /// Gradient of the logits.
@@ -55,11 +57,13 @@ pub struct DecoderActs<B: Backend> {
 }
 
 impl Decoder {
-    /// Zeroed storage for logits on `grid`.
-    pub fn acts<B: Backend>(&self, backend: &B, grid: Grid) -> DecoderActs<B> {
+    /// Zeroed storage for logits on `grid`; with `keep`, what a backward pass needs.
+    pub fn acts<B: Backend>(&self, backend: &B, grid: Grid, keep: bool) -> DecoderActs<B> {
         let rows = grid.rows();
+        let passed = if keep { backend.passed(rows, self.width, self.labels) } else { backend.act(0) };
         DecoderActs {
             z: backend.act(rows * self.width),
+            passed,
             logits: backend.act(rows * self.labels),
             dlogits: backend.act(rows * self.labels),
             moments: backend.full(2 * self.width),
@@ -77,26 +81,51 @@ impl Decoder {
         pass.dropout(Purpose::HeadDropout, 0, self.dropout, grid.area() * self.width)
     }
 
-    /// Stage outputs to z; with `measures`, its moments too.
+    /// The stages' parts of z: the first goes to z, the others to `rooms`, each at its resolution.
+    fn parts<'s, B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        stages: &[StageActs<B>],
+        z: &mut B::Act,
+        rooms: impl Iterator<Item = &'s mut B::Act>,
+        side: &mut SideScratch<B>,
+    ) -> Vec<(&'s B::Act, Grid)> {
+        self.folded[0].forward(pass, &stages[0].out, stages[0].grid.rows(), z, side);
+        let others = self.folded.iter().zip(stages).skip(1).zip(rooms);
+        let part = |((folded, stage), room): ((&Affine, &StageActs<B>), &'s mut B::Act)| {
+            folded.forward(pass, &stage.out, stage.grid.rows(), room, side);
+            (&*room, stage.grid)
+        };
+        others.map(part).collect()
+    }
+
+    /// Stage outputs to z and its moments, in training.
     pub fn forward_linear<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
         stages: &[StageActs<B>],
         acts: &mut DecoderActs<B>,
-        measures: bool,
         scratch: &mut Scratch<B>,
     ) {
-        let to = stages[0].grid;
-        let Scratch { wide: [first, second], tokens, side, .. } = scratch;
-        self.folded[0].forward(pass, &stages[0].out, to.rows(), &mut acts.z, side);
-        let rooms = [first, second].into_iter().chain(tokens);
-        let mut parts: Vec<(&B::Act, Grid)> = Vec::with_capacity(stages.len());
-        for ((folded, stage), room) in self.folded.iter().zip(stages).skip(1).zip(rooms) {
-            folded.forward(pass, &stage.out, stage.grid.rows(), room, side);
-            parts.push((room, stage.grid));
-        }
-        let moments = measures.then_some(&mut acts.moments);
-        pass.backend.join_stages(&parts, to, self.width, &mut acts.z, moments);
+        let Scratch { wide, tokens, side, .. } = scratch;
+        let parts = self.parts(pass, stages, &mut acts.z, wide.iter_mut().chain(tokens), side);
+        pass.backend.join_stages(&parts, stages[0].grid, self.width, &mut acts.z, Some(&mut acts.moments));
+    }
+
+    /// Stage outputs to logits, in evaluation, whose statistics are known beforehand.
+    pub fn forward_evaluation<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        stats: &B::Full,
+        stages: &[StageActs<B>],
+        acts: &mut DecoderActs<B>,
+        scratch: &mut Scratch<B>,
+    ) {
+        let Scratch { wide: [room, own], tokens, side, .. } = scratch;
+        let DecoderActs { z, logits, .. } = acts;
+        let parts = self.parts(pass, stages, z, [own].into_iter().chain(tokens), side);
+        let (norm, classifier) = self.end(pass, stats);
+        pass.backend.classify_stages(&parts, stages[0].grid, self.width, z, norm, classifier, room, logits);
     }
 
     /// Numbers that the decoder needs in each of `Scratch::tokens`, where stages go that find no wide room on the way back: all
@@ -113,23 +142,26 @@ impl Decoder {
         grid: Grid,
         z: &'a B::Act,
     ) -> HeadPass<'a, B> {
-        let Some(bias) = self.classifier.bias else { unreachable!("the classifier has a bias") };
-        let tensors = pass.tensors;
-        HeadPass {
-            z,
-            norm: BatchNormView { stats, gamma: tensors.value(self.norm.gamma), beta: tensors.value(self.norm.beta) },
-            drop: self.drop(pass, grid),
-            rows: grid.rows(),
-            channels: self.width,
-            classifier: Classifier {
-                weight: tensors.product(self.classifier.weight),
-                bias: tensors.product(bias),
-                labels: self.labels,
-            },
-        }
+        let (norm, classifier) = self.end(pass, stats);
+        HeadPass { z, norm, drop: self.drop(pass, grid), rows: grid.rows(), channels: self.width, classifier }
     }
 
-    /// z to logits, with the statistics of the batch or the running ones.
+    /// BatchNorm and the classifier.
+    fn end<'a, B: Backend>(
+        &self,
+        pass: &Pass<'a, B>,
+        stats: &'a B::Full,
+    ) -> (BatchNormView<'a, B::Full>, Classifier<'a, B>) {
+        let Some(bias) = self.classifier.bias else { unreachable!("the classifier has a bias") };
+        let tensors = pass.tensors;
+        let (weight, bias) = (tensors.product(self.classifier.weight), tensors.product(bias));
+        (
+            BatchNormView { stats, gamma: tensors.value(self.norm.gamma), beta: tensors.value(self.norm.beta) },
+            Classifier { weight, bias, labels: self.labels },
+        )
+    }
+
+    /// z to logits, with the statistics of the batch.
     pub fn forward_head<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
@@ -138,8 +170,8 @@ impl Decoder {
         acts: &mut DecoderActs<B>,
         scratch: &mut Scratch<B>,
     ) {
-        let DecoderActs { z, logits, .. } = acts;
-        pass.backend.classify(self.head(pass, stats, grid, z), &mut scratch.wide[0], logits);
+        let DecoderActs { z, passed, logits, .. } = acts;
+        pass.backend.classify(self.head(pass, stats, grid, z), &mut scratch.wide[0], passed, logits);
     }
 
     /// Logits to the loss, its gradient, the classifier's gradients and the sums BatchNorm needs. `scratch` must be as
@@ -157,13 +189,13 @@ impl Decoder {
         scratch: &mut Scratch<B>,
     ) {
         let (backend, rows) = (pass.backend, grid.rows());
-        let DecoderActs { z, logits, dlogits, sums, .. } = acts;
+        let DecoderActs { z, passed, logits, dlogits, sums, .. } = acts;
         backend.cross_entropy(logits, grid, self.labels, samples, size, scale, loss, Some(dlogits));
         if let Some(db) = self.classifier.bias.and_then(|id| gradients.get_mut(id)) {
             backend.linear_backward_bias(dlogits, rows, self.labels, db);
         }
         let (room, dw) = (&mut scratch.wide[0], gradients.get_mut(self.classifier.weight));
-        backend.classify_backward(self.head(pass, stats, grid, z), dlogits, room, dw, sums);
+        backend.classify_backward(self.head(pass, stats, grid, z), passed, dlogits, room, dw, sums);
     }
 
     /// From the gradient of the logits to `worker.out_gradients`, with the folded weights' gradients. `total` is the
@@ -182,9 +214,9 @@ impl Decoder {
         let grid = stages[0].grid;
         let Worker { scratch, out_gradients, .. } = worker;
         let Scratch { wide: [dz, own], tokens, side, .. } = scratch;
-        let DecoderActs { z, dlogits, sums, .. } = acts;
+        let DecoderActs { z, passed, dlogits, sums, .. } = acts;
         let head = self.head(pass, stats, grid, z);
-        backend.classify_backward_input(head, dlogits, (total, batch_rows), sums, dz);
+        backend.classify_backward_input(head, passed, dlogits, (total, batch_rows), sums, dz);
         // Stages whose gradient nobody wants are left out, from the first on: what is trained lies in one piece.
         let wanted = |i: usize| self.folded[i].trains(gradients) || self.reached[i];
         let skipped = (0..stages.len()).take_while(|&i| !wanted(i)).count();
@@ -203,7 +235,10 @@ impl Decoder {
             let (folded, stage) = (&self.folded[i], &stages[i]);
             let stage_rows = stage.grid.rows();
             if folded.trains(gradients) {
-                folded.backward_params(pass, &stage.out, dy, stage_rows, gradients, side);
+                folded.backward_weights(pass, &stage.out, dy, stage_rows, gradients, side);
+            }
+            if let Some(db) = folded.bias.and_then(|id| gradients.get_mut(id)) {
+                backend.shift_gradient(dy, stage_rows, self.width, db);
             }
             if self.reached[i] {
                 folded.backward_input(pass, dy, stage_rows, &mut out_gradients[i], false, side);

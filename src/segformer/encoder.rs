@@ -3,7 +3,7 @@
 use super::attention::{AttentionActs, AttentionLayer};
 use super::mix_ffn::{FfnActs, MixFfn};
 use super::model::{Pass, Scratch, Worker};
-use super::norm::Norm;
+use super::norm::{Branch, Front, Joint, Norm, Normed};
 use super::patch_embed::{EmbedActs, EmbedInput, PatchEmbed};
 use super::tensors::Gradients;
 use crate::backend::{Backend, Dropout, Grid, Sample};
@@ -49,6 +49,8 @@ pub struct StageActs<B: Backend> {
     embed: EmbedActs<B>,
     /// The residual stream before each block and after the last; in evaluation, the first two take turns.
     stream: Vec<B::Act>,
+    /// Of each block's attention, then its Mix-FFN; in evaluation, those of one block.
+    norms: Vec<Normed<B>>,
     blocks: Vec<BlockActs<B>>,
     stats: B::Full,
     /// Output `(grid, channels)`.
@@ -84,8 +86,6 @@ impl Stage {
                 let keys = block.attention.keys(grid).rows();
                 BlockActs {
                     attention: AttentionActs {
-                        stats: stats(),
-                        normed: (remembers && block.attention.trains).then(tokens),
                         q: tokens(),
                         reduced: (block.attention.reduction.is_some())
                             .then(|| (backend.act(keys * channels), backend.full(2 * keys))),
@@ -94,20 +94,19 @@ impl Stage {
                         o: tokens(),
                         lse: backend.full(rows * block.attention.heads),
                     },
-                    ffn: FfnActs {
-                        stats: stats(),
-                        normed: (remembers && block.ffn.trains).then(tokens),
-                        h: backend.act(rows * block.ffn.hidden),
-                    },
+                    ffn: FfnActs { h: backend.act(rows * block.ffn.hidden) },
                     middle: remembers.then(tokens),
                 }
             })
             .collect();
+        let norms = self.blocks[..held].iter().flat_map(|block| [block.attention.trains, block.ffn.trains]);
+        let norms = norms.map(|trains| Normed { out: (remembers && trains).then(tokens), stats: stats() }).collect();
         StageActs {
             grid,
             from,
             embed: EmbedActs { raw: tokens(), stats: stats() },
             stream: (0..=if keep { held } else { 1 }).map(|_| tokens()).collect(),
+            norms,
             blocks,
             stats: stats(),
             out: tokens(),
@@ -130,19 +129,35 @@ impl Stage {
         scratch: &mut Scratch<B>,
     ) {
         self.embed.forward(pass, input, acts.from, &mut acts.embed, &mut acts.stream[0], scratch);
+        let StageActs { grid, stream, norms, blocks, stats, out, .. } = acts;
+        let (grid, rows) = (*grid, grid.rows());
+        match self.blocks.first() {
+            Some(block) => {
+                let Normed { out, stats } = &mut norms[0];
+                let normed = out.as_mut().unwrap_or(&mut scratch.tokens[0]);
+                block.attention.norm.forward(pass, &stream[0], rows, normed, stats);
+            }
+            None => self.norm.forward(pass, &stream[0], rows, out, stats),
+        }
         // Evaluation uses the first block's storage again and again, while it is in cache.
-        let (held, streams) = if pass.keeps() { (self.blocks.len(), acts.stream.len()) } else { (1, 2) };
+        let (held, streams) = if pass.keeps() { (self.blocks.len(), stream.len()) } else { (1, 2) };
         for (j, block) in self.blocks.iter().enumerate() {
-            let BlockActs { attention, ffn, middle: kept } = &mut acts.blocks[j % held];
-            let middle = kept.as_mut().unwrap_or(middle);
-            let Ok([before, after]) = acts.stream.get_disjoint_mut([j % streams, (j + 1) % streams]) else {
+            let BlockActs { attention, ffn, middle: kept } = &mut blocks[j % held];
+            let middle = kept.as_mut().unwrap_or(&mut *middle);
+            let Ok([before, after]) = stream.get_disjoint_mut([j % streams, (j + 1) % streams]) else {
                 unreachable!("a block reads and writes one buffer")
             };
-            block.attention.forward(pass, before, acts.grid, block.drop(pass, 0), attention, middle, scratch);
-            block.ffn.forward(pass, middle, acts.grid, block.drop(pass, 1), ffn, after, scratch);
+            let turn = |half: usize| (2 * j + half) % (2 * held);
+            let Ok([first, second]) = norms.get_disjoint_mut([turn(0), turn(1)]) else { unreachable!("of two halves") };
+            let joint = second.joint(&mut *middle, &block.ffn.norm);
+            block.attention.forward(pass, before, grid, block.drop(pass, 0), first, attention, joint, scratch);
+            let Ok([second, next]) = norms.get_disjoint_mut([turn(1), turn(2)]) else { unreachable!("of two halves") };
+            let joint = match self.blocks.get(j + 1) {
+                Some(following) => next.joint(after, &following.attention.norm),
+                None => Joint { y: after, norm: &self.norm, out: Some(&mut *out), stats: &mut *stats },
+            };
+            block.ffn.forward(pass, middle, grid, block.drop(pass, 1), second, ffn, joint, scratch);
         }
-        let last = &acts.stream[self.blocks.len() % streams];
-        self.norm.forward(pass, last, acts.grid.rows(), &mut acts.out, &mut acts.stats);
     }
 
     /// From the gradient `out_gradient` of the stage's output; `below` receives, added, the gradient of its input. `d` is
@@ -161,7 +176,14 @@ impl Stage {
     ) {
         let rows = acts.grid.rows();
         let last = &acts.stream[self.blocks.len()];
-        self.norm.backward(pass, out_gradient, last, &acts.stats, rows, gradients, Some((&mut *d, false)));
+        // What block j's input was made by; tokens[0] passes on the gradient of the branch that comes next.
+        let before = |j: usize| -> Option<Branch<'_>> {
+            let block = &self.blocks[j.checked_sub(1)?];
+            Some((&block.ffn.contract, block.drop(pass, 1)))
+        };
+        let front = before(self.blocks.len());
+        let front = front.map_or(Front::none(), |front| Front::branch(front, acts.grid, &mut scratch.tokens[0]));
+        self.norm.backward(pass, out_gradient, last, &acts.stats, rows, gradients, Some((&mut *d, false)), front);
         for (j, (block, saved)) in self.blocks.iter().zip(&acts.blocks).enumerate().rev() {
             let (x, drop) = (&acts.stream[j], block.drop(pass, 0));
             let middle = match &saved.middle {
@@ -173,8 +195,12 @@ impl Stage {
                     &*middle
                 }
             };
-            block.ffn.backward(pass, middle, acts.grid, block.drop(pass, 1), &saved.ffn, d, gradients, scratch);
-            block.attention.backward(pass, x, acts.grid, drop, &saved.attention, d, gradients, scratch);
+            let (output, norms) = ((&block.attention.output, drop), &acts.norms[2 * j..]);
+            let (first, second) = (&norms[0], &norms[1]);
+            let drop_ffn = block.drop(pass, 1);
+            block.ffn.backward(pass, middle, acts.grid, drop_ffn, output, second, &saved.ffn, d, gradients, scratch);
+            let (attention, before) = (&block.attention, before(j));
+            attention.backward(pass, x, acts.grid, drop, before, first, &saved.attention, d, gradients, scratch);
         }
         if self.embed.input_gradient || self.embed.trains {
             self.embed.backward(pass, input, acts.from, &acts.embed, d, gradients, below, scratch);

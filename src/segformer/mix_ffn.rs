@@ -2,7 +2,7 @@
 
 use super::affine::Affine;
 use super::model::{Pass, Scratch};
-use super::norm::Norm;
+use super::norm::{Branch, Front, Joint, Norm, Normed};
 use super::tensors::{Gradients, Id};
 use crate::backend::{Backend, Dropout, Grid};
 
@@ -30,44 +30,41 @@ pub struct MixFfn {
 
 /// What the backward pass needs besides the layer's input.
 pub struct FfnActs<B: Backend> {
-    /// (mean, 1/std) of the LayerNorm.
-    pub stats: B::Full,
-    /// Output of the LayerNorm, if kept.
-    pub normed: Option<B::Act>,
     /// Output of the expansion; the rest is recomputed.
     pub h: B::Act,
 }
 
 impl MixFfn {
-    /// `y = x + drop·ffn(norm(x))`
+    /// `y = x + drop·ffn(norm(x))`, and the LayerNorm behind; `normed` is that of x.
     pub fn forward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
         x: &B::Act,
         grid: Grid,
         drop: Option<Dropout>,
+        normed: &Normed<B>,
         acts: &mut FfnActs<B>,
-        y: &mut B::Act,
+        joint: Joint<'_, B>,
         scratch: &mut Scratch<B>,
     ) {
         let rows = grid.rows();
-        let Scratch { tokens: [t0, ..], wide: [g, _], side, .. } = scratch;
-        let normed = acts.normed.as_mut().unwrap_or(t0);
-        self.norm.forward(pass, x, rows, normed, &mut acts.stats);
-        self.expand.forward(pass, normed, rows, &mut acts.h, side);
+        let Scratch { tokens: [t0, t1, ..], wide: [g, _], side, .. } = scratch;
+        self.expand.forward(pass, normed.out.as_ref().unwrap_or(t0), rows, &mut acts.h, side);
         let (w, b) = (pass.tensors.value(self.mix_weight), pass.tensors.value(self.mix_bias));
         pass.backend.depthwise_gelu(&acts.h, w, b, grid, self.hidden, g);
-        self.contract.forward(pass, g, rows, t0, side);
-        pass.backend.residual(x, t0, drop, grid, self.channels, y);
+        self.contract.join_and_norm(pass, x, g, grid, drop, t1, joint, t0, side);
     }
 
-    /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients.
+    /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients. With `drop`, `tokens[0]` of
+    /// `scratch` holds the branch's gradient; it is left holding that of `before`, which was added to make x.
     pub fn backward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
         x: &B::Act,
         grid: Grid,
         drop: Option<Dropout>,
+        before: Branch<'_>,
+        normed: &Normed<B>,
         acts: &FfnActs<B>,
         d: &mut B::Act,
         gradients: &mut Gradients<B>,
@@ -79,13 +76,7 @@ impl MixFfn {
         let backend = pass.backend;
         let rows = grid.rows();
         let Scratch { tokens: [t0, t1, ..], wide: [dg, g], hidden: dh, side, stats } = scratch;
-        let branch = match drop {
-            Some(drop) => {
-                backend.drop_path(d, drop, grid, self.channels, t0);
-                &*t0
-            }
-            None => &*d,
-        };
+        let branch = if drop.is_some() { &*t0 } else { &*d };
 
         let contract_trains = self.contract.trains(gradients);
         let expand_trains = self.expand.trains(gradients);
@@ -95,27 +86,29 @@ impl MixFfn {
         self.contract.backward_input(pass, branch, rows, dg, false, side);
         let (w, b) = (pass.tensors.value(self.mix_weight), pass.tensors.value(self.mix_bias));
         let (wanted_g, wanted_dh) = (contract_trains.then_some(&mut *g), (below || expand_trains).then_some(&mut *dh));
-        let parameters = gradients.pair_mut(self.mix_weight, self.mix_bias);
-        backend.depthwise_gelu_backward(&acts.h, w, b, grid, self.hidden, dg, wanted_g, wanted_dh, parameters);
+        let mut each = gradients.each();
+        let parameters = each.take(self.mix_weight).zip(each.take(self.mix_bias));
+        let shift = self.expand.bias.and_then(|id| each.take(id));
+        backend.depthwise_gelu_backward(&acts.h, w, b, grid, self.hidden, dg, wanted_g, wanted_dh, parameters, shift);
         if contract_trains {
-            self.contract.backward_params(pass, g, branch, rows, gradients, side);
+            self.contract.backward_weights(pass, g, branch, rows, gradients, side);
         }
 
         // The expansion and the LayerNorm.
         if expand_trains {
-            let normed = match &acts.normed {
+            let normed = match &normed.out {
                 Some(normed) => normed,
                 None => {
                     self.norm.forward(pass, x, rows, t0, stats);
                     &*t0
                 }
             };
-            self.expand.backward_params(pass, normed, dh, rows, gradients, side);
+            self.expand.backward_weights(pass, normed, dh, rows, gradients, side);
         }
         if below {
             self.expand.backward_input(pass, dh, rows, t1, false, side);
             let dx = self.input_gradient.then_some((d, true));
-            self.norm.backward(pass, t1, x, &acts.stats, rows, gradients, dx);
+            self.norm.backward(pass, t1, x, &normed.stats, rows, gradients, dx, Front::branch(before, grid, t0));
         }
     }
 }

@@ -185,7 +185,7 @@ impl<B: Backend> Model<B> {
                     .collect();
                 Unit {
                     images: per_unit,
-                    decoder: plan.decoder.acts(&backend, stages[0].grid),
+                    decoder: plan.decoder.acts(&backend, stages[0].grid, trains),
                     stages,
                     loss: backend.full(per_unit),
                     counts: vec![0; per_unit * plan.decoder.labels * plan.decoder.labels],
@@ -386,7 +386,7 @@ impl<B: Backend> Model<B> {
         backend.each_unit(units, slots, workers, |u, unit, _, worker| {
             let pass = Pass::training(backend, tensors, random, u * per_unit, part(u).len());
             encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, worker);
-            decoder.forward_linear(&pass, &unit.stages, &mut unit.decoder, true, &mut worker.scratch);
+            decoder.forward_linear(&pass, &unit.stages, &mut unit.decoder, &mut worker.scratch);
         });
 
         let moments: Vec<&B::Full> = units.iter().map(|u| &u.decoder.moments).collect();
@@ -564,9 +564,7 @@ impl<B: Backend> Model<B> {
             backend.each_unit(units, &mut slots, workers, |u, unit, (), worker| {
                 let pass = Pass { backend, tensors, images: part(u).len(), random: None };
                 encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, worker);
-                let (scratch, grid) = (&mut worker.scratch, unit.stages[0].grid);
-                decoder.forward_linear(&pass, &unit.stages, &mut unit.decoder, false, scratch);
-                decoder.forward_head(&pass, stats, grid, &mut unit.decoder, scratch);
+                decoder.forward_evaluation(&pass, stats, &unit.stages, &mut unit.decoder, &mut worker.scratch);
                 inside(backend, decoder, size, part(u), unit);
             });
             for (u, unit) in units.iter_mut().enumerate() {

@@ -1,8 +1,65 @@
 //! A LayerNorm (or the affine part of the BatchNorm) in the model.
 
+use super::affine::Affine;
 use super::model::Pass;
 use super::tensors::{Gradients, Id};
-use crate::backend::Backend;
+use crate::backend::{Backend, Dropout, Grid, InFront};
+
+/// What a LayerNorm made.
+pub struct Normed<B: Backend> {
+    /// Output, if kept; else it goes to `tokens[0]` of the scratch memory.
+    pub out: Option<B::Act>,
+    /// (mean, 1/std) per row.
+    pub stats: B::Full,
+}
+
+impl<B: Backend> Normed<B> {
+    /// Where a branch joins the stream, which goes to `y`, in front of `norm`.
+    pub fn joint<'a>(&'a mut self, y: &'a mut B::Act, norm: &'a Norm) -> Joint<'a, B> {
+        Joint { y, norm, out: self.out.as_mut(), stats: &mut self.stats }
+    }
+}
+
+/// Where a branch joins the residual stream, and what the LayerNorm behind makes of it.
+pub struct Joint<'a, B: Backend> {
+    /// Receives the stream.
+    pub y: &'a mut B::Act,
+    /// The LayerNorm.
+    pub norm: &'a Norm,
+    /// Its output, if kept.
+    pub out: Option<&'a mut B::Act>,
+    /// Its (mean, 1/std) per row.
+    pub stats: &'a mut B::Full,
+}
+
+/// The product in front of a LayerNorm, which the gradient goes on to.
+pub struct Front<'a, B: Backend> {
+    /// Stochastic depth of the product; receives its gradient.
+    scaled: Option<(Dropout, Grid, &'a mut B::Act)>,
+    /// Whose gradient is summed, if wanted.
+    bias: Option<Id>,
+}
+
+impl<'a, B: Backend> Front<'a, B> {
+    /// Something other than a product.
+    pub fn none() -> Self {
+        Self { scaled: None, bias: None }
+    }
+
+    /// A product that is the LayerNorm's input.
+    pub fn product(affine: &Affine) -> Self {
+        Self { scaled: None, bias: affine.bias }
+    }
+
+    /// A product that was added to the residual stream. `room` receives its gradient where there is stochastic depth: else
+    /// that is the stream's.
+    pub fn branch((affine, drop): Branch<'_>, grid: Grid, room: &'a mut B::Act) -> Self {
+        Self { scaled: drop.map(|drop| (drop, grid, room)), bias: affine.bias }
+    }
+}
+
+/// The product at the end of a branch, and its stochastic depth.
+pub type Branch<'a> = (&'a Affine, Option<Dropout>);
 
 /// Scale and shift over `channels`.
 #[derive(Clone, Debug)]
@@ -29,7 +86,8 @@ impl Norm {
         pass.backend.layer_norm(x, gamma, beta, rows, self.channels, y, stats);
     }
 
-    /// Sums the gradients of scale and shift, if wanted; writes (or with `add` adds) the gradient towards x, if asked.
+    /// Sums the gradients of scale and shift, if wanted; writes (or with `add` adds) the gradient towards x, if asked, and what
+    /// `front` wants of it.
     pub fn backward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
@@ -39,17 +97,18 @@ impl Norm {
         rows: usize,
         gradients: &mut Gradients<B>,
         dx: Option<(&mut B::Act, bool)>,
+        front: Front<'_, B>,
     ) {
         let (backend, gamma, channels) = (pass.backend, pass.tensors.value(self.gamma), self.channels);
-        match (gradients.pair_mut(self.gamma, self.beta), dx) {
-            (Some(parameters), Some(dx)) => {
-                backend.layer_norm_backward_both(dy, x, stats, gamma, rows, channels, dx, parameters);
+        let mut each = gradients.each();
+        let parameters = each.take(self.gamma).zip(each.take(self.beta));
+        match (parameters, dx) {
+            (parameters, Some(dx)) => {
+                let front = InFront { scaled: front.scaled, bias: front.bias.and_then(|id| each.take(id)) };
+                backend.layer_norm_backward_all(dy, x, stats, gamma, rows, channels, dx, parameters, front);
             }
             (Some((dgamma, dbeta)), None) => {
                 backend.layer_norm_backward_params(dy, x, stats, rows, channels, dgamma, dbeta);
-            }
-            (None, Some((dx, add))) => {
-                backend.layer_norm_backward(dy, x, stats, gamma, rows, channels, dx, add);
             }
             (None, None) => {}
         }

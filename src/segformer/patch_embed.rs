@@ -2,7 +2,7 @@
 
 use super::affine::Affine;
 use super::model::{Pass, Scratch};
-use super::norm::Norm;
+use super::norm::{Front, Norm};
 use super::tensors::Gradients;
 use crate::backend::{Backend, Grid, Sample, Window};
 
@@ -77,10 +77,11 @@ impl PatchEmbed {
         let rows = from.through(self.window).rows();
         let trains = self.projection.trains(gradients);
         let inner = (trains || dx.is_some()).then_some((&mut scratch.tokens[0], false));
-        self.norm.backward(pass, d, &acts.raw, &acts.stats, rows, gradients, inner);
+        let front = Front::product(&self.projection);
+        self.norm.backward(pass, d, &acts.raw, &acts.stats, rows, gradients, inner, front);
         if trains {
             self.gather(pass, input, from, &mut scratch.wide[0]);
-            self.projection.backward_params(
+            self.projection.backward_weights(
                 pass,
                 &scratch.wide[0],
                 &scratch.tokens[0],

@@ -93,7 +93,7 @@ impl Device for Host {
     }
 
     unsafe fn product(&self, product: &MatrixProduct) -> Result<()> {
-        let &MatrixProduct { size: (m, n, k), add, .. } = product;
+        let &MatrixProduct { size: (m, n, k), .. } = product;
         // SAFETY: the caller's, here and below.
         let a = unsafe { numbers(product.a, m * k, Element::Bf16) };
         let b = unsafe { numbers(product.b, k * n, Element::Bf16) };
@@ -101,7 +101,7 @@ impl Device for Host {
         // Rows of b that are k apart become rows that are n apart, so that the inner loop runs along both b and c.
         let b = if product.transpose_b { transposed(&b, n, k) } else { b };
         let a = if product.transpose_a { transposed(&a, k, m) } else { a };
-        let old = unsafe { numbers(product.c, m * n, product.output) };
+        let base = product.base.map(|base| unsafe { numbers(base, m * n, product.output) });
         let mut row = vec![0.0f32; n];
         for i in 0..m {
             row.fill(0.0);
@@ -116,8 +116,8 @@ impl Device for Host {
                 if let Some(bias) = &bias {
                     value += bias[j];
                 }
-                if add {
-                    value += old[i * n + j];
+                if let Some(base) = &base {
+                    value += base[i * n + j];
                 }
                 let at = i * n + j;
                 unsafe {

@@ -11,8 +11,8 @@ use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
-    AdamW, AttentionShape, Backend, Base, BatchNormView, Classifier, Dropout, Grid, HeadPass, Loss as _, Memory,
-    Moving, Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
+    AdamW, AttentionShape, Backend, Base, BatchNormView, Classifier, Dropout, Grid, Head as _, HeadPass, InFront,
+    Loss as _, Memory, Moving, Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -156,11 +156,14 @@ case!(
         let (mut y, mut dx) = (lab.act(outs, 5), lab.act(ins, 6));
         let (mut dw, mut db) = (lab.full(p.inputs * p.outputs, 7), lab.full(p.outputs, 8));
         b.linear(&x, &w, self.bias.then_some(&bias), p, &mut y, self.add);
+        let (base, mut joined) = (lab.act(outs, 9), lab.act(outs, 10));
+        b.linear_residual(&base, &x, &w, self.bias.then_some(&bias), p, &mut lab.act(outs, 11), &mut joined);
         b.linear_backward_input(&dy, &w, p, &mut dx, self.add);
         b.linear_backward_weight(&dy, &x, p, &mut dw);
         b.linear_backward_bias(&dy, p.rows, p.outputs, &mut db);
         vec![
             lab.read("y", &y, outs, 1.0, 0.0),
+            lab.read("joined", &joined, outs, 1.0, 0.0),
             lab.read("dx", &dx, ins, 1.0, 0.0),
             lab.read_full("dw", &dw, p.inputs * p.outputs),
             lab.read_full("db", &db, p.outputs),
@@ -214,9 +217,10 @@ case!(
 
 case!(
     layer_norm,
-    LayerNorm { rows: usize, channels: usize },
+    LayerNorm { images: usize, area: usize, channels: usize },
     |self, lab| {
-        let (rows, channels) = (self.rows, self.channels);
+        let grid = Grid { images: self.images, height: self.area, width: 1 };
+        let (rows, channels) = (grid.rows(), self.channels);
         let n = rows * channels;
         let (x, gamma, beta, dy) = (lab.act(n, 1), lab.full(channels, 2), lab.full(channels, 3), lab.act(n, 4));
         let (mut y, mut stats) = (lab.act(n, 5), lab.full(2 * rows, 6));
@@ -228,12 +232,46 @@ case!(
         lab.0.layer_norm_backward_params(&dy, &x, &stats, rows, channels, &mut dgamma, &mut dbeta);
         let (mut dx_too, mut dgamma_too, mut dbeta_too) =
             (lab.act(n, 11), lab.full(channels, 12), lab.full(channels, 13));
-        let parameters = (&mut dgamma_too, &mut dbeta_too);
-        lab.0.layer_norm_backward_both(&dy, &x, &stats, &gamma, rows, channels, (&mut dx_too, true), parameters);
+        let drop = drop_of(Purpose::DropPath, 0.4);
+        // A branch joined in the same pass, to the bits of one pass after the other.
+        let branch = lab.act(n, 23);
+        let [mut joined, mut joined_normed, mut stream, mut normed] = [24, 25, 26, 27].map(|site| lab.act(n, site));
+        let [mut joined_stats, mut stream_stats] = [28, 29].map(|site| lab.full(2 * rows, site));
+        for drop in [Some(drop), None] {
+            let (y, to) = (&mut joined, &mut joined_normed);
+            lab.0.residual_norm(&x, &branch, drop, grid, channels, (&gamma, &beta), y, to, &mut joined_stats);
+            lab.0.residual(&x, &branch, drop, grid, channels, &mut stream);
+            lab.0.layer_norm(&stream, &gamma, &beta, rows, channels, &mut normed, &mut stream_stats);
+            for (a, b) in [(&joined, &stream), (&joined_normed, &normed)] {
+                assert_eq!(lab.0.download_act(a, n), lab.0.download_act(b, n), "{self:?}");
+            }
+            assert_eq!(lab.0.download(&joined_stats), lab.0.download(&stream_stats), "{self:?}");
+        }
+        let all = |dx, parameters, scaled, bias| {
+            let front = InFront { scaled, bias };
+            lab.0.layer_norm_backward_all(&dy, &x, &stats, &gamma, rows, channels, dx, parameters, front);
+        };
+        let [mut scaled, mut scaled_alone, mut dx_branch, mut dx_bias] = [14, 15, 16, 17].map(|site| lab.act(n, site));
+        let [mut bias, mut bias_plain, mut bias_alone] = [18, 19, 20].map(|site| lab.full(channels, site));
+        let parameters = Some((&mut dgamma_too, &mut dbeta_too));
+        all((&mut dx_too, true), parameters, Some((drop, grid, &mut scaled)), Some(&mut bias));
+        let parameters = Some((&mut lab.full(channels, 21), &mut lab.full(channels, 22)));
+        all((&mut dx_bias, false), parameters, None, Some(&mut bias_plain));
+        all((&mut dx_branch, true), None, Some((drop, grid, &mut scaled_alone)), Some(&mut bias_alone));
+        // Apart from the parameters' gradients, the bias's is summed from what has been rounded.
+        let fused = if channels <= 256 && channels.is_multiple_of(8) { 0.0 } else { 1.0 };
+        let sums = |name, bias, summed| Output { summed, ..lab.read_full(name, bias, channels) };
         vec![
-            lab.read("dx of both", &dx_too, n, 1.0, 0.0),
-            lab.read_full("dgamma of both", &dgamma_too, channels),
-            lab.read_full("dbeta of both", &dbeta_too, channels),
+            lab.read("dx of all", &dx_too, n, 1.0, 0.0),
+            lab.read_full("dgamma of all", &dgamma_too, channels),
+            lab.read_full("dbeta of all", &dbeta_too, channels),
+            lab.read("scaled", &scaled, n, 1.0, 0.0),
+            sums("bias", &bias, fused),
+            lab.read("dx beside a bias", &dx_bias, n, 1.0, 0.0),
+            sums("bias without factors", &bias_plain, fused),
+            lab.read("dx beside a branch", &dx_branch, n, 1.0, 0.0),
+            lab.read("scaled alone", &scaled_alone, n, 1.0, 0.0),
+            sums("bias alone", &bias_alone, 1.0),
             lab.read("y", &y, n, 1.0, 0.0),
             lab.read_full("stats", &stats, 2 * rows),
             lab.read("dx", &dx, n, 1.0, 0.0),
@@ -242,7 +280,7 @@ case!(
             lab.read_full("dbeta", &dbeta, channels),
         ]
     },
-    [(1, 3), (5, 33), (300, 32), (70, 64), (9, 160), (33, 256), (3, 520)]
+    [(4, 1, 3), (5, 3, 33), (3, 100, 32), (7, 10, 64), (9, 1, 160), (11, 3, 256), (3, 1, 520), (2, 1300, 8)]
 );
 
 case!(
@@ -295,13 +333,15 @@ case!(
         let [mut again, mut again_alone, mut dh, mut dh_alone, mut dh_last] =
             [5, 6, 7, 8, 9].map(|site| lab.act(n, site));
         let (mut dw, mut db) = (lab.full(9 * channels, 10), lab.full(channels, 11));
-        let back = |g, dh, parameters| {
-            lab.0.depthwise_gelu_backward(&h, &w, &b, grid, channels, &mut lab.act_of(&dg), g, dh, parameters);
+        let (mut shift, mut shift_alone) = (lab.full(channels, 12), lab.full(channels, 13));
+        let back = |g, dh, parameters, shift| {
+            lab.0.depthwise_gelu_backward(&h, &w, &b, grid, channels, &mut lab.act_of(&dg), g, dh, parameters, shift);
         };
-        back(Some(&mut again), Some(&mut dh), Some((&mut dw, &mut db)));
-        back(None, Some(&mut dh_alone), None);
-        back(Some(&mut again_alone), None, None);
-        back(None, Some(&mut dh_last), Some((&mut lab.full(9 * channels, 10), &mut lab.full(channels, 11))));
+        back(Some(&mut again), Some(&mut dh), Some((&mut dw, &mut db)), Some(&mut shift));
+        back(None, Some(&mut dh_alone), None, Some(&mut shift_alone));
+        back(Some(&mut again_alone), None, None, None);
+        let parameters = (&mut lab.full(9 * channels, 10), &mut lab.full(channels, 11));
+        back(None, Some(&mut dh_last), Some(parameters), None);
         // dh, dw: the gradient before the GELU, which they are summed from, is rounded.
         vec![
             lab.read("g", &g, n, 1.0, 0.0),
@@ -312,6 +352,9 @@ case!(
             lab.read("dh with parameters", &dh_last, n, 1.0, 1.0),
             Output { summed: 1.0, ..lab.read_full("dw", &dw, 9 * channels) },
             lab.read_full("db", &db, channels),
+            // Each rounding of du counts here by the sum of its weights.
+            Output { summed: 4.0, ..lab.read_full("shift", &shift, channels) },
+            Output { summed: 4.0, ..lab.read_full("shift alone", &shift_alone, channels) },
         ]
     },
     [
@@ -424,6 +467,28 @@ case!(
     [((3, 5), 3, 0.0), ((70, 300), 32, 0.1), ((600, 1), 8, 0.1), ((33, 2), 35, 0.3)]
 );
 
+/// A constant added to z has no gradient, which is why one backend does not sum it.
+#[test]
+fn batch_norm_takes_shifts_away() {
+    let backend = Cpu::<f64>::new(Some(1)).expect("threads");
+    let (lab, rows, channels) = (Lab(&backend), 600, 24);
+    let n = rows * channels;
+    let (z, gamma, beta) = (lab.act(n, 1), lab.full(channels, 2), lab.full(channels, 3));
+    let [mut moments, mut stats, mut sums, mut total] = [4, 5, 6, 7].map(|site| lab.full(2 * channels, site));
+    let (mut mean, mut var) = (lab.full(channels, 8), lab.full(channels, 9));
+    backend.batch_moments(&z, rows, channels, &mut moments);
+    backend.batch_stats(&[&moments], &[rows], channels, 0.1, &mut stats, &mut mean, &mut var);
+    let norm = BatchNormView { stats: &stats, gamma: &gamma, beta: &beta };
+    let (mut dz, mut db) = (lab.act(n, 10), lab.full_of(&vec![0.0; channels]));
+    backend.head_backward(&z, norm, None, rows, channels, &mut dz, &mut sums);
+    backend.batch_sums(&[&sums], &mut total);
+    backend.batch_norm_backward(&z, norm, &total, rows, rows, channels, &mut dz);
+    backend.shift_gradient(&dz, rows, channels, &mut db);
+    let largest = backend.download_act(&dz, n).iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let db = backend.scalars(&db, channels);
+    assert!(largest > 0.01 && db.iter().all(|x| x.abs() < 1e-12 * rows as f64), "{largest}, {db:?}");
+}
+
 case!(
     join_stages,
     JoinStages { images: usize, to: (usize, usize), parts: Vec<(usize, usize)>, channels: usize },
@@ -481,21 +546,57 @@ case!(
         let (mut dw, mut sums, mut again) =
             (lab.full(labels * channels, 10), lab.full(2 * channels, 11), lab.full(2 * channels, 12));
         let (total, mut dz) = (lab.full(2 * channels, 13), lab.act(n, 14));
-        b.classify(head, &mut room, &mut logits);
-        b.classify_backward(head, &dlogits, &mut room, Some(&mut dw), &mut sums);
-        b.classify_backward_input(head, &dlogits, (&total, 3 * rows), &mut again, &mut dz);
+        let (mut passed, mut silent) = (b.passed(rows, channels, labels), lab.act(rows * labels, 15));
+        b.classify(head, &mut room, &mut b.act(0), &mut silent);
+        b.classify(head, &mut room, &mut passed, &mut logits);
+        b.classify_backward(head, &passed, &dlogits, &mut room, Some(&mut dw), &mut sums);
+        b.classify_backward_input(head, &passed, &dlogits, (&total, 3 * rows), &mut again, &mut dz);
         // Where the classifier is not fused, activations and their gradients are rounded on the way.
         let fused = labels == 2 && channels <= 256 && channels % 8 == 0 && (channels / 8).is_power_of_two();
         let plain = if fused { 0.0 } else { 1.0 };
         let full = |name, full, n| Output { name, values: b.scalars(full, n), own: 0.0, summed: plain };
         vec![
             lab.read("logits", &logits, rows * labels, 1.0, 2.0 * plain),
+            lab.read("logits alone", &silent, rows * labels, 1.0, 2.0 * plain),
             full("dw", &dw, labels * channels),
             full("sums", &sums, 2 * channels),
             lab.read("dz", &dz, n, 1.0, 2.0 * plain),
         ]
     },
     [(70, 32, 2, 0.1), (301, 256, 2, 0.1), (5, 8, 2, 0.0), (33, 24, 2, 0.2), (20, 64, 3, 0.1), (9, 35, 2, 0.3)]
+);
+
+case!(
+    classify_stages,
+    ClassifyStages { images: usize, to: (usize, usize), parts: Vec<(usize, usize)>, channels: usize, labels: usize },
+    |self, lab| {
+        let grid = |(height, width)| Grid { images: self.images, height, width };
+        let (to, channels, labels) = (grid(self.to), self.channels, self.labels);
+        let parts: Vec<_> = self.parts.iter().map(|&part| grid(part)).collect();
+        let acts: Vec<_> = (10..).zip(&parts).map(|(site, part)| lab.act(part.rows() * channels, site)).collect();
+        let parts: Vec<_> = acts.iter().zip(parts).collect();
+        let (gamma, beta) = (lab.full(channels, 2), lab.full(channels, 3));
+        let stats = lab.full_of(&numbers(2 * channels, 4).iter().map(|x| 1.0 + 0.5 * x).collect::<Vec<_>>());
+        let norm = BatchNormView { stats: &stats, gamma: &gamma, beta: &beta };
+        let (w, bias) = (lab.act(labels * channels, 5), lab.act(labels, 6));
+        let classifier = Classifier { weight: &w, bias: &bias, labels };
+        let (n, n_logits) = (to.rows() * channels, to.rows() * labels);
+        let (mut z, mut room, mut logits) = (lab.act(n, 1), lab.act(n, 8), lab.act(n_logits, 9));
+        lab.0.classify_stages(&parts, to, channels, &mut z, norm, classifier, &mut room, &mut logits);
+        // Where it is not fused, z and the activations are rounded on the way.
+        let fused = labels == 2 && (32..=256).contains(&channels) && channels.is_power_of_two() && parts.len() <= 3;
+        vec![lab.read("logits", &logits, n_logits, 1.0, if fused { 0.0 } else { 3.0 })]
+    },
+    [
+        (1, (5, 7), vec![(2, 3)], 32, 2),
+        (2, (130, 9), vec![(65, 5), (33, 3), (17, 2)], 64, 2),
+        (3, (12, 16), vec![(6, 8), (3, 4)], 128, 2),
+        (2, (8, 10), vec![(4, 5), (2, 3), (1, 2)], 256, 2),
+        (1, (3, 2), vec![], 256, 2),
+        (1, (8, 8), vec![(4, 4), (2, 2), (1, 1), (1, 1)], 64, 2),
+        (2, (8, 8), vec![(4, 4), (2, 2), (1, 1)], 24, 2),
+        (1, (8, 8), vec![(4, 4), (2, 2)], 64, 3)
+    ]
 );
 
 case!(

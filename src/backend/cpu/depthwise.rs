@@ -5,7 +5,7 @@
 
 use super::simd::{LANES, Level, each, vectorised};
 use super::{Cpu, Real};
-use crate::backend::{Depthwise, Grid};
+use crate::backend::{Depthwise, Grid, Linear};
 
 type Block<T> = [T; LANES];
 
@@ -253,6 +253,7 @@ impl<T: Real> Depthwise for Cpu<T> {
         g: Option<&mut Vec<T>>,
         dh: Option<&mut Vec<T>>,
         parameters: Option<(&mut Vec<T>, &mut Vec<T>)>,
+        shift: Option<&mut Vec<T>>,
     ) {
         match g {
             Some(g) => vectorised(
@@ -281,10 +282,13 @@ impl<T: Real> Depthwise for Cpu<T> {
             vectorised(
                 #[inline(always)]
                 |level| {
-                    let finish = Plain(dh);
+                    let finish = Plain(&mut *dh);
                     each_block(grid, channels, Convolution { x: du, w, grid, channels, mirrored: true, level, finish });
                 },
             );
+            if let Some(shift) = shift {
+                self.linear_backward_bias(dh, grid.rows(), channels, shift);
+            }
         }
     }
 }

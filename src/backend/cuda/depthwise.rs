@@ -2,7 +2,7 @@
 
 use super::memory::{ColumnSums, THREADS};
 use super::{Argument, Cuda, Device};
-use crate::backend::{Depthwise, Grid};
+use crate::backend::{Depthwise, Grid, Linear};
 
 /// Tokens side by side of a thread and strips of a block, as in the kernels.
 const COLUMNS: usize = 4;
@@ -65,8 +65,9 @@ impl<D: Device> Depthwise for Cuda<D> {
         channels: usize,
         dg: &mut Self::Act,
         g: Option<&mut Self::Act>,
-        dh: Option<&mut Self::Act>,
+        mut dh: Option<&mut Self::Act>,
         mut parameters: Option<(&mut Self::Full, &mut Self::Full)>,
+        shift: Option<&mut Self::Full>,
     ) {
         let n = grid.rows() * channels;
         let division = Division::new(grid, channels);
@@ -83,23 +84,29 @@ impl<D: Device> Depthwise for Cuda<D> {
             self.launch_blocks("depthwise_gelu_backward", division.blocks, THREADS, &arguments);
             if let Some((_, db)) = &mut parameters {
                 let db = ColumnSums { kinds: 1, factor: 1.0, to: db.both(channels), add: true };
-                self.sum_partials((partial, division.slabs, channels), &[db]);
+                self.sum_partials((partial, division.slabs, channels), 1, &[db]);
             }
         }
-        let dh = dh.map(|dh| dh.to(n));
+        let new = dh.as_mut().map(|dh| dh.to(n));
         if let Some((dw, _)) = parameters {
-            let partial = self.scratch(division.slabs * 9 * channels);
+            let partial = self.scratch(division.slabs * 10 * channels);
             let mut arguments = vec![dg.at(n), h.at(n), w.at(9 * channels)];
             arguments.extend(sizes);
-            arguments.extend([dh.unwrap_or(Argument::pointer(0)), Argument::pointer(partial)]);
+            arguments.extend([new.unwrap_or(Argument::pointer(0)), Argument::pointer(partial)]);
             self.launch_blocks("depthwise_backward_weights", division.blocks, THREADS, &arguments);
-            let dw = ColumnSums { kinds: 9, factor: 1.0, to: dw.both(9 * channels), add: true };
-            self.sum_partials((partial, division.slabs, channels), &[dw]);
-        } else if let Some(dh) = dh {
+            let sums = |kinds, to| ColumnSums { kinds, factor: 1.0, to, add: true };
+            let dw = sums(9, dw.both(9 * channels));
+            let shift = shift.map(|shift| sums(1, shift.both(channels)));
+            let outputs: Vec<_> = [Some(dw), shift].into_iter().flatten().collect();
+            self.sum_partials((partial, division.slabs, channels), 10, &outputs);
+        } else if let (Some(dh), Some(new)) = (dh, new) {
             let mut arguments = vec![dg.at(n), w.at(9 * channels)];
             arguments.extend(sizes);
-            arguments.push(dh);
+            arguments.push(new);
             self.launch_blocks("depthwise_backward", division.blocks, THREADS, &arguments);
+            if let Some(shift) = shift {
+                self.linear_backward_bias(dh, grid.rows(), channels, shift);
+            }
         }
     }
 }

@@ -70,7 +70,8 @@ pub trait Device: Send + Sync {
     /// When the device fails.
     ///
     /// # Safety
-    /// The operands must lie in living blocks with the stated shapes; c must overlap neither a nor b.
+    /// The operands must lie in living blocks with the stated shapes; c must overlap neither a nor b, nor
+    /// base unless it is c itself.
     unsafe fn product(&self, product: &MatrixProduct) -> Result<()>;
 }
 
@@ -193,7 +194,7 @@ impl Element {
     }
 }
 
-/// `c = op(a)·op(b) + bias`, plus c itself with `add`; a and b are bf16, all row-major and contiguous, summed in f32.
+/// `c = op(a)·op(b) + bias + base`; a and b are bf16, all row-major and contiguous, summed in f32.
 #[derive(Clone, Copy, Debug)]
 pub struct MatrixProduct {
     /// Rows of c, columns of c, length of the sums.
@@ -210,8 +211,8 @@ pub struct MatrixProduct {
     pub c: u64,
     /// Storage of c.
     pub output: Element,
-    /// Whether c is added to.
-    pub add: bool,
+    /// `(m, n)`, stored as c is: what the product is added to, if anything; may be c itself.
+    pub base: Option<u64>,
     /// bf16 `(n)`, added to every row.
     pub bias: Option<u64>,
 }

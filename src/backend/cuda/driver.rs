@@ -489,7 +489,7 @@ impl Products {
             size: product.size,
             transposes: (product.transpose_a, product.transpose_b),
             output: product.output,
-            add: product.add,
+            add: product.base.is_some(),
             bias: product.bias.is_some(),
         };
         if !self.plans.contains_key(&shape) {
@@ -497,7 +497,7 @@ impl Products {
             self.plans.insert(shape, plan);
         }
         let plan = &self.plans[&shape];
-        let (alpha, beta) = (1.0f32, f32::from(product.add));
+        let (alpha, beta) = (1.0f32, f32::from(shape.add));
         // SAFETY: the plan is alive; addresses are the caller's.
         unsafe {
             if let Some(bias) = product.bias {
@@ -513,7 +513,7 @@ impl Products {
                 plan.left,
                 product.a as *const c_void,
                 plan.right,
-                product.c as *const c_void,
+                product.base.unwrap_or(product.c) as *const c_void,
                 plan.result,
                 product.c as *mut c_void,
                 plan.result,

@@ -38,7 +38,7 @@ impl Work {
     pub(super) fn product(product: &MatrixProduct) -> Self {
         let (m, n, k) = product.size;
         let written = m * n * product.output.size();
-        let old = if product.add { written } else { 0 };
+        let old = if product.base.is_some() { written } else { 0 };
         let read = (m * k + k * n) * Element::Bf16.size() + old;
         Self { calls: 1, read, written, multiply_adds: m * n * k }
     }

@@ -3,13 +3,13 @@
 use super::memory::{ColumnSums, THREADS, column_span, dropout_arguments, slabs, width};
 use super::{Argument, Cuda, Device};
 use crate::backend::{
-    BatchNormView, Dropout, Grid, Head, HeadPass, Memory, classify_backward_input_plainly, classify_backward_plainly,
-    classify_plainly, split_stages_plainly,
+    BatchNormView, Classifier, Dropout, Grid, Head, HeadPass, Memory, classify_backward_input_plainly,
+    classify_backward_plainly, classify_plainly, classify_stages_plainly, split_stages_plainly,
 };
 
 /// Stages that one launch joins.
 const PARTS: usize = 3;
-/// Lines of a picture that a block joins.
+/// Lines of a picture that a block joins; `PIECE` of `classify_stages`.
 const PIECE: usize = 64;
 /// Columns that a block of `split_stages` takes, and its threads.
 const STRIP: (usize, usize) = (32, 320);
@@ -17,17 +17,27 @@ const STRIP: (usize, usize) = (32, 320);
 const EACH: usize = 8;
 
 /// Whether the fused kernels serve these sizes.
-fn fuses<D: Device>(head: &HeadPass<'_, Cuda<D>>) -> bool {
-    let &HeadPass { channels, classifier, .. } = head;
-    classifier.labels == 2 && channels <= 256 && channels.is_multiple_of(8) && (channels / 8).is_power_of_two()
+fn fuses(channels: usize, labels: usize) -> bool {
+    labels == 2 && channels <= 256 && channels.is_multiple_of(8) && (channels / 8).is_power_of_two()
 }
 
-/// z, how it is normalised and dropped, as the arguments with which every fused kernel begins.
-fn read<D: Device>(head: &HeadPass<'_, Cuda<D>>) -> Vec<Argument> {
-    let mut arguments = vec![head.z.at(head.rows * head.channels)];
-    arguments.extend(view(&head.norm, head.channels));
-    arguments.extend(dropout_arguments(head.drop));
-    arguments
+/// Up to [`PARTS`] stages as the arguments of a kernel that interpolates them.
+fn stages<D: Device>(parts: &[(&<Cuda<D> as Memory>::Act, Grid)], channels: usize) -> Vec<Argument> {
+    let argument = |i: usize| match parts.get(i) {
+        Some((part, from)) => [part.at(from.rows() * channels), from.height.into(), from.width.into()],
+        None => [Argument::pointer(0), 0usize.into(), 0usize.into()],
+    };
+    (0..PARTS).flat_map(argument).collect()
+}
+
+/// Numbers of storage that hold a bit for each of `(rows, channels)`.
+fn bits(rows: usize, channels: usize) -> usize {
+    (rows * channels).div_ceil(16)
+}
+
+/// The factor of what dropout keeps.
+fn kept(drop: Option<Dropout>) -> Argument {
+    Argument::F32(drop.map_or(1.0, |drop| 1.0 / (1.0 - drop.rate)))
 }
 
 impl<D: Device> Cuda<D> {
@@ -47,12 +57,7 @@ impl<D: Device> Cuda<D> {
         let slabs = grid[1] * grid[2];
         let partial = moments.as_ref().map_or(0, |_| self.scratch(slabs * 3 * channels));
         let mut arguments = vec![z];
-        for i in 0..PARTS {
-            arguments.extend(match parts.get(i) {
-                Some((part, from)) => [part.at(from.rows() * channels), from.height.into(), from.width.into()],
-                None => [Argument::pointer(0), 0usize.into(), 0usize.into()],
-            });
-        }
+        arguments.extend(stages::<D>(parts, channels));
         arguments.extend([to.height, to.width, channels, PIECE].map(Argument::from));
         arguments.push(Argument::pointer(partial));
         self.launch_blocks("join_stages", grid, THREADS, &arguments);
@@ -86,6 +91,29 @@ impl<D: Device> Head for Cuda<D> {
         self.join_stages(rest, to, channels, z, moments);
     }
 
+    fn classify_stages(
+        &self,
+        parts: &[(&Self::Act, Grid)],
+        to: Grid,
+        channels: usize,
+        z: &mut Self::Act,
+        norm: BatchNormView<'_, Self::Full>,
+        classifier: Classifier<'_, Self>,
+        room: &mut Self::Act,
+        logits: &mut Self::Act,
+    ) {
+        if !fuses(channels, classifier.labels) || channels < 32 || parts.len() > PARTS {
+            return classify_stages_plainly(self, parts, to, channels, z, norm, classifier, room, logits);
+        }
+        let mut arguments = vec![z.at(to.rows() * channels)];
+        arguments.extend(stages::<D>(parts, channels));
+        arguments.extend([to.height, to.width, channels].map(Argument::from));
+        arguments.extend(view::<D>(&norm, channels));
+        arguments.extend([classifier.weight.at(2 * channels), classifier.bias.at(2), logits.to(2 * to.rows())]);
+        let columns = to.width.div_ceil(4 * THREADS / channels);
+        self.launch_blocks("classify_stages", [columns * to.height.div_ceil(PIECE), to.images, 1], THREADS, &arguments);
+    }
+
     fn split_stages(&self, dz: &Self::Act, from: Grid, channels: usize, parts: &mut [(&mut Self::Act, Grid)]) {
         let at = |ratio| Grid { images: from.images, height: from.height / ratio, width: from.width / ratio };
         let divides = from.height.is_multiple_of(8) && from.width.is_multiple_of(8) && channels.is_multiple_of(8);
@@ -103,34 +131,43 @@ impl<D: Device> Head for Cuda<D> {
         }
     }
 
-    fn classify(&self, head: HeadPass<'_, Self>, room: &mut Self::Act, logits: &mut Self::Act) {
-        if !fuses(&head) {
+    /// A bit per activation, where the kernels are fused.
+    fn passed(&self, rows: usize, channels: usize, labels: usize) -> Self::Act {
+        self.act(if fuses(channels, labels) { bits(rows, channels) } else { 0 })
+    }
+
+    fn classify(&self, head: HeadPass<'_, Self>, room: &mut Self::Act, passed: &mut Self::Act, logits: &mut Self::Act) {
+        if !fuses(head.channels, head.classifier.labels) {
             return classify_plainly(self, head, room, logits);
         }
-        let HeadPass { rows, channels, classifier, .. } = head;
-        let mut arguments = read(&head);
+        let HeadPass { z, norm, drop, rows, channels, classifier } = head;
+        let mut arguments = vec![z.at(rows * channels)];
+        arguments.extend(view(&norm, channels));
+        arguments.extend(dropout_arguments(drop));
         arguments.extend([classifier.weight.at(2 * channels), classifier.bias.at(2)]);
         arguments.extend([rows, channels, EACH].map(Argument::from));
-        arguments.push(logits.to(2 * rows));
+        let passed = if passed.len() > 0 { passed.to(bits(rows, channels)) } else { Argument::pointer(0) };
+        arguments.extend([passed, logits.to(2 * rows)]);
         self.launch("classify", rows.div_ceil(EACH) * channels / 8, &arguments);
     }
 
     fn classify_backward(
         &self,
         head: HeadPass<'_, Self>,
+        passed: &Self::Act,
         dlogits: &Self::Act,
         room: &mut Self::Act,
         weight_gradient: Option<&mut Self::Full>,
         sums: &mut Self::Full,
     ) {
-        if !fuses(&head) {
+        if !fuses(head.channels, head.classifier.labels) {
             return classify_backward_plainly(self, head, dlogits, room, weight_gradient, sums);
         }
-        let HeadPass { norm, rows, channels, classifier, .. } = head;
+        let HeadPass { z, norm, drop, rows, channels, classifier } = head;
         let (slab, slabs) = slabs(rows);
         let partial = Argument::pointer(self.scratch(slabs * 4 * channels));
-        let mut arguments = read(&head);
-        arguments.push(dlogits.at(2 * rows));
+        let mut arguments = vec![z.at(rows * channels), norm.stats.at(2 * channels)];
+        arguments.extend([passed.at(bits(rows, channels)), kept(drop), dlogits.at(2 * rows)]);
         arguments.extend([rows, channels, slab].map(Argument::from));
         arguments.push(partial);
         let grid = [channels.div_ceil(column_span(channels)), slabs, 1];
@@ -145,22 +182,28 @@ impl<D: Device> Head for Cuda<D> {
     fn classify_backward_input(
         &self,
         head: HeadPass<'_, Self>,
+        passed: &Self::Act,
         dlogits: &Self::Act,
         (total, batch_rows): (&Self::Full, usize),
         sums: &mut Self::Full,
         dz: &mut Self::Act,
     ) {
-        if !fuses(&head) {
+        if !fuses(head.channels, head.classifier.labels) {
             return classify_backward_input_plainly(self, head, dlogits, (total, batch_rows), sums, dz);
         }
-        let HeadPass { rows, channels, classifier, .. } = head;
-        let mut arguments = read(&head);
+        let HeadPass { z, norm, drop, rows, channels, classifier } = head;
+        let mut arguments = vec![z.at(rows * channels)];
+        arguments.extend(view(&norm, channels));
+        arguments.extend([passed.at(bits(rows, channels)), kept(drop)]);
         let share = Argument::F32((1.0 / batch_rows as f64) as f32);
         arguments.extend([classifier.weight.at(2 * channels), dlogits.at(2 * rows), total.at(2 * channels), share]);
         arguments.extend([rows, channels, EACH].map(Argument::from));
         arguments.push(dz.to(rows * channels));
         self.launch("classify_backward_input", rows.div_ceil(EACH) * channels / 8, &arguments);
     }
+
+    /// Nothing is added: reading dz again would bring rounding alone.
+    fn shift_gradient(&self, _: &Self::Act, _: usize, _: usize, _: &mut Self::Full) {}
 
     fn batch_stats(
         &self,

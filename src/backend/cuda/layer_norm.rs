@@ -1,12 +1,17 @@
 //! LayerNorm over channels.
 
-use super::memory::{ColumnSums, THREADS, slabs, width};
+use super::memory::{ColumnSums, THREADS, dropout_arguments, slabs, width};
 use super::{Argument, Cuda, Device};
-use crate::backend::LayerNorm;
+use crate::backend::{Dropout, Grid, InFront, LayerNorm, Linear, Residual};
 
 /// Neighbouring lanes that share a row: as many as it has packs of channels, up to a warp.
 fn lanes(channels: usize) -> usize {
     (channels / width(channels)).next_power_of_two().min(32)
+}
+
+/// Whether a row is a warp's at most, each lane having one pack of 8 channels.
+fn short(channels: usize) -> bool {
+    channels <= 256 && channels.is_multiple_of(8)
 }
 
 impl<D: Device> LayerNorm for Cuda<D> {
@@ -27,6 +32,32 @@ impl<D: Device> LayerNorm for Cuda<D> {
         self.launch("layer_norm", rows * lanes, &arguments);
     }
 
+    fn residual_norm(
+        &self,
+        x: &Self::Act,
+        branch: &Self::Act,
+        drop: Option<Dropout>,
+        grid: Grid,
+        channels: usize,
+        (gamma, beta): (&Self::Full, &Self::Full),
+        y: &mut Self::Act,
+        normed: &mut Self::Act,
+        stats: &mut Self::Full,
+    ) {
+        let rows = grid.rows();
+        if !short(channels) {
+            self.residual(x, branch, drop, grid, channels, y);
+            return self.layer_norm(y, gamma, beta, rows, channels, normed, stats);
+        }
+        let (n, lanes) = (rows * channels, lanes(channels));
+        let mut arguments = vec![x.at(n), branch.at(n)];
+        arguments.extend(dropout_arguments(drop));
+        arguments.extend([grid.area().into(), gamma.at(channels), beta.at(channels)]);
+        arguments.extend([rows, channels, lanes].map(Argument::from));
+        arguments.extend([y.to(n), normed.to(n), stats.to(2 * rows)]);
+        self.launch("residual_norm", rows * lanes, &arguments);
+    }
+
     fn layer_norm_backward(
         &self,
         dy: &Self::Act,
@@ -45,7 +76,7 @@ impl<D: Device> LayerNorm for Cuda<D> {
         self.launch("layer_norm_backward", rows * lanes, &arguments);
     }
 
-    fn layer_norm_backward_both(
+    fn layer_norm_backward_all(
         &self,
         dy: &Self::Act,
         x: &Self::Act,
@@ -54,21 +85,44 @@ impl<D: Device> LayerNorm for Cuda<D> {
         rows: usize,
         channels: usize,
         (dx, add): (&mut Self::Act, bool),
-        (dgamma, dbeta): (&mut Self::Full, &mut Self::Full),
+        mut parameters: Option<(&mut Self::Full, &mut Self::Full)>,
+        InFront { mut scaled, bias }: InFront<'_, Self>,
     ) {
-        if channels > 256 || !channels.is_multiple_of(8) {
+        let (n, lanes, (slab, slabs)) = (rows * channels, lanes(channels), slabs(rows));
+        if let Some((dgamma, dbeta)) = parameters.take_if(|_| !short(channels)) {
             self.layer_norm_backward_params(dy, x, stats, rows, channels, dgamma, dbeta);
-            return self.layer_norm_backward(dy, x, stats, gamma, rows, channels, dx, add);
         }
-        let (n, (slab, slabs)) = (rows * channels, slabs(rows));
-        let partial = self.scratch(slabs * 2 * channels);
+        let mut factors = dropout_arguments(scaled.as_ref().map(|(drop, ..)| *drop)).to_vec();
+        factors.push(scaled.as_ref().map_or(1, |(_, grid, _)| grid.area()).into());
+        factors.push(scaled.as_mut().map_or(Argument::pointer(0), |(.., scaled)| scaled.to(n)));
         let mut arguments = vec![dy.at(n), x.at(n), stats.at(2 * rows), gamma.at(channels)];
-        arguments.extend([rows, channels, lanes(channels), slab].map(Argument::from));
-        arguments.extend([dx.sum_to(n, add), add.into(), Argument::pointer(partial)]);
-        self.launch_blocks("layer_norm_backward_both", [slabs, 1, 1], THREADS, &arguments);
-        let sums = |to| ColumnSums { kinds: 1, factor: 1.0, to, add: true };
-        let outputs = [sums(dgamma.both(channels)), sums(dbeta.both(channels))];
-        self.sum_partials((partial, slabs, channels), &outputs);
+        arguments.extend([rows, channels, lanes].map(Argument::from));
+        if let Some((dgamma, dbeta)) = parameters {
+            let partial = self.scratch(slabs * 3 * channels);
+            arguments.extend([slab.into(), dx.sum_to(n, add), add.into()]);
+            arguments.extend(factors);
+            arguments.push(Argument::pointer(partial));
+            self.launch_blocks("layer_norm_backward_both", [slabs, 1, 1], THREADS, &arguments);
+            let sums = |to| ColumnSums { kinds: 1, factor: 1.0, to, add: true };
+            let outputs = [Some(dgamma), Some(dbeta), bias].map(|sum| sum.map(|sum| sums(sum.both(channels))));
+            let outputs: Vec<_> = outputs.into_iter().flatten().collect();
+            return self.sum_partials((partial, slabs, channels), 3, &outputs);
+        }
+        arguments.extend([dx.sum_to(n, add), add.into()]);
+        let product = match scaled {
+            Some((.., scaled)) => {
+                arguments.extend(factors);
+                self.launch("layer_norm_backward_branch", rows * lanes, &arguments);
+                &*scaled
+            }
+            None => {
+                self.launch("layer_norm_backward", rows * lanes, &arguments);
+                &*dx
+            }
+        };
+        if let Some(bias) = bias {
+            self.linear_backward_bias(product, rows, channels, bias);
+        }
     }
 
     fn layer_norm_backward_params(

@@ -18,43 +18,46 @@ impl<D: Device> Cuda<D> {
 
 impl<D: Device> Linear for Cuda<D> {
     fn linear(&self, x: &Self::Act, w: &Self::Act, bias: Option<&Self::Act>, p: Product, y: &mut Self::Act, add: bool) {
+        let c = y.address(p.rows * p.outputs);
         self.multiply(MatrixProduct {
             size: (p.rows, p.outputs, p.inputs),
             a: x.address(p.rows * p.inputs),
             transpose_a: false,
             b: w.address(p.outputs * p.inputs),
             transpose_b: true,
-            c: y.address(p.rows * p.outputs),
+            c,
             output: Element::Bf16,
-            add,
+            base: add.then_some(c),
             bias: bias.map(|bias| bias.address(p.outputs)),
         });
     }
 
     fn linear_backward_input(&self, dy: &Self::Act, w: &Self::Act, p: Product, dx: &mut Self::Act, add: bool) {
+        let c = dx.address(p.rows * p.inputs);
         self.multiply(MatrixProduct {
             size: (p.rows, p.inputs, p.outputs),
             a: dy.address(p.rows * p.outputs),
             transpose_a: false,
             b: w.address(p.outputs * p.inputs),
             transpose_b: false,
-            c: dx.address(p.rows * p.inputs),
+            c,
             output: Element::Bf16,
-            add,
+            base: add.then_some(c),
             bias: None,
         });
     }
 
     fn linear_backward_weight(&self, dy: &Self::Act, x: &Self::Act, p: Product, dw: &mut Self::Full) {
+        let c = dw.address(p.outputs * p.inputs);
         self.multiply(MatrixProduct {
             size: (p.outputs, p.inputs, p.rows),
             a: dy.address(p.rows * p.outputs),
             transpose_a: true,
             b: x.address(p.rows * p.inputs),
             transpose_b: false,
-            c: dw.address(p.outputs * p.inputs),
+            c,
             output: Element::F32,
-            add: true,
+            base: Some(c),
             bias: None,
         });
     }

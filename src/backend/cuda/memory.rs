@@ -213,12 +213,17 @@ impl<D: Device> Cuda<D> {
         let partial = self.scratch(slabs * kinds * channels);
         let grid = [channels.div_ceil(column_span(channels)), slabs, 1];
         self.launch_blocks(kernel, grid, THREADS, &arguments(slab.into(), Argument::pointer(partial)));
-        self.sum_partials((partial, slabs, channels), outputs);
+        self.sum_partials((partial, slabs, channels), kinds, outputs);
     }
 
-    /// Adds up, slab by slab, the partial sums `(slabs, kinds of all outputs, channels)` at an address.
-    pub(super) fn sum_partials(&self, (partial, slabs, channels): (u64, usize, usize), outputs: &[ColumnSums]) {
-        let kinds = outputs.iter().map(|o| o.kinds).sum::<usize>();
+    /// Adds up, slab by slab, the partial sums `(slabs, kinds, channels)` at an address; those behind the last output's nobody
+    /// wants.
+    pub(super) fn sum_partials(
+        &self,
+        (partial, slabs, channels): (u64, usize, usize),
+        kinds: usize,
+        outputs: &[ColumnSums],
+    ) {
         let mut first = 0;
         for output in outputs {
             let n = output.kinds * channels;

@@ -1,8 +1,8 @@
 //! Additions along the residual stream.
 
 use super::memory::{dropout_arguments, width};
-use super::{Argument, Cuda, Device};
-use crate::backend::{Dropout, Grid, Residual};
+use super::{Argument, Cuda, Device, Element, MatrixProduct};
+use crate::backend::{Dropout, Grid, Product, Residual};
 
 impl<D: Device> Residual for Cuda<D> {
     fn residual(
@@ -19,6 +19,29 @@ impl<D: Device> Residual for Cuda<D> {
         arguments.extend(dropout_arguments(drop));
         arguments.extend([grid.images.into(), per_image.into(), y.to(n)]);
         self.launch("residual", n / width(per_image), &arguments);
+    }
+
+    fn linear_residual(
+        &self,
+        x: &Self::Act,
+        input: &Self::Act,
+        w: &Self::Act,
+        bias: Option<&Self::Act>,
+        p: Product,
+        _: &mut Self::Act,
+        y: &mut Self::Act,
+    ) {
+        self.multiply(MatrixProduct {
+            size: (p.rows, p.outputs, p.inputs),
+            a: input.address(p.rows * p.inputs),
+            transpose_a: false,
+            b: w.address(p.outputs * p.inputs),
+            transpose_b: true,
+            c: y.address(p.rows * p.outputs),
+            output: Element::Bf16,
+            base: Some(x.address(p.rows * p.outputs)),
+            bias: bias.map(|bias| bias.address(p.outputs)),
+        });
     }
 
     fn drop_path(&self, x: &Self::Act, drop: Dropout, grid: Grid, channels: usize, y: &mut Self::Act) {
