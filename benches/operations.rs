@@ -8,7 +8,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use segpeft_native::backend::cpu::Cpu;
+use segpeft_native::backend::cpu::{Buffer, Cpu};
 use segpeft_native::backend::{
     AdamW, Attention, AttentionShape, BatchNormView, Depthwise, Dropout, Grid, Head, LayerNorm, Linear, Loss, Moving,
     Optimizer, Patches, Product, Residual, Resize, Sample, Window,
@@ -27,7 +27,7 @@ fn cpu() -> Cpu<f32> {
     Cpu::new(Some(1)).expect("a thread")
 }
 
-fn numbers(n: usize) -> Vec<f32> {
+fn numbers(n: usize) -> Buffer<f32> {
     let stream = Philox::new(1, Purpose::Demo, 0, 0);
     (0..n as u64).map(|i| 2.0 * stream.uniform(i) - 1.0).collect()
 }
@@ -208,7 +208,7 @@ fn data(c: &mut Criterion) {
     let size = 512;
     let (pixels, labels) = draw(Domain::Target, 0, size);
     let window = Window { side: 7, stride: 4, padding: 3 };
-    let mut out = vec![0.0; 128 * 128 * 147];
+    let mut out = Buffer::zeros(128 * 128 * 147);
     for (name, augment) in [
         ("pixel_patches", Augment::IDENTITY),
         ("pixel_patches flipped, brightened", Augment { flip: true, contrast: 1.1, brightness: 0.1 }),
@@ -230,8 +230,8 @@ fn optimizer(c: &mut Criterion) {
     let cpu: Cpu<f32> = Cpu::new(None).expect("threads");
     let mut group = c.benchmark_group("optimizer");
     let n = 3_714_658;
-    let (mut p, g, mut m, mut v) = (numbers(n), numbers(n), vec![0.0; n], vec![0.0; n]);
-    let mut norm = vec![0.0];
+    let (mut p, g, mut m, mut v) = (numbers(n), numbers(n), Buffer::zeros(n), Buffer::zeros(n));
+    let mut norm = Buffer::zeros(1);
     let update = AdamW { lr: 1e-6, betas: [0.9, 0.999], epsilon: 1e-8, weight_decay: 0.0, step: 1, max_norm: 1.0 };
     group.throughput(Throughput::Elements(n as u64));
     group.bench_function("gradient_norm", |t| t.iter(|| cpu.gradient_norm(&[&g], &mut norm)));

@@ -1,7 +1,7 @@
 //! Every operation's backward against central finite differences of its forward, in f64, over odd sizes.
 #![allow(missing_docs)]
 
-use segpeft_native::backend::cpu::Cpu;
+use segpeft_native::backend::cpu::{Buffer, Cpu};
 use segpeft_native::backend::{
     Attention, AttentionShape, Base, BatchNormView, Depthwise, Dropout, Grid, Head, LayerNorm, Linear, Loss, Matrix,
     Patches, Product, Residual, Resize, Sample, SmallProduct, Transpose, Window,
@@ -9,7 +9,7 @@ use segpeft_native::backend::{
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
 
-type Numbers = Vec<f64>;
+type Numbers = Buffer<f64>;
 
 const STEP: f64 = 1e-5;
 /// Truncation (h²) and rounding (1e-16 / h) leave about 1e-9 of quantities of size one.
@@ -23,6 +23,13 @@ fn cpu() -> Cpu<f64> {
 fn numbers(n: usize, site: u32) -> Numbers {
     let stream = Philox::new(7, Purpose::Weights, site, 0);
     (0..n as u64).map(|i| 2.0 * f64::from(stream.uniform(i)) - 1.0).collect()
+}
+
+/// `n` times x.
+fn filled(x: f64, n: usize) -> Numbers {
+    let mut numbers = Buffer::zeros(n);
+    numbers.fill(x);
+    numbers
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
@@ -67,11 +74,11 @@ fn linear() {
         let inputs = [numbers(rows * ins, 1), numbers(outs * ins, 2), numbers(outs, 3)];
         let weights = numbers(rows * outs, 4);
         let forward = |x: &[Numbers]| {
-            let mut y = vec![0.0; rows * outs];
+            let mut y = filled(0.0, rows * outs);
             cpu.linear(&x[0], &x[1], Some(&x[2]), p, &mut y, false);
             dot(&y, &weights)
         };
-        let (mut dx, mut dw, mut db) = (vec![9.0; rows * ins], vec![0.0; outs * ins], vec![0.0; outs]);
+        let (mut dx, mut dw, mut db) = (filled(9.0, rows * ins), filled(0.0, outs * ins), filled(0.0, outs));
         cpu.linear_backward_input(&weights, &inputs[1], p, &mut dx, false);
         cpu.linear_backward_weight(&weights, &inputs[0], p, &mut dw);
         cpu.linear_backward_bias(&weights, rows, outs, &mut db);
@@ -91,11 +98,11 @@ fn patches() {
         let inputs = [numbers(grid.rows() * channels, 1)];
         let weights = numbers(n, 2);
         let forward = |x: &[Numbers]| {
-            let mut y = vec![5.0; n];
+            let mut y = filled(5.0, n);
             cpu.patches(&x[0], grid, channels, window, &mut y);
             dot(&y, &weights)
         };
-        let mut dx = vec![9.0; inputs[0].len()];
+        let mut dx = filled(9.0, inputs[0].len());
         cpu.patches_backward(&weights, grid, channels, window, &mut dx, false);
         check("patches", &forward, &inputs, &[dx]);
     }
@@ -108,12 +115,13 @@ fn layer_norm() {
         let inputs = [numbers(rows * channels, 1), numbers(channels, 2), numbers(channels, 3)];
         let weights = numbers(rows * channels, 4);
         let run = |x: &[Numbers]| {
-            let (mut y, mut stats) = (vec![0.0; rows * channels], vec![0.0; 2 * rows]);
+            let (mut y, mut stats) = (filled(0.0, rows * channels), filled(0.0, 2 * rows));
             cpu.layer_norm(&x[0], &x[1], &x[2], rows, channels, &mut y, &mut stats);
             (y, stats)
         };
         let stats = run(&inputs).1;
-        let (mut dx, mut dgamma, mut dbeta) = (vec![9.0; rows * channels], vec![0.0; channels], vec![0.0; channels]);
+        let (mut dx, mut dgamma, mut dbeta) =
+            (filled(9.0, rows * channels), filled(0.0, channels), filled(0.0, channels));
         cpu.layer_norm_backward(&weights, &inputs[0], &stats, &inputs[1], rows, channels, &mut dx, false);
         cpu.layer_norm_backward_params(&weights, &inputs[0], &stats, rows, channels, &mut dgamma, &mut dbeta);
         check("layer_norm", &|x| dot(&run(x).0, &weights), &inputs, &[dx, dgamma, dbeta]);
@@ -130,12 +138,12 @@ fn attention() {
         let inputs = [numbers(nq, 1), numbers(nk, 2), numbers(nk, 3)];
         let weights = numbers(nq, 4);
         let run = |x: &[Numbers]| {
-            let (mut o, mut lse) = (vec![0.0; nq], vec![0.0; images * heads * queries]);
+            let (mut o, mut lse) = (filled(0.0, nq), filled(0.0, images * heads * queries));
             cpu.attention(&x[0], &x[1], &x[2], shape, &mut o, &mut lse);
             (o, lse)
         };
         let (o, lse) = run(&inputs);
-        let (mut dq, mut dk, mut dv) = (vec![9.0; nq], vec![9.0; nk], vec![9.0; nk]);
+        let (mut dq, mut dk, mut dv) = (filled(9.0, nq), filled(9.0, nk), filled(9.0, nk));
         let [q, k, v] = &inputs;
         cpu.attention_backward(q, k, v, &o, &lse, &weights, shape, &mut dq, &mut dk, &mut dv);
         check("attention", &|x| dot(&run(x).0, &weights), &inputs, &[dq, dk, dv]);
@@ -151,12 +159,12 @@ fn depthwise_gelu() {
         let inputs = [numbers(n, 1), numbers(9 * channels, 2), numbers(channels, 3)];
         let weights = numbers(n, 4);
         let run = |x: &[Numbers]| {
-            let mut g = vec![0.0; n];
+            let mut g = filled(0.0, n);
             cpu.depthwise_gelu(&x[0], &x[1], &x[2], grid, channels, &mut g);
             g
         };
-        let (mut dg, mut again) = (weights.clone(), vec![0.0; n]);
-        let (mut dh, mut dw, mut db) = (vec![9.0; n], vec![0.0; 9 * channels], vec![0.0; channels]);
+        let (mut dg, mut again) = (weights.clone(), filled(0.0, n));
+        let (mut dh, mut dw, mut db) = (filled(9.0, n), filled(0.0, 9 * channels), filled(0.0, channels));
         let [h, w, b] = &inputs;
         let parameters = Some((&mut dw, &mut db));
         cpu.depthwise_gelu_backward(
@@ -171,7 +179,7 @@ fn depthwise_gelu() {
             parameters,
             None,
         );
-        assert_eq!(again, run(&inputs));
+        assert_eq!(&again[..], &run(&inputs)[..]);
         check("depthwise_gelu", &|x| dot(&run(x), &weights), &inputs, &[dh, dw, db]);
     }
 }
@@ -187,11 +195,11 @@ fn residual_with_stochastic_depth() {
     let inputs = [numbers(n, 1), numbers(n, 2)];
     let weights = numbers(n, 3);
     let forward = |x: &[Numbers]| {
-        let mut y = vec![0.0; n];
+        let mut y = filled(0.0, n);
         cpu.residual(&x[0], &x[1], Some(drop), grid, channels, &mut y);
         dot(&y, &weights)
     };
-    let mut branch = vec![9.0; n];
+    let mut branch = filled(9.0, n);
     cpu.drop_path(&weights, drop, grid, channels, &mut branch);
     check("residual", &forward, &inputs, &[weights.clone(), branch]);
 }
@@ -201,8 +209,8 @@ fn dropout_keeps_the_stated_share() {
     let cpu = cpu();
     let drop = Dropout { rate: 0.1, stream: Philox::new(1, Purpose::HeadDropout, 0, 0), first: 0 };
     let n = 100_000;
-    let mut y = vec![0.0; n];
-    cpu.dropout(&vec![1.0; n], drop, n, &mut y);
+    let mut y = filled(0.0, n);
+    cpu.dropout(&filled(1.0, n), drop, n, &mut y);
     let dropped = y.iter().filter(|y| **y == 0.0).count() as f64 / n as f64;
     assert!((dropped - 0.1).abs() < 0.004, "{dropped}");
     assert!((y.iter().sum::<f64>() / n as f64 - 1.0).abs() < 0.004);
@@ -217,11 +225,11 @@ fn upsample() {
         let inputs = [numbers(from.rows() * channels, 1)];
         let weights = numbers(to.rows() * channels, 2);
         let forward = |x: &[Numbers]| {
-            let mut y = vec![5.0; to.rows() * channels];
+            let mut y = filled(5.0, to.rows() * channels);
             cpu.upsample(&x[0], from, to, channels, &mut y, false);
             dot(&y, &weights)
         };
-        let mut dx = vec![9.0; inputs[0].len()];
+        let mut dx = filled(9.0, inputs[0].len());
         cpu.upsample_backward(&weights, from, to, channels, &mut dx);
         check("upsample", &forward, &inputs, &[dx]);
     }
@@ -237,13 +245,17 @@ fn head() {
         let total_rows: usize = rows.iter().sum();
         let inputs = [numbers(total_rows * channels, 1), numbers(channels, 2), numbers(channels, 3)];
         let weights = numbers(total_rows * channels, 4);
-        let parts = |x: &Numbers| [x[..rows[0] * channels].to_vec(), x[rows[0] * channels..].to_vec()];
+        let parts = |x: &Numbers| {
+            let (first, second) = x.split_at(rows[0] * channels);
+            [Buffer::from(first), Buffer::from(second)]
+        };
         let stats_of = |z: &[Numbers; 2]| {
-            let mut moments = [vec![0.0; 2 * channels], vec![0.0; 2 * channels]];
+            let mut moments = [filled(0.0, 2 * channels), filled(0.0, 2 * channels)];
             for u in 0..2 {
                 cpu.batch_moments(&z[u], rows[u], channels, &mut moments[u]);
             }
-            let (mut stats, mut mean, mut var) = (vec![0.0; 2 * channels], vec![0.0; channels], vec![0.0; channels]);
+            let (mut stats, mut mean, mut var) =
+                (filled(0.0, 2 * channels), filled(0.0, channels), filled(0.0, channels));
             let [a, b] = &moments;
             cpu.batch_stats(&[a, b], &rows, channels, 0.1, &mut stats, &mut mean, &mut var);
             stats
@@ -253,7 +265,7 @@ fn head() {
             let stats = stats_of(&z);
             let mut sum = 0.0;
             for (z, (&rows, w)) in z.iter().zip(rows.iter().zip(parts(&weights))) {
-                let mut a = vec![0.0; rows * channels];
+                let mut a = filled(0.0, rows * channels);
                 let norm = BatchNormView { stats: &stats, gamma: &x[1], beta: &x[2] };
                 cpu.head_activation(z, norm, drop, rows, channels, &mut a);
                 sum += dot(&a, &w);
@@ -264,27 +276,28 @@ fn head() {
         let stats = stats_of(&z);
         let view = || BatchNormView { stats: &stats, gamma: &inputs[1], beta: &inputs[2] };
         let mut da = parts(&weights);
-        let mut sums = [vec![0.0; 2 * channels], vec![0.0; 2 * channels]];
+        let mut sums = [filled(0.0, 2 * channels), filled(0.0, 2 * channels)];
         for u in 0..2 {
             cpu.head_backward(&z[u], view(), drop, rows[u], channels, &mut da[u], &mut sums[u]);
         }
-        let mut total = vec![0.0; 2 * channels];
+        let mut total = filled(0.0, 2 * channels);
         cpu.batch_sums(&[&sums[0], &sums[1]], &mut total);
         for u in 0..2 {
             cpu.batch_norm_backward(&z[u], view(), &total, total_rows, rows[u], channels, &mut da[u]);
         }
-        let (dbeta, dgamma) = (total[..channels].to_vec(), total[channels..].to_vec());
-        check("head", &forward, &inputs, &[da.concat(), dgamma, dbeta]);
+        let (dbeta, dgamma) = (Buffer::from(&total[..channels]), Buffer::from(&total[channels..]));
+        let dx = Buffer::from(&[&da[0][..], &da[1][..]].concat()[..]);
+        check("head", &forward, &inputs, &[dx, dgamma, dbeta]);
     }
 }
 
 #[test]
 fn batch_norm_moves_its_running_estimates() {
     let cpu = cpu();
-    let z = vec![1.0, 2.0, 3.0, 6.0];
-    let mut moments = vec![0.0; 2];
+    let z = Buffer::from(&[1.0, 2.0, 3.0, 6.0][..]);
+    let mut moments = filled(0.0, 2);
     cpu.batch_moments(&z, 4, 1, &mut moments);
-    let (mut stats, mut mean, mut var) = (vec![0.0; 2], vec![10.0], vec![20.0]);
+    let (mut stats, mut mean, mut var) = (filled(0.0, 2), filled(10.0, 1), filled(20.0, 1));
     cpu.batch_stats(&[&moments], &[4], 1, 0.1, &mut stats, &mut mean, &mut var);
     assert_eq!(stats[0], 3.0);
     assert!((stats[1] - 1.0 / (3.5f64 + 1e-5).sqrt()).abs() < 1e-15);
@@ -308,11 +321,11 @@ fn cross_entropy() {
             truths.iter().map(|labels| Sample { index: 0, pixels: &pixels, labels, augment }).collect();
         let inputs = [numbers(from.rows() * labels, 1)];
         let forward = |x: &[Numbers]| {
-            let mut out = vec![0.0; images];
+            let mut out = filled(0.0, images);
             cpu.cross_entropy(&x[0], from, labels, &samples, size, 0.25, &mut out, None);
             out.iter().sum()
         };
-        let (mut out, mut gradient) = (vec![0.0; images], vec![9.0; inputs[0].len()]);
+        let (mut out, mut gradient) = (filled(0.0, images), filled(9.0, inputs[0].len()));
         cpu.cross_entropy(&inputs[0], from, labels, &samples, size, 0.25, &mut out, Some(&mut gradient));
         check("cross_entropy", &forward, &inputs, &[gradient]);
     }
@@ -332,7 +345,7 @@ fn matrix_products() {
         (Transpose::Left, transposed(&a, m, k), b.clone()),
         (Transpose::Right, a.clone(), transposed(&b, k, n)),
     ] {
-        let mut c = vec![1.0; m * n];
+        let mut c = filled(1.0, m * n);
         let new = SmallProduct::new(&a, &b, transpose, (m, n, k), &mut c);
         cpu.small_products(&mut [SmallProduct { alpha: 2.0, base: Base::Itself, ..new }]);
         for (c, plain) in c.iter().zip(&plain) {

@@ -57,6 +57,10 @@ pub trait Memory: Send + Sync + Sized {
     fn zero(&self, x: &mut Self::Full);
     /// Sets all these to zero.
     fn zero_all(&self, tensors: &mut [&mut Self::Full]);
+    /// Parameters as products read them, where that takes no rounding.
+    fn unrounded(_: &Self::Full) -> Option<&Self::Act> {
+        None
+    }
     /// Rounds parameters to the storage of products.
     fn cast(&self, from: &Self::Full, to: &mut Self::Act);
 

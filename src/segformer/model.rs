@@ -75,7 +75,8 @@ impl<'a, B: Backend> Pass<'a, B> {
 pub struct Scratch<B: Backend> {
     /// Token matrices of the largest stage.
     pub tokens: [B::Act; 6],
-    /// Matrices as wide as the decoder, the Mix-FFN or gathered patches, whichever is largest.
+    /// A matrix as wide as the decoder, the Mix-FFN or gathered patches, whichever is largest; and one as wide as the Mix-FFN
+    /// or the decoder behind the first stage.
     pub wide: [B::Act; 2],
     /// A matrix as wide as the Mix-FFN, if anything is trained.
     pub hidden: B::Act,
@@ -202,7 +203,10 @@ impl<B: Backend> Model<B> {
         });
         let rows = largest(&|s| grids[s].rows());
         let patches = largest(&|s| plan.stages[s].patch_len(if s == 0 { pixels } else { grids[s - 1] }));
-        let wide = hidden.max(rows * width).max(patches);
+        let wide = [
+            hidden.max(rows * width).max(patches),
+            hidden.max(largest(&|s| if s == 0 { 0 } else { grids[s].rows() * width })),
+        ];
         let with_side = plan.side_inputs() > 0;
         let side_len = if with_side { tokens.max(hidden).max(patches) } else { 0 };
         let low = if with_side { rows * plan.rank } else { 0 };
@@ -210,7 +214,7 @@ impl<B: Backend> Model<B> {
             .map(|_| Worker {
                 scratch: Scratch {
                     tokens: std::array::from_fn(|_| backend.act(tokens)),
-                    wide: std::array::from_fn(|_| backend.act(wide)),
+                    wide: wide.map(|n| backend.act(n)),
                     hidden: backend.act(if trains { hidden } else { 0 }),
                     stats: backend.full(2 * rows),
                     side: SideScratch {

@@ -12,7 +12,8 @@ pub struct Tensor<B: Backend> {
     pub value: B::Full,
     /// The value with its adapter merged in.
     pub merged: Option<B::Full>,
-    /// What products read: the merged value, or the value, rounded to activations' storage.
+    /// What products read: the merged value, or the value, rounded to activations' storage. None where there is nothing to
+    /// round ([`crate::backend::Memory::unrounded`]).
     pub product: Option<B::Act>,
 }
 
@@ -42,10 +43,10 @@ impl<'a, B: Backend> EachTensor<'a, B> {
 impl<B: Backend> Tensors<B> {
     /// Zeroed tensors of the given lengths; `product` and `merged` say which need those forms.
     pub fn new(backend: &B, lengths: &[usize], product: impl Fn(Id) -> bool, merged: impl Fn(Id) -> bool) -> Self {
-        let tensor = |(i, &n): (usize, &usize)| Tensor {
-            value: backend.full(n),
-            merged: merged(Id(i)).then(|| backend.full(n)),
-            product: product(Id(i)).then(|| backend.act(n)),
+        let tensor = |(i, &n): (usize, &usize)| {
+            let value = backend.full(n);
+            let rounds = product(Id(i)) && B::unrounded(&value).is_none();
+            Tensor { value, merged: merged(Id(i)).then(|| backend.full(n)), product: rounds.then(|| backend.act(n)) }
         };
         Self(lengths.iter().enumerate().map(tensor).collect())
     }
@@ -67,7 +68,8 @@ impl<B: Backend> Tensors<B> {
 
     /// What products read.
     pub fn product(&self, id: Id) -> &B::Act {
-        match &self.0[id.0].product {
+        let tensor = &self.0[id.0];
+        match tensor.product.as_ref().or_else(|| B::unrounded(tensor.effective())) {
             Some(product) => product,
             None => unreachable!("tensor {} is read by a product but not declared so", id.0),
         }

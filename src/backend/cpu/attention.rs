@@ -2,14 +2,15 @@
 
 use std::cell::RefCell;
 
+use super::buffer::LINE;
 use super::layer_norm::{fold, sum};
 use super::linear::{View, product};
 use super::simd::{Level, vectorised};
-use super::{Cpu, Real};
+use super::{Buffer, Cpu, Real};
 use crate::backend::{Attention, AttentionShape};
 
 /// Queries of a tile.
-const TILE: usize = 128;
+const TILE: usize = 256;
 
 thread_local! {
     /// Score tiles of this thread, kept from call to call, as raw 8-byte words so that one store serves every number type.
@@ -19,13 +20,14 @@ thread_local! {
 /// Calls `work` with two tiles of `len` numbers that live as long as the thread.
 fn with_tiles<T: Real>(len: usize, work: impl FnOnce(&mut [T], &mut [T])) {
     TILES.with_borrow_mut(|words| {
-        let needed = (2 * len * size_of::<T>()).div_ceil(8);
+        let needed = (2 * len * size_of::<T>() + LINE).div_ceil(8);
         if words.len() < needed {
             words.resize(needed, 0);
         }
         // SAFETY: T is f32 or f64: every bit pattern is a number, and 8-byte words are aligned for both.
         let (_, numbers, _) = unsafe { words.align_to_mut::<T>() };
-        let (a, b) = numbers[..2 * len].split_at_mut(len);
+        let start = numbers.as_ptr().align_offset(LINE).min(LINE / size_of::<T>());
+        let (a, b) = numbers[start..][..2 * len].split_at_mut(len);
         work(a, b);
     });
 }
@@ -79,7 +81,15 @@ fn exponentials<T: Real>(row: &mut [T], shift: T, level: Level) -> T {
 }
 
 impl<T: Real> Attention for Cpu<T> {
-    fn attention(&self, q: &Vec<T>, k: &Vec<T>, v: &Vec<T>, shape: AttentionShape, o: &mut Vec<T>, lse: &mut Vec<T>) {
+    fn attention(
+        &self,
+        q: &Buffer<T>,
+        k: &Buffer<T>,
+        v: &Buffer<T>,
+        shape: AttentionShape,
+        o: &mut Buffer<T>,
+        lse: &mut Buffer<T>,
+    ) {
         let AttentionShape { heads, head: width, queries, keys, .. } = shape;
         let channels = heads * width;
         let scale = T::of(1.0 / (width as f64).sqrt());
@@ -120,16 +130,16 @@ impl<T: Real> Attention for Cpu<T> {
 
     fn attention_backward(
         &self,
-        q: &Vec<T>,
-        k: &Vec<T>,
-        v: &Vec<T>,
-        o: &Vec<T>,
-        lse: &Vec<T>,
-        d_o: &Vec<T>,
+        q: &Buffer<T>,
+        k: &Buffer<T>,
+        v: &Buffer<T>,
+        o: &Buffer<T>,
+        lse: &Buffer<T>,
+        d_o: &Buffer<T>,
         shape: AttentionShape,
-        dq: &mut Vec<T>,
-        dk: &mut Vec<T>,
-        dv: &mut Vec<T>,
+        dq: &mut Buffer<T>,
+        dk: &mut Buffer<T>,
+        dv: &mut Buffer<T>,
     ) {
         let AttentionShape { images, heads, head: width, queries, keys } = shape;
         let channels = heads * width;

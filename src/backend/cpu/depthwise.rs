@@ -4,7 +4,7 @@
 //! to three outputs, whose sums stay in registers together with the nine weights.
 
 use super::simd::{LANES, Level, each, vectorised};
-use super::{Cpu, Real};
+use super::{Buffer, Cpu, Real};
 use crate::backend::{Depthwise, Grid, Linear};
 
 type Block<T> = [T; LANES];
@@ -232,7 +232,15 @@ impl<T: Real> Walk for Parameters<'_, T> {
 }
 
 impl<T: Real> Depthwise for Cpu<T> {
-    fn depthwise_gelu(&self, h: &Vec<T>, w: &Vec<T>, b: &Vec<T>, grid: Grid, channels: usize, g: &mut Vec<T>) {
+    fn depthwise_gelu(
+        &self,
+        h: &Buffer<T>,
+        w: &Buffer<T>,
+        b: &Buffer<T>,
+        grid: Grid,
+        channels: usize,
+        g: &mut Buffer<T>,
+    ) {
         vectorised(
             #[inline(always)]
             |level| {
@@ -244,16 +252,16 @@ impl<T: Real> Depthwise for Cpu<T> {
 
     fn depthwise_gelu_backward(
         &self,
-        h: &Vec<T>,
-        w: &Vec<T>,
-        b: &Vec<T>,
+        h: &Buffer<T>,
+        w: &Buffer<T>,
+        b: &Buffer<T>,
         grid: Grid,
         channels: usize,
-        dg: &mut Vec<T>,
-        g: Option<&mut Vec<T>>,
-        dh: Option<&mut Vec<T>>,
-        parameters: Option<(&mut Vec<T>, &mut Vec<T>)>,
-        shift: Option<&mut Vec<T>>,
+        dg: &mut Buffer<T>,
+        g: Option<&mut Buffer<T>>,
+        dh: Option<&mut Buffer<T>>,
+        parameters: Option<(&mut Buffer<T>, &mut Buffer<T>)>,
+        shift: Option<&mut Buffer<T>>,
     ) {
         match g {
             Some(g) => vectorised(

@@ -1,8 +1,10 @@
 //! BatchNorm, ReLU and dropout at the end of the decoder.
 
-use super::simd::{each, vectorised};
-use super::{Cpu, Real};
-use crate::backend::{BatchNormView, Dropout, Head};
+use super::linear::linear;
+use super::resize::{resize_line, spread_line};
+use super::simd::{Level, each, vectorised};
+use super::{Buffer, Cpu, Real};
+use crate::backend::{BatchNormView, Classifier, Dropout, Grid, Head, Product};
 
 /// Added to the variance.
 const EPSILON: f64 = 1e-5;
@@ -24,57 +26,184 @@ fn apply<T: Real>(drop: Dropout, row: usize, x: &mut [T]) {
     );
 }
 
+/// `a = dropout(relu(batch_norm(z)))`, both `(rows, channels)`.
+#[inline(always)]
+fn activate<T: Real>(
+    z: &[T],
+    norm: BatchNormView<'_, Buffer<T>>,
+    drop: Option<Dropout>,
+    channels: usize,
+    a: &mut [T],
+    level: Level,
+) {
+    let (mean, scale) = norm.stats[..2 * channels].split_at(channels);
+    let (gamma, beta) = (&norm.gamma[..channels], &norm.beta[..channels]);
+    for (row, (z, a)) in z.chunks_exact(channels).zip(a.chunks_exact_mut(channels)).enumerate() {
+        each([z, mean, scale, gamma, beta], a, |[z, mean, scale, gamma, beta], _| {
+            let after = ((z - mean) * scale).mul_add(gamma, beta, level);
+            // Written so that a NaN passes through and shows in the loss.
+            if after < T::ZERO { T::ZERO } else { after }
+        });
+        if let Some(drop) = drop {
+            apply(drop, row, a);
+        }
+    }
+}
+
+/// Mean and squared deviations per channel of rows that come one behind the other.
+struct Measure<'a, T> {
+    channels: usize,
+    /// Rows so far.
+    rows: usize,
+    mean: &'a mut [T],
+    square: &'a mut [T],
+    /// The same of one block.
+    block: Vec<T>,
+}
+
+impl<'a, T: Real> Measure<'a, T> {
+    /// Nothing yet; `moments` receives means and then squared deviations.
+    fn new(moments: &'a mut [T], channels: usize) -> Self {
+        let moments = &mut moments[..2 * channels];
+        moments.fill(T::ZERO);
+        let (mean, square) = moments.split_at_mut(channels);
+        Self { channels, rows: 0, mean, square, block: vec![T::ZERO; 2 * channels] }
+    }
+
+    /// Each block of rows while it is in cache, then joined to the others (Chan, Golub, LeVeque, 1979).
+    #[inline(always)]
+    fn add(&mut self, z: &[T], level: Level) {
+        let Self { channels, rows, mean, square, block } = self;
+        let channels = *channels;
+        let (own_mean, own_square) = block.split_at_mut(channels);
+        for block in z.chunks(BLOCK * channels) {
+            let count = block.len() / channels;
+            let share = T::of(1.0 / count as f64);
+            own_mean.fill(T::ZERO);
+            own_square.fill(T::ZERO);
+            for z in block.chunks_exact(channels) {
+                each([z], own_mean, |[z], sum| sum + z);
+            }
+            for mean in own_mean.iter_mut() {
+                *mean *= share;
+            }
+            for z in block.chunks_exact(channels) {
+                each([z, own_mean], own_square, |[z, mean], sum| {
+                    let d = z - mean;
+                    d.mul_add(d, sum, level)
+                });
+            }
+            let (n, m) = (*rows as f64, count as f64);
+            let (part, weight) = (T::of(m / (n + m)), T::of(n * m / (n + m)));
+            for c in 0..channels {
+                let delta = own_mean[c] - mean[c];
+                mean[c] += part * delta;
+                square[c] += own_square[c] + weight * (delta * delta);
+            }
+            *rows += count;
+        }
+    }
+}
+
 impl<T: Real> Head for Cpu<T> {
-    fn batch_moments(&self, z: &Vec<T>, rows: usize, channels: usize, moments: &mut Vec<T>) {
-        moments[..2 * channels].fill(T::ZERO);
-        let (mean, square) = moments[..2 * channels].split_at_mut(channels);
-        let mut own = vec![T::ZERO; 2 * channels];
-        let (own_mean, own_square) = own.split_at_mut(channels);
-        let z = &z[..rows * channels];
+    fn join_stages(
+        &self,
+        parts: &[(&Buffer<T>, Grid)],
+        to: Grid,
+        channels: usize,
+        z: &mut Buffer<T>,
+        moments: Option<&mut Buffer<T>>,
+    ) {
+        let mut measure = moments.map(|moments| Measure::new(moments, channels));
+        // Lines that make whole blocks, so that the moments are those of `batch_moments` to the bit.
+        let lines = (1..=BLOCK).find(|lines| (lines * to.width).is_multiple_of(BLOCK)).unwrap_or(BLOCK);
+        let strips = z[..to.rows() * channels].chunks_mut(lines * to.width * channels);
+        for (strip, z) in strips.enumerate() {
+            vectorised(
+                #[inline(always)]
+                |level| {
+                    for (line, z) in z.chunks_exact_mut(to.width * channels).enumerate() {
+                        for (part, from) in parts {
+                            resize_line(part, *from, to, channels, strip * lines + line, z, true);
+                        }
+                    }
+                    if let Some(measure) = &mut measure {
+                        measure.add(z, level);
+                    }
+                },
+            );
+        }
+    }
+
+    /// A line at a time, which stays in the second-level cache.
+    fn classify_stages(
+        &self,
+        parts: &[(&Buffer<T>, Grid)],
+        to: Grid,
+        channels: usize,
+        z: &mut Buffer<T>,
+        norm: BatchNormView<'_, Buffer<T>>,
+        classifier: Classifier<'_, Self>,
+        room: &mut Buffer<T>,
+        logits: &mut Buffer<T>,
+    ) {
+        let Classifier { weight, bias, labels } = classifier;
+        let room = &mut room[..to.width * channels];
+        let lines = z[..to.rows() * channels].chunks_exact_mut(to.width * channels);
+        for (line, (z, logits)) in lines.zip(logits.chunks_exact_mut(to.width * labels)).enumerate() {
+            vectorised(
+                #[inline(always)]
+                |level| {
+                    for (part, from) in parts {
+                        resize_line(part, *from, to, channels, line, z, true);
+                    }
+                    activate(z, norm, None, channels, room, level);
+                },
+            );
+            linear(
+                room,
+                weight,
+                Some(bias),
+                Product { rows: to.width, inputs: channels, outputs: labels },
+                logits,
+                false,
+            );
+        }
+    }
+
+    fn split_stages(&self, dz: &Buffer<T>, from: Grid, channels: usize, parts: &mut [(&mut Buffer<T>, Grid)]) {
+        for (part, grid) in &mut *parts {
+            part[..grid.rows() * channels].fill(T::ZERO);
+        }
+        for (row, dz) in dz[..from.rows() * channels].chunks_exact(from.width * channels).enumerate() {
+            vectorised(
+                #[inline(always)]
+                |_| {
+                    for (part, grid) in &mut *parts {
+                        spread_line(dz, *grid, from, channels, row, part);
+                    }
+                },
+            );
+        }
+    }
+
+    fn batch_moments(&self, z: &Buffer<T>, rows: usize, channels: usize, moments: &mut Buffer<T>) {
+        let mut measure = Measure::new(moments, channels);
         vectorised(
             #[inline(always)]
-            |level| {
-                // Each block while it is in cache, then joined to the others (Chan, Golub, LeVeque, 1979).
-                let mut before = 0;
-                for block in z.chunks(BLOCK * channels) {
-                    let count = block.len() / channels;
-                    let share = T::of(1.0 / count as f64);
-                    own_mean.fill(T::ZERO);
-                    own_square.fill(T::ZERO);
-                    for z in block.chunks_exact(channels) {
-                        each([z], own_mean, |[z], sum| sum + z);
-                    }
-                    for mean in own_mean.iter_mut() {
-                        *mean *= share;
-                    }
-                    for z in block.chunks_exact(channels) {
-                        each([z, own_mean], own_square, |[z, mean], sum| {
-                            let d = z - mean;
-                            d.mul_add(d, sum, level)
-                        });
-                    }
-                    let (n, m) = (before as f64, count as f64);
-                    let (part, weight) = (T::of(m / (n + m)), T::of(n * m / (n + m)));
-                    for c in 0..channels {
-                        let delta = own_mean[c] - mean[c];
-                        mean[c] += part * delta;
-                        square[c] += own_square[c] + weight * (delta * delta);
-                    }
-                    before += count;
-                }
-            },
+            |level| measure.add(&z[..rows * channels], level),
         );
     }
 
     fn batch_stats(
         &self,
-        moments: &[&Vec<T>],
+        moments: &[&Buffer<T>],
         rows: &[usize],
         channels: usize,
         momentum: f64,
-        stats: &mut Vec<T>,
-        running_mean: &mut Vec<T>,
-        running_var: &mut Vec<T>,
+        stats: &mut Buffer<T>,
+        running_mean: &mut Buffer<T>,
+        running_var: &mut Buffer<T>,
     ) {
         let total: usize = rows.iter().sum();
         for c in 0..channels {
@@ -95,7 +224,7 @@ impl<T: Real> Head for Cpu<T> {
         }
     }
 
-    fn running_stats(&self, running_mean: &Vec<T>, running_var: &Vec<T>, channels: usize, stats: &mut Vec<T>) {
+    fn running_stats(&self, running_mean: &Buffer<T>, running_var: &Buffer<T>, channels: usize, stats: &mut Buffer<T>) {
         for c in 0..channels {
             stats[c] = running_mean[c];
             stats[channels + c] = T::of(1.0 / (running_var[c].f64() + EPSILON).sqrt());
@@ -104,43 +233,29 @@ impl<T: Real> Head for Cpu<T> {
 
     fn head_activation(
         &self,
-        z: &Vec<T>,
-        norm: BatchNormView<'_, Vec<T>>,
+        z: &Buffer<T>,
+        norm: BatchNormView<'_, Buffer<T>>,
         drop: Option<Dropout>,
         rows: usize,
         channels: usize,
-        a: &mut Vec<T>,
+        a: &mut Buffer<T>,
     ) {
-        let (mean, scale) = norm.stats[..2 * channels].split_at(channels);
-        let (gamma, beta) = (&norm.gamma[..channels], &norm.beta[..channels]);
-        let z = z[..rows * channels].chunks_exact(channels);
-        let a = a[..rows * channels].chunks_exact_mut(channels);
+        let (z, a) = (&z[..rows * channels], &mut a[..rows * channels]);
         vectorised(
             #[inline(always)]
-            |level| {
-                for (row, (z, a)) in z.zip(a).enumerate() {
-                    each([z, mean, scale, gamma, beta], a, |[z, mean, scale, gamma, beta], _| {
-                        let after = ((z - mean) * scale).mul_add(gamma, beta, level);
-                        // Written so that a NaN passes through and shows in the loss.
-                        if after < T::ZERO { T::ZERO } else { after }
-                    });
-                    if let Some(drop) = drop {
-                        apply(drop, row, a);
-                    }
-                }
-            },
+            |level| activate(z, norm, drop, channels, a, level),
         );
     }
 
     fn head_backward(
         &self,
-        z: &Vec<T>,
-        norm: BatchNormView<'_, Vec<T>>,
+        z: &Buffer<T>,
+        norm: BatchNormView<'_, Buffer<T>>,
         drop: Option<Dropout>,
         rows: usize,
         channels: usize,
-        da: &mut Vec<T>,
-        sums: &mut Vec<T>,
+        da: &mut Buffer<T>,
+        sums: &mut Buffer<T>,
     ) {
         let (mean, scale) = norm.stats[..2 * channels].split_at(channels);
         let (gamma, beta) = (&norm.gamma[..channels], &norm.beta[..channels]);
@@ -179,7 +294,7 @@ impl<T: Real> Head for Cpu<T> {
         );
     }
 
-    fn batch_sums(&self, sums: &[&Vec<T>], total: &mut Vec<T>) {
+    fn batch_sums(&self, sums: &[&Buffer<T>], total: &mut Buffer<T>) {
         total.fill(T::ZERO);
         for sums in sums {
             for (total, sum) in total.iter_mut().zip(sums.iter()) {
@@ -190,13 +305,13 @@ impl<T: Real> Head for Cpu<T> {
 
     fn batch_norm_backward(
         &self,
-        z: &Vec<T>,
-        norm: BatchNormView<'_, Vec<T>>,
-        total: &Vec<T>,
+        z: &Buffer<T>,
+        norm: BatchNormView<'_, Buffer<T>>,
+        total: &Buffer<T>,
         batch_rows: usize,
         rows: usize,
         channels: usize,
-        dy: &mut Vec<T>,
+        dy: &mut Buffer<T>,
     ) {
         let share = T::of(1.0 / batch_rows as f64);
         let (mean, scale) = norm.stats[..2 * channels].split_at(channels);

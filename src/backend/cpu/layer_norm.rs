@@ -1,7 +1,7 @@
 //! LayerNorm over channels.
 
 use super::simd::{block_by_block, each, vectorised};
-use super::{Cpu, Real};
+use super::{Buffer, Cpu, Real};
 use crate::backend::LayerNorm;
 
 /// Added to the variance.
@@ -36,13 +36,13 @@ pub(super) fn sum<T: Real, const N: usize>(rows: [&[T]; N], term: impl Fn([T; N]
 impl<T: Real> LayerNorm for Cpu<T> {
     fn layer_norm(
         &self,
-        x: &Vec<T>,
-        gamma: &Vec<T>,
-        beta: &Vec<T>,
+        x: &Buffer<T>,
+        gamma: &Buffer<T>,
+        beta: &Buffer<T>,
         rows: usize,
         channels: usize,
-        y: &mut Vec<T>,
-        stats: &mut Vec<T>,
+        y: &mut Buffer<T>,
+        stats: &mut Buffer<T>,
     ) {
         let share = T::of(1.0 / channels as f64);
         let (gamma, beta) = (&gamma[..channels], &beta[..channels]);
@@ -66,13 +66,13 @@ impl<T: Real> LayerNorm for Cpu<T> {
 
     fn layer_norm_backward(
         &self,
-        dy: &Vec<T>,
-        x: &Vec<T>,
-        stats: &Vec<T>,
-        gamma: &Vec<T>,
+        dy: &Buffer<T>,
+        x: &Buffer<T>,
+        stats: &Buffer<T>,
+        gamma: &Buffer<T>,
         rows: usize,
         channels: usize,
-        dx: &mut Vec<T>,
+        dx: &mut Buffer<T>,
         add: bool,
     ) {
         let share = T::of(1.0 / channels as f64);
@@ -101,13 +101,13 @@ impl<T: Real> LayerNorm for Cpu<T> {
 
     fn layer_norm_backward_params(
         &self,
-        dy: &Vec<T>,
-        x: &Vec<T>,
-        stats: &Vec<T>,
+        dy: &Buffer<T>,
+        x: &Buffer<T>,
+        stats: &Buffer<T>,
         rows: usize,
         channels: usize,
-        dgamma: &mut Vec<T>,
-        dbeta: &mut Vec<T>,
+        dgamma: &mut Buffer<T>,
+        dbeta: &mut Buffer<T>,
     ) {
         let mut partial = vec![T::ZERO; 2 * channels];
         let (scale_part, shift_part) = partial.split_at_mut(channels);

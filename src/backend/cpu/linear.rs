@@ -1,8 +1,12 @@
 //! Products of tokens with weights, on the `gemm` crate.
 
+use super::layer_norm::sum;
 use super::simd::{each, vectorised};
-use super::{Cpu, Real};
+use super::{Buffer, Cpu, Real};
 use crate::backend::{Linear, Product};
+
+/// Outputs below which a product is made of dot products.
+const NARROW: usize = 4;
 
 /// A matrix inside a slice: where it starts and the distance between its rows and columns.
 #[derive(Clone, Copy)]
@@ -73,41 +77,63 @@ pub(super) fn product<T: Real>(
     }
 }
 
-impl<T: Real> Linear for Cpu<T> {
-    fn linear(&self, x: &Vec<T>, w: &Vec<T>, bias: Option<&Vec<T>>, p: Product, y: &mut Vec<T>, add: bool) {
-        if let Some(bias) = bias {
-            let y = &mut y[..p.rows * p.outputs];
-            vectorised(
-                #[inline(always)]
-                |_| {
-                    for row in y.chunks_exact_mut(p.outputs) {
-                        if add {
-                            for (y, b) in row.iter_mut().zip(bias) {
-                                *y += *b;
-                            }
-                        } else {
-                            row.copy_from_slice(bias);
-                        }
+/// `y = x·Wᵀ + bias`, plus y itself with `add`.
+pub(super) fn linear<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, p: Product, y: &mut [T], add: bool) {
+    if p.outputs < NARROW {
+        return dots(x, w, bias, p, y, add);
+    }
+    if let Some(bias) = bias {
+        let y = &mut y[..p.rows * p.outputs];
+        vectorised(
+            #[inline(always)]
+            |_| {
+                for row in y.chunks_exact_mut(p.outputs) {
+                    if add {
+                        each([bias], row, |[b], y| y + b);
+                    } else {
+                        each([bias], row, |[b], _| b);
                     }
-                },
-            );
-        }
-        let add = add || bias.is_some();
-        let size = (p.rows, p.outputs, p.inputs);
-        product(size, T::ONE, View::rows(x, p.inputs), View::rows(w, p.inputs).t(), y, 0, p.outputs, add);
+                }
+            },
+        );
+    }
+    let add = add || bias.is_some();
+    let size = (p.rows, p.outputs, p.inputs);
+    product(size, T::ONE, View::rows(x, p.inputs), View::rows(w, p.inputs).t(), y, 0, p.outputs, add);
+}
+
+/// [`linear`] output by output: a matrix this narrow leaves the lanes of the matrix kernels empty.
+fn dots<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, p: Product, y: &mut [T], add: bool) {
+    let (x, y) = (x[..p.rows * p.inputs].chunks_exact(p.inputs), y[..p.rows * p.outputs].chunks_exact_mut(p.outputs));
+    vectorised(
+        #[inline(always)]
+        |_| {
+            for (x, y) in x.zip(y) {
+                for (o, (w, y)) in w.chunks_exact(p.inputs).zip(y).enumerate() {
+                    let value = sum([x, w], |[x, w]| x * w) + bias.map_or(T::ZERO, |bias| bias[o]);
+                    *y = if add { *y + value } else { value };
+                }
+            }
+        },
+    );
+}
+
+impl<T: Real> Linear for Cpu<T> {
+    fn linear(&self, x: &Buffer<T>, w: &Buffer<T>, bias: Option<&Buffer<T>>, p: Product, y: &mut Buffer<T>, add: bool) {
+        linear(x, w, bias.map(|bias| &bias[..]), p, y, add);
     }
 
-    fn linear_backward_input(&self, dy: &Vec<T>, w: &Vec<T>, p: Product, dx: &mut Vec<T>, add: bool) {
+    fn linear_backward_input(&self, dy: &Buffer<T>, w: &Buffer<T>, p: Product, dx: &mut Buffer<T>, add: bool) {
         let size = (p.rows, p.inputs, p.outputs);
         product(size, T::ONE, View::rows(dy, p.outputs), View::rows(w, p.inputs), dx, 0, p.inputs, add);
     }
 
-    fn linear_backward_weight(&self, dy: &Vec<T>, x: &Vec<T>, p: Product, dw: &mut Vec<T>) {
+    fn linear_backward_weight(&self, dy: &Buffer<T>, x: &Buffer<T>, p: Product, dw: &mut Buffer<T>) {
         let size = (p.outputs, p.inputs, p.rows);
         product(size, T::ONE, View::rows(dy, p.outputs).t(), View::rows(x, p.inputs), dw, 0, p.inputs, true);
     }
 
-    fn linear_backward_bias(&self, dy: &Vec<T>, rows: usize, outputs: usize, db: &mut Vec<T>) {
+    fn linear_backward_bias(&self, dy: &Buffer<T>, rows: usize, outputs: usize, db: &mut Buffer<T>) {
         let mut partial = vec![T::ZERO; outputs];
         vectorised(
             #[inline(always)]

@@ -3,7 +3,7 @@
 
 use super::resize::source;
 use super::simd::{Level, vectorised};
-use super::{Cpu, Real};
+use super::{Buffer, Cpu, Real};
 use crate::backend::{Grid, Loss, Sample};
 
 /// How a line of logits is stretched to a line of pixels.
@@ -136,14 +136,14 @@ impl<T: Real> Line<T> {
 impl<T: Real> Loss for Cpu<T> {
     fn cross_entropy(
         &self,
-        logits: &Vec<T>,
+        logits: &Buffer<T>,
         from: Grid,
         labels: usize,
         samples: &[Sample<'_>],
         size: usize,
         scale: f64,
-        out: &mut Vec<T>,
-        mut gradient: Option<&mut Vec<T>>,
+        out: &mut Buffer<T>,
+        mut gradient: Option<&mut Buffer<T>>,
     ) {
         let mut line = Line::new(from.width, labels, size);
         let stride = from.width * labels;
@@ -186,7 +186,7 @@ impl<T: Real> Loss for Cpu<T> {
 
     fn confusion(
         &self,
-        logits: &Vec<T>,
+        logits: &Buffer<T>,
         from: Grid,
         labels: usize,
         samples: &[Sample<'_>],

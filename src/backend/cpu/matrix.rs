@@ -3,14 +3,14 @@
 use rayon::prelude::*;
 
 use super::linear::{View, product};
-use super::{Cpu, Real};
+use super::{Buffer, Cpu, Real};
 use crate::backend::{Base, Matrix, Scaled, SmallProduct, Transpose};
 
 /// Numbers of a tensor that one thread takes at a time.
 const PART: usize = 1 << 16;
 
 impl<T: Real> Matrix for Cpu<T> {
-    fn small_products(&self, products: &mut [SmallProduct<'_, Vec<T>, Vec<T>>]) {
+    fn small_products(&self, products: &mut [SmallProduct<'_, Buffer<T>, Buffer<T>>]) {
         for p in products {
             let (m, n, k) = p.size;
             let a = if p.transpose == Transpose::Left { View::rows(p.a, m).t() } else { View::rows(p.a, k) };
@@ -25,13 +25,13 @@ impl<T: Real> Matrix for Cpu<T> {
         }
     }
 
-    fn columns(&self, x: &Vec<T>, columns: usize, start: usize, n: usize, y: &mut Vec<T>) {
+    fn columns(&self, x: &Buffer<T>, columns: usize, start: usize, n: usize, y: &mut Buffer<T>) {
         for (x, y) in x.chunks_exact(columns).zip(y.chunks_exact_mut(n)) {
             y.copy_from_slice(&x[start..start + n]);
         }
     }
 
-    fn add_columns(&self, y: &Vec<T>, columns: usize, start: usize, n: usize, x: &mut Vec<T>) {
+    fn add_columns(&self, y: &Buffer<T>, columns: usize, start: usize, n: usize, x: &mut Buffer<T>) {
         for (x, y) in x.chunks_exact_mut(columns).zip(y.chunks_exact(n)) {
             for (x, y) in x[start..start + n].iter_mut().zip(y) {
                 *x += *y;
@@ -39,7 +39,7 @@ impl<T: Real> Matrix for Cpu<T> {
         }
     }
 
-    fn scale_all(&self, alpha: f64, tensors: &mut [Scaled<'_, Vec<T>, Vec<T>>]) {
+    fn scale_all(&self, alpha: f64, tensors: &mut [Scaled<'_, Buffer<T>, Buffer<T>>]) {
         let alpha = T::of(alpha);
         for Scaled { x, y, product } in tensors {
             for (x, y) in x.iter().zip(y.iter_mut()) {
@@ -51,13 +51,13 @@ impl<T: Real> Matrix for Cpu<T> {
         }
     }
 
-    fn add_part(&self, x: &Vec<T>, start: usize, y: &mut Vec<T>) {
-        for (x, y) in x[start..].iter().zip(y) {
+    fn add_part(&self, x: &Buffer<T>, start: usize, y: &mut Buffer<T>) {
+        for (x, y) in x[start..].iter().zip(y.iter_mut()) {
             *y += *x;
         }
     }
 
-    fn add(&self, x: &Vec<T>, y: &mut Vec<T>) {
+    fn add(&self, x: &Buffer<T>, y: &mut Buffer<T>) {
         self.install(|| {
             y.par_chunks_mut(PART).zip(x.par_chunks(PART)).for_each(|(y, x)| {
                 for (x, y) in x.iter().zip(y) {

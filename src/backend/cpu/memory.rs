@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::Real;
+use super::{Buffer, Real};
 use crate::backend::Memory;
 use crate::{Error, Result, error::Kind};
 
@@ -36,16 +36,16 @@ impl<T: Real> Cpu<T> {
 }
 
 impl<T: Real> Memory for Cpu<T> {
-    type Act = Vec<T>;
-    type Full = Vec<T>;
+    type Act = Buffer<T>;
+    type Full = Buffer<T>;
 
-    fn act(&self, len: usize) -> Vec<T> {
+    fn act(&self, len: usize) -> Buffer<T> {
         self.full(len)
     }
 
-    fn full(&self, len: usize) -> Vec<T> {
+    fn full(&self, len: usize) -> Buffer<T> {
         self.allocated.fetch_add(len * size_of::<T>(), Ordering::Relaxed);
-        vec![T::ZERO; len]
+        Buffer::zeros(len)
     }
 
     /// Nothing fails short of the process.
@@ -57,35 +57,39 @@ impl<T: Real> Memory for Cpu<T> {
         self.allocated.load(Ordering::Relaxed)
     }
 
-    fn upload(&self, from: &[f32], to: &mut Vec<T>) {
+    fn upload(&self, from: &[f32], to: &mut Buffer<T>) {
         for (to, from) in to.iter_mut().zip(from) {
             *to = T::of(f64::from(*from));
         }
     }
 
-    fn download(&self, from: &Vec<T>) -> Vec<f32> {
+    fn download(&self, from: &Buffer<T>) -> Vec<f32> {
         self.download_act(from, from.len())
     }
 
-    fn download_act(&self, from: &Vec<T>, len: usize) -> Vec<f32> {
+    fn download_act(&self, from: &Buffer<T>, len: usize) -> Vec<f32> {
         from[..len].iter().map(|x| x.f64() as f32).collect()
     }
 
-    fn scalars(&self, from: &Vec<T>, len: usize) -> Vec<f64> {
+    fn scalars(&self, from: &Buffer<T>, len: usize) -> Vec<f64> {
         from[..len].iter().map(|x| x.f64()).collect()
     }
 
-    fn zero(&self, x: &mut Vec<T>) {
+    fn zero(&self, x: &mut Buffer<T>) {
         x.fill(T::ZERO);
     }
 
-    fn zero_all(&self, tensors: &mut [&mut Vec<T>]) {
+    fn zero_all(&self, tensors: &mut [&mut Buffer<T>]) {
         for tensor in tensors {
             tensor.fill(T::ZERO);
         }
     }
 
-    fn cast(&self, from: &Vec<T>, to: &mut Vec<T>) {
+    fn unrounded(x: &Buffer<T>) -> Option<&Buffer<T>> {
+        Some(x)
+    }
+
+    fn cast(&self, from: &Buffer<T>, to: &mut Buffer<T>) {
         to.copy_from_slice(from);
     }
 

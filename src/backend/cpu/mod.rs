@@ -1,9 +1,10 @@
-//! The CPU backend: every operation over plain vectors, f32 for work, f64 as the oracle of the tests.
+//! The CPU backend: every operation over slices, f32 for work, f64 as the oracle of the tests.
 //!
 //! A unit is one picture. It goes through a whole phase of a step on one thread, so its activations stay near that core;
 //! threads meet only where the algorithm does (BatchNorm, the update).
 
 mod attention;
+mod buffer;
 mod depthwise;
 mod head;
 mod layer_norm;
@@ -18,6 +19,7 @@ mod residual;
 mod resize;
 mod simd;
 
+pub use buffer::Buffer;
 pub use memory::Cpu;
 pub use real::Real;
 pub use simd::level as simd_level;

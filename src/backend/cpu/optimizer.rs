@@ -2,19 +2,19 @@
 
 use rayon::prelude::*;
 
-use super::{Cpu, Real, simd::vectorised};
+use super::{Buffer, Cpu, Real, simd::vectorised};
 use crate::backend::{AdamW, Moving, Optimizer};
 
 /// Numbers of a tensor that one thread takes at a time.
 const PART: usize = 1 << 14;
 
 impl<T: Real> Optimizer for Cpu<T> {
-    fn gradient_norm(&self, gradients: &[&Vec<T>], norm: &mut Vec<T>) {
+    fn gradient_norm(&self, gradients: &[&Buffer<T>], norm: &mut Buffer<T>) {
         let total: f64 = gradients.iter().map(|gradient| self.square_norm(gradient)).sum();
         norm[0] = T::of(total.sqrt());
     }
 
-    fn adamw(&self, update: &AdamW, norm: &Vec<T>, tensors: &mut [Moving<'_, Vec<T>, Vec<T>>]) {
+    fn adamw(&self, update: &AdamW, norm: &Buffer<T>, tensors: &mut [Moving<'_, Buffer<T>, Buffer<T>>]) {
         let [beta1, beta2] = update.betas;
         let steps = update.step as f64;
         let clip = T::of((update.max_norm / (norm[0].f64() + 1e-6)).min(1.0));

@@ -1,24 +1,35 @@
 //! Gathering convolution windows.
 
-use super::{Cpu, Real, simd::vectorised};
+use super::simd::{each, vectorised};
+use super::{Buffer, Cpu, Real};
 use crate::backend::{Grid, Patches, Sample, Window};
 use crate::dataset::{IMAGENET_MEAN, IMAGENET_STD};
 
-/// Calls `visit(window number, ky·side + kx, row-major position of the input token or None in the padding)`.
+/// Calls `visit(window number, ky·side + kx, taps, row-major position of the first input token or None in the padding)` for
+/// every run of taps that lie side by side in a window, and in the picture if they are in it.
 #[inline(always)]
-fn each_tap(grid: Grid, window: Window, mut visit: impl FnMut(usize, usize, Option<usize>)) {
+fn each_run(grid: Grid, window: Window, mut visit: impl FnMut(usize, usize, usize, Option<usize>)) {
+    let Window { side, stride, padding } = window;
     let out = grid.through(window);
     let mut number = 0;
     for image in 0..grid.images {
         for oy in 0..out.height {
             for ox in 0..out.width {
-                for ky in 0..window.side {
-                    let y = (oy * window.stride + ky).wrapping_sub(window.padding);
-                    for kx in 0..window.side {
-                        let x = (ox * window.stride + kx).wrapping_sub(window.padding);
-                        let inside = y < grid.height && x < grid.width;
-                        let token = (image * grid.height + y) * grid.width + x;
-                        visit(number, ky * window.side + kx, inside.then_some(token));
+                // Taps in the padding on the left, and before the padding on the right.
+                let left = padding.saturating_sub(ox * stride).min(side);
+                let right = (grid.width + padding).saturating_sub(ox * stride).clamp(left, side);
+                for ky in 0..side {
+                    let y = (oy * stride + ky).wrapping_sub(padding);
+                    let tap = ky * side;
+                    if y >= grid.height || left == right {
+                        visit(number, tap, side, None);
+                        continue;
+                    }
+                    let token = (image * grid.height + y) * grid.width + ox * stride + left - padding;
+                    for (from, to, token) in [(0, left, None), (left, right, Some(token)), (right, side, None)] {
+                        if from < to {
+                            visit(number, tap + from, to - from, token);
+                        }
                     }
                 }
                 number += 1;
@@ -28,7 +39,7 @@ fn each_tap(grid: Grid, window: Window, mut visit: impl FnMut(usize, usize, Opti
 }
 
 impl<T: Real> Patches for Cpu<T> {
-    fn pixel_patches(&self, samples: &[Sample<'_>], size: usize, window: Window, out: &mut Vec<T>) {
+    fn pixel_patches(&self, samples: &[Sample<'_>], size: usize, window: Window, out: &mut Buffer<T>) {
         let Window { side, stride, padding } = window;
         let grid = Grid { images: 1, height: size, width: size }.through(window);
         let row = side * side * 3;
@@ -69,27 +80,31 @@ impl<T: Real> Patches for Cpu<T> {
                 done = oy * stride + side;
                 for (ox, out) in out.chunks_exact_mut(row).enumerate() {
                     for (ky, out) in out.chunks_exact_mut(side * 3).enumerate() {
-                        let at = (oy * stride + ky) % side * line + ox * stride * 3;
-                        out.copy_from_slice(&lines[at..][..side * 3]);
+                        let from = &lines[(oy * stride + ky) % side * line + ox * stride * 3..];
+                        // The model's own length as a constant, so that no call is made to copy so little.
+                        match (out.first_chunk_mut::<21>(), from.first_chunk::<21>()) {
+                            (Some(out), Some(from)) if side == 7 => *out = *from,
+                            _ => out.copy_from_slice(&from[..side * 3]),
+                        }
                     }
                 }
             }
         }
     }
 
-    fn patches(&self, x: &Vec<T>, grid: Grid, channels: usize, window: Window, out: &mut Vec<T>) {
+    fn patches(&self, x: &Buffer<T>, grid: Grid, channels: usize, window: Window, out: &mut Buffer<T>) {
         let row = window.side * window.side * channels;
         vectorised(
             #[inline(always)]
             |_| {
-                each_tap(
+                each_run(
                     grid,
                     window,
                     #[inline(always)]
-                    |number, tap, token| {
-                        let to = &mut out[number * row + tap * channels..][..channels];
+                    |number, tap, taps, token| {
+                        let to = &mut out[number * row + tap * channels..][..taps * channels];
                         match token {
-                            Some(token) => to.copy_from_slice(&x[token * channels..][..channels]),
+                            Some(token) => to.copy_from_slice(&x[token * channels..][..taps * channels]),
                             None => to.fill(T::ZERO),
                         }
                     },
@@ -98,7 +113,15 @@ impl<T: Real> Patches for Cpu<T> {
         );
     }
 
-    fn patches_backward(&self, dout: &Vec<T>, grid: Grid, channels: usize, window: Window, dx: &mut Vec<T>, add: bool) {
+    fn patches_backward(
+        &self,
+        dout: &Buffer<T>,
+        grid: Grid,
+        channels: usize,
+        window: Window,
+        dx: &mut Buffer<T>,
+        add: bool,
+    ) {
         let row = window.side * window.side * channels;
         if !add {
             dx[..grid.rows() * channels].fill(T::ZERO);
@@ -106,16 +129,14 @@ impl<T: Real> Patches for Cpu<T> {
         vectorised(
             #[inline(always)]
             |_| {
-                each_tap(
+                each_run(
                     grid,
                     window,
                     #[inline(always)]
-                    |number, tap, token| {
+                    |number, tap, taps, token| {
                         if let Some(token) = token {
-                            let from = &dout[number * row + tap * channels..][..channels];
-                            for (dx, d) in dx[token * channels..][..channels].iter_mut().zip(from) {
-                                *dx += *d;
-                            }
+                            let from = &dout[number * row + tap * channels..][..taps * channels];
+                            each([from], &mut dx[token * channels..][..taps * channels], |[d], dx| dx + d);
                         }
                     },
                 );

@@ -1,17 +1,18 @@
 //! Additions along the residual stream.
 
-use super::{Cpu, Real, simd::vectorised};
-use crate::backend::{Dropout, Grid, Residual};
+use super::linear::linear;
+use super::{Buffer, Cpu, Real, simd::vectorised};
+use crate::backend::{Dropout, Grid, Product, Residual};
 
 impl<T: Real> Residual for Cpu<T> {
     fn residual(
         &self,
-        x: &Vec<T>,
-        branch: &Vec<T>,
+        x: &Buffer<T>,
+        branch: &Buffer<T>,
         drop: Option<Dropout>,
         grid: Grid,
         channels: usize,
-        y: &mut Vec<T>,
+        y: &mut Buffer<T>,
     ) {
         let n = grid.area() * channels;
         for image in 0..grid.images {
@@ -28,7 +29,23 @@ impl<T: Real> Residual for Cpu<T> {
         }
     }
 
-    fn drop_path(&self, x: &Vec<T>, drop: Dropout, grid: Grid, channels: usize, y: &mut Vec<T>) {
+    /// The product is added to what stands in y already.
+    fn linear_residual(
+        &self,
+        x: &Buffer<T>,
+        input: &Buffer<T>,
+        w: &Buffer<T>,
+        bias: Option<&Buffer<T>>,
+        p: Product,
+        _: &mut Buffer<T>,
+        y: &mut Buffer<T>,
+    ) {
+        let n = p.rows * p.outputs;
+        y[..n].copy_from_slice(&x[..n]);
+        linear(input, w, bias.map(|bias| &bias[..]), p, y, true);
+    }
+
+    fn drop_path(&self, x: &Buffer<T>, drop: Dropout, grid: Grid, channels: usize, y: &mut Buffer<T>) {
         let n = grid.area() * channels;
         for image in 0..grid.images {
             let factor = T::of(f64::from(drop.factor(image as u64)));
@@ -44,7 +61,7 @@ impl<T: Real> Residual for Cpu<T> {
         }
     }
 
-    fn dropout(&self, x: &Vec<T>, drop: Dropout, len: usize, y: &mut Vec<T>) {
+    fn dropout(&self, x: &Buffer<T>, drop: Dropout, len: usize, y: &mut Buffer<T>) {
         let (x, y) = (&x[..len], &mut y[..len]);
         vectorised(
             #[inline(always)]
@@ -63,7 +80,7 @@ impl<T: Real> Residual for Cpu<T> {
         );
     }
 
-    fn accumulate(&self, x: &Vec<T>, len: usize, y: &mut Vec<T>) {
+    fn accumulate(&self, x: &Buffer<T>, len: usize, y: &mut Buffer<T>) {
         vectorised(
             #[inline(always)]
             |_| {
