@@ -3,8 +3,8 @@
 
 use segpeft_native::backend::cpu::{Buffer, Cpu};
 use segpeft_native::backend::{
-    Attention, AttentionShape, Base, BatchNormView, Depthwise, Dropout, Grid, Head, LayerNorm, Linear, Loss, Matrix,
-    Patches, Product, Residual, Resize, Sample, SmallProduct, Transpose, Window,
+    Attention, AttentionShape, Base, BatchNormView, Classifier, Depthwise, Dropout, Grid, Head, LayerNorm, Linear,
+    Loss, Matrix, Patches, Product, Residual, Resize, Sample, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -348,8 +348,54 @@ fn matrix_products() {
         let mut c = filled(1.0, m * n);
         let new = SmallProduct::new(&a, &b, transpose, (m, n, k), &mut c);
         cpu.small_products(&mut [SmallProduct { alpha: 2.0, base: Base::Itself, ..new }]);
-        for (c, plain) in c.iter().zip(&plain) {
+        for (c, plain) in c.iter().zip(&plain[..]) {
             assert!((c - (1.0 + 2.0 * plain)).abs() < 1e-14);
+        }
+    }
+}
+
+#[test]
+fn the_decoder_line_by_line_is_the_decoder_pass_by_pass() {
+    let cpu = cpu();
+    for (images, height, width, channels, labels) in [(2, 6, 10, 5, 2), (1, 8, 12, 35, 3), (2, 4, 64, 17, 7)] {
+        let to = Grid { images, height, width };
+        let grids = [2, 4].map(|by: usize| Grid { images, height: height.div_ceil(by), width: width.div_ceil(by) });
+        let n = to.rows() * channels;
+        let z = numbers(n, 1);
+        let parts = [numbers(grids[0].rows() * channels, 2), numbers(grids[1].rows() * channels, 3)];
+        let each = || parts.iter().zip(grids);
+
+        let (mut joined, mut moments) = (z.clone(), filled(0.0, 2 * channels));
+        let part_list: Vec<_> = each().collect();
+        cpu.join_stages(&part_list, to, channels, &mut joined, Some(&mut moments));
+        let (mut plain, mut plain_moments) = (z.clone(), filled(0.0, 2 * channels));
+        for (part, grid) in each() {
+            cpu.upsample(part, grid, to, channels, &mut plain, true);
+        }
+        cpu.batch_moments(&plain, to.rows(), channels, &mut plain_moments);
+        assert_eq!((&joined[..], &moments[..]), (&plain[..], &plain_moments[..]));
+
+        let (stats, gamma, beta) = (numbers(2 * channels, 4), numbers(channels, 5), numbers(channels, 6));
+        let (weight, bias) = (numbers(labels * channels, 7), numbers(labels, 8));
+        let norm = BatchNormView { stats: &stats, gamma: &gamma, beta: &beta };
+        let classifier = Classifier { weight: &weight, bias: &bias, labels };
+        let (mut used, mut room, mut logits) = (z.clone(), filled(9.0, n), filled(9.0, to.rows() * labels));
+        cpu.classify_stages(&part_list, to, channels, &mut used, norm, classifier, &mut room, &mut logits);
+        let (mut activation, mut plain_logits) = (filled(9.0, n), filled(9.0, to.rows() * labels));
+        cpu.head_activation(&plain, norm, None, to.rows(), channels, &mut activation);
+        let product = Product { rows: to.rows(), inputs: channels, outputs: labels };
+        cpu.linear(&activation, &weight, Some(&bias), product, &mut plain_logits, false);
+        for (a, b) in logits.iter().zip(&plain_logits[..]) {
+            assert!((a - b).abs() < 1e-12, "{a} and {b}");
+        }
+
+        let mut split = parts.clone();
+        let [first, second] = &mut split;
+        cpu.split_stages(&z, to, channels, &mut [(first, grids[0]), (second, grids[1])]);
+        for (part, grid) in split.iter().zip(grids) {
+            let mut plain = filled(9.0, part.len());
+            cpu.upsample_backward(&z, grid, to, channels, &mut plain);
+            assert_eq!(part[..], plain[..]);
         }
     }
 }

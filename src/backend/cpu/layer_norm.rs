@@ -18,17 +18,23 @@ pub(super) fn fold<T: Real>(lanes: [T; 16]) -> T {
 /// Sum of `term` over rows of equal length, in a fixed order of 16 interleaved partial sums, which become vector lanes.
 #[inline(always)]
 pub(super) fn sum<T: Real, const N: usize>(rows: [&[T]; N], term: impl Fn([T; N]) -> T) -> T {
+    accumulate(rows, |row, sum| sum + term(row))
+}
+
+/// The same with sums that `join(elements, sum)` adds to.
+#[inline(always)]
+pub(super) fn accumulate<T: Real, const N: usize>(rows: [&[T]; N], join: impl Fn([T; N], T) -> T) -> T {
     let mut lanes = [T::ZERO; 16];
     let parts = rows.map(|row| row.as_chunks::<16>());
     for block in 0..parts[0].0.len() {
         block_by_block();
         let blocks: [&[T; 16]; N] = std::array::from_fn(|k| &parts[k].0[block]);
         for i in 0..16 {
-            lanes[i] += term(std::array::from_fn(|k| blocks[k][i]));
+            lanes[i] = join(std::array::from_fn(|k| blocks[k][i]), lanes[i]);
         }
     }
     for i in 0..parts[0].1.len() {
-        lanes[i] += term(std::array::from_fn(|k| parts[k].1[i]));
+        lanes[i] = join(std::array::from_fn(|k| parts[k].1[i]), lanes[i]);
     }
     fold(lanes)
 }

@@ -1,6 +1,6 @@
 //! Products of tokens with weights, on the `gemm` crate.
 
-use super::layer_norm::sum;
+use super::layer_norm::accumulate;
 use super::simd::{each, vectorised};
 use super::{Buffer, Cpu, Real};
 use crate::backend::{Linear, Product};
@@ -107,10 +107,11 @@ fn dots<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, p: Product, y: &mut [T], 
     let (x, y) = (x[..p.rows * p.inputs].chunks_exact(p.inputs), y[..p.rows * p.outputs].chunks_exact_mut(p.outputs));
     vectorised(
         #[inline(always)]
-        |_| {
+        |level| {
             for (x, y) in x.zip(y) {
                 for (o, (w, y)) in w.chunks_exact(p.inputs).zip(y).enumerate() {
-                    let value = sum([x, w], |[x, w]| x * w) + bias.map_or(T::ZERO, |bias| bias[o]);
+                    let value = accumulate([x, w], |[x, w], sum| x.mul_add(w, sum, level));
+                    let value = value + bias.map_or(T::ZERO, |bias| bias[o]);
                     *y = if add { *y + value } else { value };
                 }
             }

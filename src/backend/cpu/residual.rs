@@ -1,8 +1,7 @@
 //! Additions along the residual stream.
 
-use super::linear::linear;
 use super::{Buffer, Cpu, Real, simd::vectorised};
-use crate::backend::{Dropout, Grid, Product, Residual};
+use crate::backend::{Dropout, Grid, Residual};
 
 impl<T: Real> Residual for Cpu<T> {
     fn residual(
@@ -27,22 +26,6 @@ impl<T: Real> Residual for Cpu<T> {
                 },
             );
         }
-    }
-
-    /// The product is added to what stands in y already.
-    fn linear_residual(
-        &self,
-        x: &Buffer<T>,
-        input: &Buffer<T>,
-        w: &Buffer<T>,
-        bias: Option<&Buffer<T>>,
-        p: Product,
-        _: &mut Buffer<T>,
-        y: &mut Buffer<T>,
-    ) {
-        let n = p.rows * p.outputs;
-        y[..n].copy_from_slice(&x[..n]);
-        linear(input, w, bias.map(|bias| &bias[..]), p, y, true);
     }
 
     fn drop_path(&self, x: &Buffer<T>, drop: Dropout, grid: Grid, channels: usize, y: &mut Buffer<T>) {
