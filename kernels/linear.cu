@@ -16,22 +16,33 @@ KERNEL(THREADS) linear_backward_bias(const bf16* dy /* (rows, outputs) */, int r
     BY_WIDTH(outputs, bias_partials, dy, rows, outputs, slab, partial);
 }
 
-// out = scale·Σ_s partial[s], added to out if `add`. Rows of `partial` are `stride` apart. A block takes 8 columns, and
-// every 32nd slab is one line's, so that many reads are under way at once. Grid: ceil(n / 8).
-KERNEL(THREADS) sum_partials(const float* partial /* (slabs, stride) */, int slabs, int stride, int n, float scale,
-                             float* out /* (n) */, int add) {
+// Σ_s partial[s] to up to three outputs, one behind the other in a row of `partial`, each added to if so told. Rows are `stride`
+// apart. A block takes 8 columns, and every 32nd slab is one line's, so that many reads are under way at once.
+// Grid: ceil((n + n1 + n2) / 8).
+KERNEL(THREADS) sum_partials(const float* partial /* (slabs, stride) */, int slabs, int stride, int n, float* out /* (n) */,
+                             int add, int n1, float* out1 /* (n1) */, int add1, int n2, float* out2 /* (n2) */, int add2) {
     constexpr int COLUMNS = 8, LINES = THREADS / COLUMNS;
     SHARED(float, sums, [LINES][COLUMNS]);
     int column = threadIdx.x % COLUMNS, line = threadIdx.x / COLUMNS, i = blockIdx.x * COLUMNS + column;
+    bool inside = i < n + n1 + n2;
     float sum = 0;
-    if (i < n) {
+    if (inside) {
 #pragma unroll 8
         for (int s = line; s < slabs; s += LINES) sum += partial[size_t(s) * stride + i];
     }
     sums[line][column] = sum;
     __syncthreads();
-    if (line > 0 || i >= n) return;
+    if (line > 0 || !inside) return;
     float total = 0;
     for (int l = 0; l < LINES; l++) total += sums[l][column];
-    out[i] = add ? out[i] + scale * total : scale * total;
+    if (i >= n + n1) {
+        out = out2;
+        add = add2;
+        i -= n + n1;
+    } else if (i >= n) {
+        out = out1;
+        add = add1;
+        i -= n;
+    }
+    out[i] = add ? out[i] + total : total;
 }

@@ -39,6 +39,8 @@ pub struct AttentionActs<B: Backend> {
     pub q: B::Act,
     /// Reduced tokens before their LayerNorm, with its (mean, 1/std).
     pub reduced: Option<(B::Act, B::Full)>,
+    /// What the sequence reduction gathered, if kept.
+    pub patches: Option<B::Act>,
     /// K.
     pub k: B::Act,
     /// V.
@@ -84,6 +86,7 @@ impl AttentionLayer {
         self.query.forward(pass, normed, rows, &mut acts.q, side);
         let source = match (&self.reduction, &mut acts.reduced) {
             (Some((convolution, norm)), Some((raw, stats))) => {
+                let patches = acts.patches.as_mut().unwrap_or(patches);
                 backend.patches(normed, grid, self.channels, self.window, patches);
                 convolution.forward(pass, patches, key_rows, raw, side);
                 norm.forward(pass, raw, key_rows, t1, stats);
@@ -182,8 +185,14 @@ impl AttentionLayer {
                     let dx = Some((&mut *t1, false));
                     norm.backward(pass, t5, raw, raw_stats, key_rows, gradients, dx, Front::product(convolution));
                     if trains {
-                        backend.patches(normed, grid, self.channels, self.window, patches);
-                        convolution.backward_weights(pass, patches, t1, key_rows, gradients, side);
+                        let gathered = match &acts.patches {
+                            Some(gathered) => gathered,
+                            None => {
+                                backend.patches(normed, grid, self.channels, self.window, patches);
+                                &*patches
+                            }
+                        };
+                        convolution.backward_weights(pass, gathered, t1, key_rows, gradients, side);
                     }
                 }
                 if below {

@@ -1,5 +1,6 @@
 //! The encoder: stages of patch embedding, transformer blocks and LayerNorm.
 
+use super::affine::Affine;
 use super::attention::{AttentionActs, AttentionLayer};
 use super::mix_ffn::{FfnActs, MixFfn};
 use super::model::{Pass, Scratch, Worker};
@@ -73,14 +74,20 @@ impl Block {
 }
 
 impl Stage {
-    /// Zeroed storage for `from` input pictures; with `keep`, each block has its own, as a backward pass needs it.
-    pub fn acts<B: Backend>(&self, backend: &B, from: Grid, keep: bool) -> StageActs<B> {
+    /// Zeroed storage for `from` input pictures; with `keep`, each block has its own, as a backward pass needs it that makes
+    /// the gradients of `wanted` tensors.
+    pub fn acts<B: Backend>(&self, backend: &B, from: Grid, keep: bool, wanted: &[bool]) -> StageActs<B> {
         let grid = from.through(self.embed.window);
         let (rows, channels) = (grid.rows(), self.channels);
         let tokens = || backend.act(rows * channels);
         let stats = || backend.full(2 * rows);
         let held = if keep { self.blocks.len() } else { self.blocks.len().min(1) };
         let remembers = keep && backend.remembers();
+        // What a convolution's product reads, for the gradient of its weight.
+        let patches = |convolution: &Affine, rows: usize| {
+            let trains = wanted[convolution.weight.0] || convolution.side.is_some();
+            (remembers && trains).then(|| backend.act(rows * convolution.inputs))
+        };
         let blocks = (self.blocks[..held].iter())
             .map(|block| {
                 let keys = block.attention.keys(grid).rows();
@@ -89,6 +96,8 @@ impl Stage {
                         q: tokens(),
                         reduced: (block.attention.reduction.is_some())
                             .then(|| (backend.act(keys * channels), backend.full(2 * keys))),
+                        patches: (block.attention.reduction.as_ref())
+                            .and_then(|(convolution, _)| patches(convolution, keys)),
                         k: backend.act(keys * channels),
                         v: backend.act(keys * channels),
                         o: tokens(),
@@ -104,7 +113,7 @@ impl Stage {
         StageActs {
             grid,
             from,
-            embed: EmbedActs { raw: tokens(), stats: stats() },
+            embed: EmbedActs { raw: tokens(), stats: stats(), patches: patches(&self.embed.projection, rows) },
             stream: (0..=if keep { held } else { 1 }).map(|_| tokens()).collect(),
             norms,
             blocks,

@@ -179,7 +179,7 @@ impl<B: Backend> Model<B> {
                 let mut grid = pixels;
                 let stages: Vec<_> = (plan.stages.iter())
                     .map(|stage| {
-                        let acts = stage.acts(&backend, grid, trains);
+                        let acts = stage.acts(&backend, grid, trains, &plan.wanted);
                         grid = acts.grid;
                         acts
                     })

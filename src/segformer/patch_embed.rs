@@ -36,6 +36,8 @@ pub struct EmbedActs<B: Backend> {
     pub raw: B::Act,
     /// (mean, 1/std) per row.
     pub stats: B::Full,
+    /// Gathered patches, if kept.
+    pub patches: Option<B::Act>,
 }
 
 impl PatchEmbed {
@@ -57,8 +59,9 @@ impl PatchEmbed {
         scratch: &mut Scratch<B>,
     ) {
         let rows = from.through(self.window).rows();
-        self.gather(pass, input, from, &mut scratch.wide[0]);
-        self.projection.forward(pass, &scratch.wide[0], rows, &mut acts.raw, &mut scratch.side);
+        let patches = acts.patches.as_mut().unwrap_or(&mut scratch.wide[0]);
+        self.gather(pass, input, from, patches);
+        self.projection.forward(pass, patches, rows, &mut acts.raw, &mut scratch.side);
         self.norm.forward(pass, &acts.raw, rows, y, &mut acts.stats);
     }
 
@@ -80,15 +83,15 @@ impl PatchEmbed {
         let front = Front::product(&self.projection);
         self.norm.backward(pass, d, &acts.raw, &acts.stats, rows, gradients, inner, front);
         if trains {
-            self.gather(pass, input, from, &mut scratch.wide[0]);
-            self.projection.backward_weights(
-                pass,
-                &scratch.wide[0],
-                &scratch.tokens[0],
-                rows,
-                gradients,
-                &mut scratch.side,
-            );
+            let Scratch { tokens: [draw, ..], wide: [room, _], side, .. } = &mut *scratch;
+            let patches = match &acts.patches {
+                Some(patches) => patches,
+                None => {
+                    self.gather(pass, input, from, room);
+                    &*room
+                }
+            };
+            self.projection.backward_weights(pass, patches, draw, rows, gradients, side);
         }
         if let Some(dx) = dx {
             let (draw, patches) = (&scratch.tokens[0], &mut scratch.wide[0]);

@@ -83,7 +83,7 @@ impl<D: Device> Depthwise for Cuda<D> {
             arguments.extend([old, new, g, Argument::pointer(partial)]);
             self.launch_blocks("depthwise_gelu_backward", division.blocks, THREADS, &arguments);
             if let Some((_, db)) = &mut parameters {
-                let db = ColumnSums { kinds: 1, factor: 1.0, to: db.both(channels), add: true };
+                let db = ColumnSums { kinds: 1, to: db.both(channels), add: true };
                 self.sum_partials((partial, division.slabs, channels), 1, &[db]);
             }
         }
@@ -94,7 +94,7 @@ impl<D: Device> Depthwise for Cuda<D> {
             arguments.extend(sizes);
             arguments.extend([new.unwrap_or(Argument::pointer(0)), Argument::pointer(partial)]);
             self.launch_blocks("depthwise_backward_weights", division.blocks, THREADS, &arguments);
-            let sums = |kinds, to| ColumnSums { kinds, factor: 1.0, to, add: true };
+            let sums = |kinds, to| ColumnSums { kinds, to, add: true };
             let dw = sums(9, dw.both(9 * channels));
             let shift = shift.map(|shift| sums(1, shift.both(channels)));
             let outputs: Vec<_> = [Some(dw), shift].into_iter().flatten().collect();

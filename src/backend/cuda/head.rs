@@ -275,7 +275,7 @@ impl<D: Device> Head for Cuda<D> {
             arguments.extend([rows.into(), channels.into(), slab, da.both(n), partial]);
             arguments
         };
-        let outputs = [ColumnSums { kinds: 2, factor: 1.0, to: sums.to(2 * channels), add: false }];
+        let outputs = [ColumnSums { kinds: 2, to: sums.to(2 * channels), add: false }];
         self.column_sums("head_backward", (rows, channels), arguments, &outputs);
     }
 

@@ -103,7 +103,7 @@ impl<D: Device> LayerNorm for Cuda<D> {
             arguments.extend(factors);
             arguments.push(Argument::pointer(partial));
             self.launch_blocks("layer_norm_backward_both", [slabs, 1, 1], THREADS, &arguments);
-            let sums = |to| ColumnSums { kinds: 1, factor: 1.0, to, add: true };
+            let sums = |to| ColumnSums { kinds: 1, to, add: true };
             let outputs = [Some(dgamma), Some(dbeta), bias].map(|sum| sum.map(|sum| sums(sum.both(channels))));
             let outputs: Vec<_> = outputs.into_iter().flatten().collect();
             return self.sum_partials((partial, slabs, channels), 3, &outputs);
@@ -136,7 +136,7 @@ impl<D: Device> LayerNorm for Cuda<D> {
         dbeta: &mut Self::Full,
     ) {
         let n = rows * channels;
-        let sums = |to| ColumnSums { kinds: 1, factor: 1.0, to, add: true };
+        let sums = |to| ColumnSums { kinds: 1, to, add: true };
         self.column_sums(
             "layer_norm_backward_params",
             (rows, channels),

@@ -67,7 +67,7 @@ impl<D: Device> Linear for Cuda<D> {
             "linear_backward_bias",
             (rows, outputs),
             |slab, partial| vec![dy.at(rows * outputs), rows.into(), outputs.into(), slab, partial],
-            &[ColumnSums { kinds: 1, factor: 1.0, to: db.both(outputs), add: true }],
+            &[ColumnSums { kinds: 1, to: db.both(outputs), add: true }],
         );
     }
 }

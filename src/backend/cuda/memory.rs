@@ -199,8 +199,8 @@ impl<D: Device> Cuda<D> {
     }
 
     /// Column-wise sums of `kinds` quantities over `rows`: launches `kernel` with what `arguments` makes of the rows per
-    /// slab and the address of the partial sums, then adds them up: `outputs[kind]` receives `channels` sums times its
-    /// factor, added if so told.
+    /// slab and the address of the partial sums, then adds them up: `outputs[kind]` receives `channels` sums, added
+    /// if so told.
     pub(super) fn column_sums(
         &self,
         kernel: &'static str,
@@ -216,23 +216,24 @@ impl<D: Device> Cuda<D> {
         self.sum_partials((partial, slabs, channels), kinds, outputs);
     }
 
-    /// Adds up, slab by slab, the partial sums `(slabs, kinds, channels)` at an address; those behind the last output's nobody
-    /// wants.
+    /// Adds up, slab by slab, the partial sums `(slabs, kinds, channels)` at an address, for up to three outputs; those behind the
+    /// last output's nobody wants.
     pub(super) fn sum_partials(
         &self,
         (partial, slabs, channels): (u64, usize, usize),
         kinds: usize,
         outputs: &[ColumnSums],
     ) {
-        let mut first = 0;
-        for output in outputs {
-            let n = output.kinds * channels;
-            let from = Argument::pointer(partial + (first * channels * size_of::<f32>()) as u64);
-            let (stride, factor) = ((kinds * channels).into(), output.factor.into());
-            let arguments = [from, slabs.into(), stride, n.into(), factor, output.to, output.add.into()];
-            self.launch_blocks("sum_partials", [n.div_ceil(8), 1, 1], THREADS, &arguments);
-            first += output.kinds;
+        assert!(outputs.len() <= 3, "{} outputs", outputs.len());
+        let mut arguments = vec![Argument::pointer(partial), slabs.into(), (kinds * channels).into()];
+        for i in 0..3 {
+            arguments.extend(match outputs.get(i) {
+                Some(output) => [(output.kinds * channels).into(), output.to, output.add.into()],
+                None => [0usize.into(), Argument::pointer(0), false.into()],
+            });
         }
+        let n: usize = outputs.iter().map(|output| output.kinds * channels).sum();
+        self.launch_blocks("sum_partials", [n.div_ceil(8), 1, 1], THREADS, &arguments);
     }
 }
 
@@ -257,8 +258,6 @@ pub(super) fn column_span(channels: usize) -> usize {
 pub(super) struct ColumnSums {
     /// How many of the kernel's quantities, one behind the other.
     pub kinds: usize,
-    /// Multiplies the sums.
-    pub factor: f32,
     /// `(kinds, channels)`
     pub to: Argument,
     /// Whether `to` is added to.
