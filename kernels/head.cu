@@ -60,9 +60,9 @@ __device__ void activate(const bf16* z, const float* stats, const float* gamma, 
 // a = dropout(relu(batch_norm(z))). Threads: rows·channels/V.
 KERNEL(THREADS) head_activation(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                                 const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
-                                unsigned key1, unsigned high0, unsigned high1, u64 first, float rate, int rows,
-                                int channels, bf16* a /* (rows, channels) */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
+                                unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first, float rate,
+                                int rows, int channels, bf16* a /* (rows, channels) */) {
+    Dropout drop(key0, key1, site, step, first, rate);
     BY_WIDTH(channels, activate, z, stats, gamma, beta, drop, rows, channels, a);
 }
 
@@ -87,11 +87,11 @@ __device__ void mask_and_sum(const bf16* z, const float* stats, const float* gam
 
 // da becomes the gradient after BatchNorm. Grid: as column_partials has it.
 KERNEL(THREADS, 1) head_backward(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
-                              const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
-                              unsigned key1, unsigned high0, unsigned high1, u64 first, float rate, int rows,
-                              int channels, int slab, bf16* da /* (rows, channels) */,
-                              float* partial /* (slabs, 2, channels): beta's, gamma's gradient */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
+                                 const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
+                                 unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first, float rate,
+                                 int rows, int channels, int slab, bf16* da /* (rows, channels) */,
+                                 float* partial /* (slabs, 2, channels): beta's, gamma's gradient */) {
+    Dropout drop(key0, key1, site, step, first, rate);
     BY_WIDTH(channels, mask_and_sum, z, stats, gamma, beta, drop, rows, channels, slab, da, partial);
 }
 
@@ -321,10 +321,10 @@ __device__ __forceinline__ void load_classes(const bf16* from, float (&to)[CLASS
 // row. Threads: ceil(rows / each)·channels / 8.
 KERNEL(THREADS) classify(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                          const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
-                         unsigned key1, unsigned high0, unsigned high1, u64 first, float rate,
-                         const bf16* w /* (2, channels) */, const bf16* bias /* (2) */, int rows, int channels, int each,
-                         bf16* logits /* (rows, 2) */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
+                         unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first, float rate,
+                         const bf16* w /* (2, channels) */, const bf16* bias /* (2) */, int rows, int channels,
+                         int each, bf16* logits /* (rows, 2) */) {
+    Dropout drop(key0, key1, site, step, first, rate);
     int lanes = channels / 8, c = threadIdx.x % lanes * 8;
     size_t start = thread_number() / lanes * each;
     Columns columns(stats, gamma, beta, w, channels, c);
@@ -353,11 +353,11 @@ KERNEL(THREADS) classify(const bf16* z /* (rows, channels) */, const float* stat
 // Per channel and class, over the rows that pass ReLU and dropout: the sums of dlogit and of dlogit·normalised z, both times
 // the dropout's factor. Everything else follows from them (classify_sums). Grid: as column_partials has it.
 KERNEL(THREADS) classify_backward(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
-                                  const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
-                                  unsigned key1, unsigned high0, unsigned high1, u64 first, float rate,
-                                  const bf16* dlogits /* (rows, 2) */, int rows, int channels, int slab,
-                                  float* partial /* (slabs, 2, 2, channels) */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
+                                  const float* gamma /* (channels) */, const float* beta /* (channels) */,
+                                  unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */,
+                                  u64 first, float rate, const bf16* dlogits /* (rows, 2) */, int rows, int channels,
+                                  int slab, float* partial /* (slabs, 2, 2, channels) */) {
+    Dropout drop(key0, key1, site, step, first, rate);
     int span = column_span<8>(channels), own = min(int(blockIdx.x) * span + int(threadIdx.x) % (span / 8) * 8, channels - 8);
     Pack<8> mean = load<8>(stats + own), scale = load<8>(stats + channels + own);
     Pack<8> g = load<8>(gamma + own), b = load<8>(beta + own), slope, offset;
@@ -420,11 +420,12 @@ KERNEL(THREADS) classify_sums(const float* partial /* (slabs, 2, 2, channels) */
 // as far apart as the grid has groups. Threads: ceil(rows / each)·channels / 8.
 KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                                         const float* gamma /* (channels) */, const float* beta /* (channels) */,
-                                        unsigned key0, unsigned key1, unsigned high0, unsigned high1, u64 first,
-                                        float rate, const bf16* w /* (2, channels) */,
+                                        unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */,
+                                        u64 first, float rate, const bf16* w /* (2, channels) */,
                                         const bf16* dlogits /* (rows, 2) */, const float* total /* (2, channels) */,
-                                        float share, int rows, int channels, int each, bf16* dz /* (rows, channels) */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
+                                        float share, int rows, int channels, int each,
+                                        bf16* dz /* (rows, channels) */) {
+    Dropout drop(key0, key1, site, step, first, rate);
     int lanes = channels / 8, c = int(thread_number() % lanes) * 8;
     size_t groups = (size_t(rows) + each - 1) / each, group = thread_number() / lanes;
     if (group >= groups) return;

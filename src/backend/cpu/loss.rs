@@ -191,8 +191,9 @@ impl<T: Real> Loss for Cpu<T> {
         labels: usize,
         samples: &[Sample<'_>],
         size: usize,
-        counts: &mut [u64],
+        counts: &mut Vec<u64>,
     ) {
+        counts[..samples.len() * labels * labels].fill(0);
         let mut line = Line::new(from.width, labels, size);
         let mut best = vec![0u8; size];
         for (image, sample) in samples.iter().enumerate() {

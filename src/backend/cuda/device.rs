@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::Result;
+use crate::error::Kind;
+use crate::{Error, Result};
 
 /// Alignment of a block of device memory, and of the pieces of an arena, in bytes.
 pub(super) const ALIGNMENT: usize = 256;
@@ -12,6 +13,8 @@ pub(super) const ALIGNMENT: usize = 256;
 pub trait Device: Send + Sync {
     /// A block of device memory, freed when dropped.
     type Memory: Send + Sync;
+    /// Work that was recorded.
+    type Graph: Send;
 
     /// Memory of undefined content, aligned to 256 bytes.
     ///
@@ -72,11 +75,39 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// The operands must lie in living blocks with the stated shapes; c must overlap neither a nor b.
     unsafe fn product(&self, product: &MatrixProduct) -> Result<()>;
+
+    /// Whether work may be recorded now.
+    fn records(&self) -> bool;
+
+    /// Records what `work` asks of this device on this thread, of which nothing is done. Asking it for memory or for copies
+    /// meanwhile is an error; so is what the device cannot record.
+    ///
+    /// # Errors
+    /// When the device cannot record.
+    fn record(&self, work: &mut dyn FnMut()) -> Result<Self::Graph>;
+
+    /// Does recorded work, on the numbers that memory holds now.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Safety
+    /// All memory that the recorded work names must still live.
+    unsafe fn replay(&self, graph: &Self::Graph) -> Result<()>;
+}
+
+/// What asking for memory or copies while recording is.
+pub(super) fn while_recording(what: &str) -> Error {
+    Error::new(
+        Kind::Internal,
+        format!("{what} while a step is being recorded: a defect in segpeft-native, please report it"),
+    )
 }
 
 /// One device for several backends.
 impl<D: Device> Device for Arc<D> {
     type Memory = D::Memory;
+    type Graph = D::Graph;
 
     fn allocate(&self, bytes: usize) -> Result<Self::Memory> {
         (**self).allocate(bytes)
@@ -111,6 +142,18 @@ impl<D: Device> Device for Arc<D> {
 
     unsafe fn product(&self, product: &MatrixProduct) -> Result<()> {
         unsafe { (**self).product(product) }
+    }
+
+    fn records(&self) -> bool {
+        (**self).records()
+    }
+
+    fn record(&self, work: &mut dyn FnMut()) -> Result<Self::Graph> {
+        (**self).record(work)
+    }
+
+    unsafe fn replay(&self, graph: &Self::Graph) -> Result<()> {
+        unsafe { (**self).replay(graph) }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The end of the decoder, from the joined stages to the logits.
 
-use super::memory::{ColumnSums, THREADS, column_span, dropout_arguments, slabs, width};
+use super::memory::{ColumnSums, THREADS, column_span, slabs, width};
 use super::{Argument, Cuda, Device};
 use crate::backend::{
     BatchNormView, Dropout, Grid, Head, HeadPass, Memory, classify_backward_input_plainly, classify_backward_plainly,
@@ -22,15 +22,15 @@ fn fuses<D: Device>(head: &HeadPass<'_, Cuda<D>>) -> bool {
     classifier.labels == 2 && channels <= 256 && channels.is_multiple_of(8) && (channels / 8).is_power_of_two()
 }
 
-/// z, how it is normalised and dropped, as the arguments with which every fused kernel begins.
-fn read<D: Device>(head: &HeadPass<'_, Cuda<D>>) -> Vec<Argument> {
-    let mut arguments = vec![head.z.at(head.rows * head.channels)];
-    arguments.extend(view(&head.norm, head.channels));
-    arguments.extend(dropout_arguments(head.drop));
-    arguments
-}
-
 impl<D: Device> Cuda<D> {
+    /// z, how it is normalised and dropped, as the arguments with which every fused kernel begins.
+    fn read(&self, head: &HeadPass<'_, Self>) -> Vec<Argument> {
+        let mut arguments = vec![head.z.at(head.rows * head.channels)];
+        arguments.extend(view(&head.norm, head.channels));
+        arguments.extend(self.dropout_arguments(head.drop));
+        arguments
+    }
+
     /// Adds up to [`PARTS`] stages to z, and measures it.
     fn join(
         &self,
@@ -108,7 +108,7 @@ impl<D: Device> Head for Cuda<D> {
             return classify_plainly(self, head, room, logits);
         }
         let HeadPass { rows, channels, classifier, .. } = head;
-        let mut arguments = read(&head);
+        let mut arguments = self.read(&head);
         arguments.extend([classifier.weight.at(2 * channels), classifier.bias.at(2)]);
         arguments.extend([rows, channels, EACH].map(Argument::from));
         arguments.push(logits.to(2 * rows));
@@ -129,7 +129,7 @@ impl<D: Device> Head for Cuda<D> {
         let HeadPass { norm, rows, channels, classifier, .. } = head;
         let (slab, slabs) = slabs(rows);
         let partial = Argument::pointer(self.scratch(slabs * 4 * channels));
-        let mut arguments = read(&head);
+        let mut arguments = self.read(&head);
         arguments.push(dlogits.at(2 * rows));
         arguments.extend([rows, channels, slab].map(Argument::from));
         arguments.push(partial);
@@ -154,7 +154,7 @@ impl<D: Device> Head for Cuda<D> {
             return classify_backward_input_plainly(self, head, dlogits, (total, batch_rows), sums, dz);
         }
         let HeadPass { rows, channels, classifier, .. } = head;
-        let mut arguments = read(&head);
+        let mut arguments = self.read(&head);
         let share = Argument::F32((1.0 / batch_rows as f64) as f32);
         arguments.extend([classifier.weight.at(2 * channels), dlogits.at(2 * rows), total.at(2 * channels), share]);
         arguments.extend([rows, channels, EACH].map(Argument::from));
@@ -209,7 +209,7 @@ impl<D: Device> Head for Cuda<D> {
         let n = rows * channels;
         let mut arguments = vec![z.at(n)];
         arguments.extend(view(&norm, channels));
-        arguments.extend(dropout_arguments(drop));
+        arguments.extend(self.dropout_arguments(drop));
         arguments.extend([rows.into(), channels.into(), a.to(n)]);
         self.launch("head_activation", n / width(channels), &arguments);
     }
@@ -228,7 +228,7 @@ impl<D: Device> Head for Cuda<D> {
         let arguments = |slab, partial| {
             let mut arguments = vec![z.at(n)];
             arguments.extend(view(&norm, channels));
-            arguments.extend(dropout_arguments(drop));
+            arguments.extend(self.dropout_arguments(drop));
             arguments.extend([rows.into(), channels.into(), slab, da.both(n), partial]);
             arguments
         };

@@ -13,6 +13,7 @@ mod depthwise;
 mod device;
 mod driver;
 mod dry;
+mod graphs;
 mod head;
 mod layer_norm;
 mod linear;
