@@ -540,6 +540,17 @@ pub trait Loss: Memory {
         size: usize,
         counts: &mut Self::Counts,
     );
+    /// Copies what `images` pictures left, `loss` and `counts`, `labels²` each, to a log of many, from image `at` on.
+    fn note(
+        &self,
+        loss: &Self::Full,
+        counts: &Self::Counts,
+        images: usize,
+        labels: usize,
+        at: usize,
+        all_losses: &mut Self::Full,
+        all_counts: &mut Self::Counts,
+    );
 }
 
 /// Which operand of a small matrix product is read transposed.

@@ -3,6 +3,7 @@
 use super::SegformerConfig;
 use super::decoder::DecoderActs;
 use super::encoder::{self, StageActs};
+use super::log::Log;
 use super::plan::{Plan, Trainable};
 use super::tensors::{Gradients, Id, Tensor, Tensors};
 use crate::backend::{AdamW, Backend, Base, Dropout, Grid, Inputs, Moving, Sample, Scaled, SmallProduct, Transpose};
@@ -157,6 +158,7 @@ pub struct Model<B: Backend> {
     stats: B::Full,
     total: B::Full,
     norm: B::Full,
+    log: Log<B>,
     batches_tracked: u64,
     planned_bytes: usize,
 }
@@ -263,6 +265,7 @@ impl<B: Backend> Model<B> {
             stats: backend.full(2 * width),
             total: backend.full(2 * width),
             norm: backend.full(1),
+            log: Log::new(&backend, plan.decoder.labels, per_unit),
             batches_tracked: 0,
             config: config.clone(),
             options,
@@ -492,8 +495,19 @@ impl<B: Backend> Model<B> {
 
     /// Loss and confusion counts of `samples` in evaluation mode. Losses that wait for [`Model::take_loss`] are lost.
     pub fn evaluate(&mut self, samples: &[Sample<'_>]) -> Evaluated {
+        self.begin_evaluation();
+        self.measure(samples);
+        self.end_evaluation()
+    }
+
+    /// Begins an evaluation: what [`Model::measure`] measures from now on, [`Model::end_evaluation`] tells.
+    pub fn begin_evaluation(&mut self) {
+        self.log.clear();
+    }
+
+    /// As [`Model::evaluate`], without waiting for what comes of it.
+    pub fn measure(&mut self, samples: &[Sample<'_>]) {
         let labels = self.plan.decoder.labels;
-        let mut result = Evaluated::default();
         self.each_in_evaluation(
             Phase::Evaluation,
             samples,
@@ -504,13 +518,16 @@ impl<B: Backend> Model<B> {
                 backend.cross_entropy(&acts.logits, grid, labels, part, size, 1.0, loss, None);
                 backend.confusion(&acts.logits, grid, labels, part, size, counts);
             },
-            |backend, images, unit| {
-                result.loss.extend(backend.scalars(&unit.loss, images));
-                result.counts.extend(backend.whole(&unit.counts, images * labels * labels));
+            |backend, images, unit, log| {
+                log.add(backend, images, &unit.loss, &unit.counts);
                 backend.zero(&mut unit.loss);
             },
         );
-        result
+    }
+
+    /// What was measured since [`Model::begin_evaluation`], in the order of the samples.
+    pub fn end_evaluation(&mut self) -> Evaluated {
+        self.log.take(&self.backend)
     }
 
     /// Logits `(labels, size/4, size/4)` of each sample in evaluation mode.
@@ -521,7 +538,7 @@ impl<B: Backend> Model<B> {
             Phase::Logits,
             samples,
             |_, _, _, _| {},
-            |backend, images, unit| result.extend(unit.logits(backend, labels, images)),
+            |backend, images, unit, _| result.extend(unit.logits(backend, labels, images)),
         );
         result
     }
@@ -539,9 +556,9 @@ impl<B: Backend> Model<B> {
         phase: Phase,
         samples: &[Sample<'_>],
         inside: impl Fn(&B, usize, &[Sample<'_>], &mut Unit<B>) + Sync,
-        mut collect: impl FnMut(&B, usize, &mut Unit<B>),
+        mut collect: impl FnMut(&B, usize, &mut Unit<B>, &mut Log<B>),
     ) {
-        let Self { backend, plan, tensors, units, workers, options, stats, .. } = self;
+        let Self { backend, plan, tensors, units, workers, options, stats, log, .. } = self;
         let (backend, size, decoder) = (&*backend, options.size, &plan.decoder);
         let per_unit = backend.images_per_unit(options.batch);
         let (mean, var) = (tensors.value(decoder.running_mean), tensors.value(decoder.running_var));
@@ -563,7 +580,7 @@ impl<B: Backend> Model<B> {
                 });
             });
             for (u, unit) in units.iter_mut().enumerate() {
-                collect(backend, part(u).len(), unit);
+                collect(backend, part(u).len(), unit, log);
             }
         }
     }

@@ -57,11 +57,12 @@ fn history<D: Device>(backend: Cuda<D>, trainable: &Trainable) -> (Vec<u64>, Mod
             found.push(model.gradient_norm().to_bits());
         }
         found.push(model.take_loss().to_bits());
-        for batch in all.chunks(BATCH) {
-            let evaluated = model.evaluate(batch);
-            found.extend(evaluated.loss.iter().map(|x| x.to_bits()));
-            found.extend(evaluated.counts);
-        }
+        model.begin_evaluation();
+        all.chunks(BATCH).for_each(|batch| model.measure(batch));
+        let evaluated = model.end_evaluation();
+        assert_eq!(evaluated.loss.len(), PICTURES);
+        found.extend(evaluated.loss.iter().map(|x| x.to_bits()));
+        found.extend(evaluated.counts);
         // Without labels, as in prediction.
         found.extend(bits(model.logits(&[Sample { labels: &[], ..all[epoch as usize] }]).concat()));
     }

@@ -523,8 +523,15 @@ case!(
         for _ in 0..2 {
             lab.0.confusion(&logits, from, labels, &samples, size, &mut counts);
         }
-        let counts = lab.0.whole(&counts, number).into_iter().map(|c| c as f64).collect();
+        // A log of which the first image is another's.
+        let (mut losses, mut log) = (lab.full(images + 1, 4), lab.0.counts(number + labels * labels));
+        lab.0.note(&out, &counts, images, labels, 1, &mut losses, &mut log);
+        let whole = |counts, n| lab.0.whole(counts, n).into_iter().map(|c| c as f64).collect::<Vec<_>>();
+        let log = Output { name: "log", values: whole(&log, number + labels * labels), own: 0.0, summed: 0.0 };
+        let counts = whole(&counts, number);
         vec![
+            lab.read_full("losses", &losses, images + 1),
+            log,
             lab.read_full("loss", &out, images),
             lab.read("gradient", &gradient, n, 1.0, 0.0),
             Output { name: "counts", values: counts, own: 0.0, summed: 0.0 },

@@ -81,4 +81,23 @@ impl<D: Device> Loss for Cuda<D> {
             [logits.at(n), height, width, labels, truths, positions, flips, size, Argument::pointer(address)];
         self.launch_blocks("confusion", [blocks, images, 1], THREADS, &arguments);
     }
+
+    fn note(
+        &self,
+        loss: &Self::Full,
+        counts: &Self::Counts,
+        images: usize,
+        labels: usize,
+        at: usize,
+        all_losses: &mut Self::Full,
+        all_counts: &mut Self::Counts,
+    ) {
+        let squares = labels * labels;
+        let to = |address, bytes| Argument::Pointer { address, read: 0, written: bytes };
+        let losses = to(all_losses.address(at + images), images * size_of::<f32>());
+        let all = to(all_counts.address((at + images) * squares), images * squares * size_of::<u64>());
+        let sizes = [images, squares, at].map(Argument::from);
+        let arguments = [loss.at(images), counts.at(images * squares), sizes[0], sizes[1], sizes[2], losses, all];
+        self.launch("note", images * squares, &arguments);
+    }
 }
