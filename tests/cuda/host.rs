@@ -123,6 +123,8 @@ impl Device for Host {
         Ok(())
     }
 
+    fn expect(&self, _: usize) {}
+
     unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<()> {
         self.not_recording()?;
         // SAFETY: the caller's.
@@ -265,6 +267,10 @@ impl Device for Lost {
         self.there()?;
         // SAFETY: the caller's, here and below.
         unsafe { self.host.write(from, to) }
+    }
+
+    fn expect(&self, bytes: usize) {
+        self.host.expect(bytes);
     }
 
     unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<()> {

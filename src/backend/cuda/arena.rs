@@ -64,6 +64,10 @@ impl<D: Device> Device for Arena<D> {
         unsafe { self.device.write(from, to) }
     }
 
+    fn expect(&self, bytes: usize) {
+        self.device.expect(bytes);
+    }
+
     unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<()> {
         // SAFETY: as above.
         unsafe { self.device.read(from, to) }

@@ -34,6 +34,9 @@ pub trait Device: Send + Sync {
     /// `to` must lie in a living block that has `from.len()` bytes there.
     unsafe fn write(&self, from: &[u8], to: u64) -> Result<()>;
 
+    /// Says that so many bytes will be copied from the host at a time, again and again, while work goes on.
+    fn expect(&self, bytes: usize);
+
     /// Copies to the host, after all work before it.
     ///
     /// # Errors
@@ -120,6 +123,10 @@ impl<D: Device> Device for Arc<D> {
     unsafe fn write(&self, from: &[u8], to: u64) -> Result<()> {
         // SAFETY: the caller's, here and below.
         unsafe { (**self).write(from, to) }
+    }
+
+    fn expect(&self, bytes: usize) {
+        (**self).expect(bytes);
     }
 
     unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<()> {

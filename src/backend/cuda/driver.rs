@@ -13,6 +13,7 @@ use cudarc::cublaslt::{result as blas, sys as lt};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result as cuda, sys};
 
 use super::device::while_recording;
+use super::ring::{Ring, Side};
 use super::{Argument, Device, Element, MatrixProduct, Work};
 use crate::error::Kind;
 use crate::{Error, Result};
@@ -35,16 +36,16 @@ const WORKSPACE: usize = 32 << 20;
 pub struct Driver {
     ordinal: usize,
     // Dropped before the stream and the context they belong to.
+    ring: Mutex<Ring<Self>>,
+    /// The ends of graphs that were launched, the oldest first.
+    ahead: Mutex<VecDeque<Event>>,
+    profile: Mutex<Option<Vec<Timed>>>,
     products: Mutex<Products>,
     workspace: DeviceMemory,
     functions: Mutex<HashMap<&'static str, Function>>,
     module: Module,
     line: Arc<Line>,
     context: Arc<CudaContext>,
-    profile: Mutex<Option<Vec<Timed>>>,
-    pinned: Mutex<Pinned>,
-    /// The ends of graphs that were launched, the oldest first.
-    ahead: Mutex<VecDeque<Event>>,
     name: String,
 }
 
@@ -139,17 +140,25 @@ impl Drop for Recording<'_> {
 /// Graphs that wait for the device at most: the host need not be further ahead, and can still be interrupted.
 const AHEAD: usize = 16;
 
-/// Bytes of host memory through which small copies go.
-const PINNED: usize = 4 << 20;
+/// Page-locked host memory.
+pub(super) struct Pinned(*mut u8, usize);
 
-/// Page-locked host memory, used from front to back and then again: copies from it need not wait for the device.
-struct Pinned {
-    start: *mut u8,
-    used: usize,
+// SAFETY: memory that belongs to its owner.
+unsafe impl Send for Pinned {}
+
+impl AsMut<[u8]> for Pinned {
+    fn as_mut(&mut self) -> &mut [u8] {
+        // SAFETY: allocated with so many bytes, zeroed, and borrowed as this is.
+        unsafe { std::slice::from_raw_parts_mut(self.0, self.1) }
+    }
 }
 
-// SAFETY: memory that belongs to the device's owner, used by one thread at a time (behind a mutex).
-unsafe impl Send for Pinned {}
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `lock_memory`, and freed once, with the driver, when nothing runs any more.
+        let _ = unsafe { cuda::free_host(self.0.cast()) };
+    }
+}
 
 /// A piece of work between two events.
 struct Timed {
@@ -159,8 +168,14 @@ struct Timed {
     end: Event,
 }
 
-#[derive(Clone, Copy)]
-struct Event(sys::CUevent);
+pub(super) struct Event(sys::CUevent);
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by `mark`, destroyed once; the driver lets what waits for it go on.
+        let _ = unsafe { cuda::event::destroy(self.0) };
+    }
+}
 
 /// Flags of an event that tells no time, and for which a thread sleeps.
 const WAITED_FOR: u32 =
@@ -282,19 +297,17 @@ impl Driver {
         let line = Arc::new(Line { stream, recording: Mutex::new(None), recorded: Condvar::new() });
         let workspace = allocate(&line, ordinal, WORKSPACE)?;
         let name = context.name().map_err(failed("does not say what it is"))?;
-        // SAFETY: the context is bound; freed by `drop`.
-        let pinned = unsafe { cuda::malloc_host(PINNED, 0) }.map_err(failed("has no room for copies"))?;
         Ok(Self {
             ordinal,
+            ring: Mutex::new(Ring::new()),
+            ahead: Mutex::default(),
+            profile: Mutex::default(),
             products: Mutex::new(products),
             workspace,
             functions: Mutex::default(),
             module,
             line,
             context,
-            profile: Mutex::default(),
-            pinned: Mutex::new(Pinned { start: pinned.cast(), used: 0 }),
-            ahead: Mutex::default(),
             name,
         })
     }
@@ -315,12 +328,9 @@ impl Driver {
         self.line.stream.synchronize().map_err(|e| self.failed("failed at its work", e))?;
         let mut spent: HashMap<String, Spent> = HashMap::new();
         for Timed { name, work, begin, end } in timed {
-            // SAFETY: both events were recorded, and are destroyed once.
-            let milliseconds = unsafe {
-                let time = cuda::event::elapsed(begin.0, end.0);
-                let _ = (cuda::event::destroy(begin.0), cuda::event::destroy(end.0));
-                time.map_err(|e| self.failed("cannot tell the time", e))?
-            };
+            // SAFETY: both events were recorded.
+            let milliseconds =
+                unsafe { cuda::event::elapsed(begin.0, end.0) }.map_err(|e| self.failed("cannot tell the time", e))?;
             let entry = spent.entry(name.clone()).or_insert(Spent { name, work: Work::default(), seconds: 0.0 });
             entry.work.add(&work);
             entry.seconds += f64::from(milliseconds) / 1e3;
@@ -334,7 +344,7 @@ impl Driver {
     fn timed(&self, describe: impl FnOnce() -> (String, Work), run: impl FnOnce() -> Result<()>) -> Result<()> {
         let mut profile = self.profile.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(profile) = profile.as_mut() else { return run() };
-        let mark = || self.mark(sys::CUevent_flags::CU_EVENT_DEFAULT as u32);
+        let mark = || self.event(sys::CUevent_flags::CU_EVENT_DEFAULT as u32);
         let begin = mark()?;
         run()?;
         let end = mark()?;
@@ -343,16 +353,17 @@ impl Driver {
         Ok(())
     }
 
-    /// An event behind all work so far, to be destroyed by the caller.
-    fn mark(&self, flags: u32) -> Result<Event> {
+    /// An event behind all work so far.
+    fn event(&self, flags: u32) -> Result<Event> {
         let mut event = ptr::null_mut();
         // SAFETY: the context is bound.
         unsafe { sys::cuEventCreate(&mut event, flags) }
             .result()
             .map_err(|e| self.failed("has no room for an event", e))?;
+        let event = Event(event);
         // SAFETY: the event has just been made; the stream lives as long as the device.
-        unsafe { cuda::event::record(event, self.stream()) }.map_err(|e| self.failed("cannot mark its work", e))?;
-        Ok(Event(event))
+        unsafe { cuda::event::record(event.0, self.stream()) }.map_err(|e| self.failed("cannot mark its work", e))?;
+        Ok(event)
     }
 
     fn stream(&self) -> sys::CUstream {
@@ -415,16 +426,45 @@ impl Drop for Driver {
     fn drop(&mut self) {
         let _ = self.context.bind_to_thread();
         let _ = self.line.stream.synchronize();
-        let pinned = self.pinned.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let ahead = self.ahead.get_mut().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: loaded and allocated once by `open`, marked by `replay`; nothing runs any more.
+        // SAFETY: loaded once by `open`; nothing runs any more.
+        let _ = unsafe { cuda::module::unload(self.module.0) };
+    }
+}
+
+impl Side for Driver {
+    type Room = Pinned;
+    type Mark = Event;
+
+    fn lock_memory(&self, bytes: usize) -> Result<Pinned> {
+        // SAFETY: the context is bound; Pinned owns what comes back, and holds numbers from the start.
         unsafe {
-            for event in ahead.drain(..) {
-                let _ = cuda::event::destroy(event.0);
-            }
-            let _ = cuda::free_host(pinned.start.cast());
-            let _ = cuda::module::unload(self.module.0);
+            let start = cuda::malloc_host(bytes, 0).map_err(|e| self.failed("has no room for copies", e))?;
+            start.cast::<u8>().write_bytes(0, bytes);
+            Ok(Pinned(start.cast(), bytes))
         }
+    }
+
+    unsafe fn copy(&self, from: &[u8], to: u64) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { cuda::memcpy_htod_async(to, from, self.stream()) }.map_err(|e| self.failed("cannot copy to it", e))
+    }
+
+    fn mark(&self) -> Result<Event> {
+        self.event(WAITED_FOR)
+    }
+
+    fn is_done(&self, mark: &Event) -> Result<bool> {
+        // SAFETY: the event was recorded.
+        match unsafe { cuda::event::query(mark.0) } {
+            Ok(()) => Ok(true),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
+            Err(e) => Err(self.failed("failed at its work", e)),
+        }
+    }
+
+    fn wait(&self, mark: &Event) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { cuda::event::synchronize(mark.0) }.map_err(|e| self.failed("failed at its work", e))
     }
 }
 
@@ -462,24 +502,13 @@ impl Device for Driver {
         let turn = self.line.turn();
         turn.refuse("something is copied to the device")?;
         self.bind()?;
-        let failed = |e| self.failed("cannot copy to it", e);
-        if from.len() > PINNED / 16 {
-            // SAFETY: the caller's; a copy from pageable memory returns when that has been read.
-            return unsafe { cuda::memcpy_htod_async(to, from, self.stream()) }.map_err(failed);
-        }
-        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
-        if pinned.used + from.len() > PINNED {
-            self.line.stream.synchronize().map_err(failed)?;
-            pinned.used = 0;
-        }
-        // SAFETY: the room is as large as PINNED, and copies out of this part of it have ended; the rest is the caller's.
-        unsafe {
-            let room = pinned.start.add(pinned.used);
-            room.copy_from_nonoverlapping(from.as_ptr(), from.len());
-            pinned.used += from.len();
-            let room = std::slice::from_raw_parts(room, from.len());
-            cuda::memcpy_htod_async(to, room, self.stream()).map_err(failed)
-        }
+        let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the caller's.
+        unsafe { ring.write(self, from, to) }
+    }
+
+    fn expect(&self, bytes: usize) {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner).expect(bytes);
     }
 
     unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<()> {
@@ -586,20 +615,14 @@ impl Device for Driver {
         self.bind()?;
         let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
         if ahead.len() >= AHEAD
-            && let Some(Event(oldest)) = ahead.pop_front()
+            && let Some(oldest) = ahead.pop_front()
         {
-            // SAFETY: marked below, destroyed once.
-            let done = unsafe {
-                let done = cuda::event::synchronize(oldest);
-                let _ = cuda::event::destroy(oldest);
-                done
-            };
-            done.map_err(|e| self.failed("failed at its work", e))?;
+            self.wait(&oldest)?;
         }
         // SAFETY: the caller's; the graph is whole, and its stream this device's.
         unsafe { cuda::graph::launch(graph.graph, self.stream()) }
             .map_err(|e| self.failed("cannot repeat a step", e))?;
-        ahead.push_back(self.mark(WAITED_FOR)?);
+        ahead.push_back(self.event(WAITED_FOR)?);
         Ok(())
     }
 }

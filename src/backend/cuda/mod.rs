@@ -25,6 +25,7 @@ mod patches;
 mod pictures;
 mod residual;
 mod resize;
+mod ring;
 mod self_test;
 mod tables;
 

@@ -138,6 +138,9 @@ impl<D: Device> Cuda<D> {
             behind += (samples.len() * part.len(size)) as u64;
             all.extend(samples.iter().map(|s| &part.of(s)[..part.len(size)]));
         }
+        if all.len() > 1 {
+            self.device().expect(behind as usize);
+        }
         let start = self.stage(&all);
         Addresses {
             step: start,
