@@ -1,9 +1,10 @@
 //! Work that is recorded and replayed leaves the bits of work that is not.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use host_kernels::Order;
-use segpeft_native::backend::cuda::{Cuda, Device};
+use segpeft_native::backend::cuda::{self, Cuda, Device};
 use segpeft_native::backend::{AdamW, Dropout, Inputs, Memory, Patches, Residual, Sample, Window};
 use segpeft_native::dataset::Augment;
 use segpeft_native::error::Kind;
@@ -26,10 +27,9 @@ fn bits(numbers: impl IntoIterator<Item = f32>) -> impl Iterator<Item = u64> {
 }
 
 /// Everything that some epochs leave, as bits: losses, norms and evaluations, then weights and moments.
-fn history<D: Device>(backend: Cuda<D>, trainable: &Trainable) -> (Vec<u64>, Model<Cuda<D>>) {
+fn history<D: Device>(backend: Cuda<D>, trainable: &Trainable, pictures: &Pictures) -> (Vec<u64>, Model<Cuda<D>>) {
     let (config, size) = config();
     let config = SegformerConfig { drop_path_rate: 0.2, classifier_dropout_prob: 0.1, ..config };
-    let pictures = Pictures::new(0..PICTURES as u64, size, config.num_labels() == 3);
     let mut model = model(backend, &config, ModelOptions { size, batch: BATCH }, trainable, false);
     let (mut moments, mut others) = (model.moments(), model.moments());
     let decays: Vec<bool> = (0..moments.first.len()).map(|i| i % 2 == 0).collect();
@@ -78,31 +78,44 @@ fn history<D: Device>(backend: Cuda<D>, trainable: &Trainable) -> (Vec<u64>, Mod
 }
 
 fn compare(what: &str, trainable: &Trainable) {
-    if let Some(driver) = gpu() {
-        let (recorded, model) = history(Cuda::new(driver.clone()), trainable);
-        assert_eq!(model.backend().remark(), None, "{what}: the GPU records");
-        // While a profile is taken, nothing is.
-        driver.start_profile();
-        let (eager, _) = history(Cuda::new(driver.clone()), trainable);
-        driver.end_profile().expect("the device works");
-        assert!(recorded == eager, "{what}: replayed steps leave other bits");
-        return;
-    }
-    let (recorded, model) = history(Cuda::new(Host::new(Order::Forward)), trainable);
-    let device = model.backend().device();
-    assert_eq!(model.backend().remark(), None, "{what}");
-    // All but the first of each kind: micro-batches and evaluations of two sizes, updates with two sets of moments, logits; and
-    // the end of the gradients, twice an epoch.
-    let epochs = EPOCHS as usize;
-    let replays = 7 * (epochs - 1) + 2 * epochs - 1;
-    assert_eq!(device.replays.load(Ordering::Relaxed), replays, "{what}");
-
-    let (eager, model) = history(Cuda::new(Host::refusing(Order::Forward)), trainable);
-    let device = model.backend().device();
-    assert!(model.backend().remark().expect("it cannot record").contains("cannot record"), "{what}");
-    assert_eq!(device.replays.load(Ordering::Relaxed), 0);
-    assert_eq!(recorded.len(), eager.len());
-    assert!(recorded == eager, "{what}: replayed steps leave other bits");
+    let (config, size) = config();
+    let pictures = &Pictures::new(0..PICTURES as u64, size, config.num_labels() == 3);
+    let found = match gpu() {
+        Some(driver) => {
+            let new = || Cuda::new(driver.clone());
+            let kept = cuda::Pictures::new(driver, &pictures.samples(), size).expect("memory");
+            let (brought, model) = history(new(), trainable, pictures);
+            assert_eq!(model.backend().remark(), None, "{what}: the GPU records");
+            let (kept, _) = history(new().with_pictures(Some(Arc::new(kept))), trainable, pictures);
+            // While a profile is taken, nothing is recorded.
+            driver.start_profile();
+            let (eager, _) = history(new(), trainable, pictures);
+            driver.end_profile().expect("the device works");
+            [brought, kept, eager]
+        }
+        None => {
+            let new = || Cuda::new(Host::new(Order::Forward));
+            let kept = cuda::Pictures::new(new().device(), &pictures.samples(), size).expect("memory");
+            let replayed = [new(), new().with_pictures(Some(Arc::new(kept)))].map(|backend| {
+                let (found, model) = history(backend, trainable, pictures);
+                assert_eq!(model.backend().remark(), None, "{what}");
+                // All but the first of each kind: micro-batches and evaluations of two sizes, updates with two sets of
+                // moments, logits; and the end of the gradients, twice an epoch.
+                let epochs = EPOCHS as usize;
+                let replays = 7 * (epochs - 1) + 2 * epochs - 1;
+                assert_eq!(model.backend().device().replays.load(Ordering::Relaxed), replays, "{what}");
+                found
+            });
+            let (eager, model) = history(Cuda::new(Host::refusing(Order::Forward)), trainable, pictures);
+            assert!(model.backend().remark().expect("it cannot record").contains("cannot record"), "{what}");
+            assert_eq!(model.backend().device().replays.load(Ordering::Relaxed), 0);
+            let [brought, kept] = replayed;
+            [brought, kept, eager]
+        }
+    };
+    let [brought, kept, eager] = found;
+    assert!(brought == eager, "{what}: replayed steps leave other bits");
+    assert!(kept == eager, "{what}: replayed steps on pictures that stay on the device leave other bits");
 }
 
 #[test]
@@ -203,4 +216,25 @@ fn memory_asked_for_while_recording_is_a_defect() {
     cuda.check().expect("the first time, all that is needed is made");
     ask();
     assert_eq!(cuda.check().expect_err("a defect").kind, Kind::Internal);
+}
+
+/// A recording names memory; when some of that may be gone, it is not replayed.
+#[test]
+fn a_recording_does_not_outlive_what_it_names() {
+    let cuda = Cuda::new(Host::new(Order::Forward));
+    let ones = || {
+        let mut x = cuda.full(3);
+        cuda.upload(&[1.0; 3], &mut x);
+        x
+    };
+    let (mut x, mut y) = (ones(), ones());
+    for _ in 0..3 {
+        cuda.repeat(&[1], &Inputs::default(), || cuda.zero(&mut x));
+    }
+    assert_eq!(cuda.device().replays.load(Ordering::Relaxed), 2);
+    assert_eq!(cuda.download(&y), [1.0; 3]);
+    drop(x);
+    cuda.repeat(&[1], &Inputs::default(), || cuda.zero(&mut y));
+    cuda.check().expect("the device works");
+    assert_eq!(cuda.download(&y), [0.0; 3]);
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Mutex;
+use std::sync::atomic::Ordering;
 
 use super::memory::locked;
 use super::pictures::{Addresses, Part};
@@ -14,16 +15,29 @@ use crate::{Error, Result};
 type Key = (Vec<u64>, Addresses);
 
 /// Pieces of work met so far: done once, so that all they need is there, or recorded too.
-pub(super) struct Graphs<D: Device>(Mutex<HashMap<Key, Option<D::Graph>>>);
+struct Known<D: Device> {
+    graphs: HashMap<Key, Option<D::Graph>>,
+    /// Arrays that were gone when the recordings were last used.
+    gone: usize,
+}
+
+/// The same, behind a mutex.
+pub(super) struct Graphs<D: Device>(Mutex<Known<D>>);
+
+impl<D: Device> Known<D> {
+    fn forget(&mut self) {
+        self.graphs.values_mut().for_each(|graph| *graph = None);
+    }
+}
 
 impl<D: Device> Graphs<D> {
     pub(super) fn new() -> Self {
-        Self(Mutex::new(HashMap::new()))
+        Self(Mutex::new(Known { graphs: HashMap::new(), gone: 0 }))
     }
 
     /// Forgets the recordings, which name memory that is about to go.
     pub(super) fn forget(&self) {
-        locked(&self.0).values_mut().for_each(|graph| *graph = None);
+        locked(&self.0).forget();
     }
 }
 
@@ -62,7 +76,10 @@ impl<D: Device> Cuda<D> {
         let rates = inputs.update.as_ref().map(rates);
         let labelled = inputs.samples.iter().all(|s| s.labels.len() >= Part::Labels.len(inputs.size));
         let parts: &[Part] = if labelled { &[Part::Pixels, Part::Labels] } else { &[Part::Pixels] };
-        let at = self.bring(inputs.step, rates.unwrap_or_default(), inputs.samples, inputs.size, parts);
+        let at = match (inputs.samples, rates) {
+            ([], None) => Addresses::default(),
+            _ => self.bring(inputs.step, rates.unwrap_or_default(), inputs.samples, inputs.size, parts),
+        };
         let announced =
             Announced { samples: identity(inputs.samples), size: inputs.size, step: inputs.step, rates, at };
         let before = locked(&self.announced).replace(announced);
@@ -76,15 +93,20 @@ impl<D: Device> Cuda<D> {
             return work();
         }
         {
-            let mut graphs = locked(&self.graphs.0);
-            match graphs.get(&key) {
+            let mut known = locked(&self.graphs.0);
+            let gone = self.gone.load(Ordering::Relaxed);
+            if known.gone != gone {
+                known.gone = gone;
+                known.forget();
+            }
+            match known.graphs.get(&key) {
                 None => {
-                    graphs.insert(key, None);
-                    drop(graphs);
+                    known.graphs.insert(key, None);
+                    drop(known);
                     return work();
                 }
-                // SAFETY: what was recorded names this backend's rooms and tables, for whose sake recordings are
-                // forgotten or dropped, and storage that the caller has at hand again, as it lies where the key says.
+                // SAFETY: what was recorded names rooms and tables, which live as long as this unless recordings are
+                // forgotten, pictures likewise, and arrays, of which none has gone since.
                 Some(Some(graph)) => return self.attempt(|device| unsafe { device.replay(graph) }).unwrap_or_default(),
                 Some(None) => {}
             }
@@ -98,7 +120,7 @@ impl<D: Device> Cuda<D> {
             Ok(graph) => {
                 // SAFETY: as above.
                 self.attempt(|device| unsafe { device.replay(&graph) });
-                locked(&self.graphs.0).insert(key, Some(graph));
+                locked(&self.graphs.0).graphs.insert(key, Some(graph));
             }
             Err(defect) if defect.kind == Kind::Internal => *locked(&self.failure) = Some(defect),
             // Nothing has been done yet, and what cannot be recorded may well be done.
@@ -141,7 +163,7 @@ impl<D: Device> Cuda<D> {
         let at = match &*locked(&self.announced) {
             None => self.bring(step, [0.0; 3], &[], 0, &[]).step,
             Some(announced) => {
-                if announced.step != step {
+                if announced.step != step || announced.at.step == 0 {
                     self.not_announced("random numbers");
                 }
                 announced.at.step

@@ -20,7 +20,15 @@ pub struct Array<D: Device, E> {
     /// None if empty, or if the device had no room, which is a kept failure.
     memory: Option<D::Memory>,
     len: usize,
+    /// Counts the backend's arrays that are gone.
+    gone: Arc<AtomicUsize>,
     element: PhantomData<E>,
+}
+
+impl<D: Device, E> Drop for Array<D, E> {
+    fn drop(&mut self) {
+        self.gone.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 impl<D: Device, E> Array<D, E> {
@@ -85,6 +93,8 @@ pub struct Cuda<D: Device> {
     remembers: bool,
     pub(super) tables: Tables<D>,
     allocated: AtomicUsize,
+    /// Arrays that are gone: recordings of before may name them.
+    pub(super) gone: Arc<AtomicUsize>,
     pub(super) failure: Mutex<Option<Error>>,
 }
 
@@ -106,6 +116,7 @@ impl<D: Device> Cuda<D> {
             remembers: true,
             tables: Tables::new(),
             allocated: AtomicUsize::new(0),
+            gone: Arc::default(),
             failure: Mutex::new(None),
         }
     }
@@ -160,7 +171,7 @@ impl<D: Device> Cuda<D> {
             Ok(memory)
         };
         let memory = if bytes > 0 { self.attempt(make) } else { None };
-        Array { memory, len, element: PhantomData }
+        Array { memory, len, gone: Arc::clone(&self.gone), element: PhantomData }
     }
 
     fn room(&self, room: &Room<D>, bytes: usize) -> u64 {

@@ -79,7 +79,7 @@ impl Pictures {
 }
 
 /// Where inputs lie on the device; 0 for none.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub(super) struct Addresses {
     /// `unsigned`, the step of the random numbers.
     pub step: u64,
