@@ -35,6 +35,7 @@ const LARGE: usize = 8192;
 
 type Act = <Cuda<Arc<Driver>> as Memory>::Act;
 type Full = <Cuda<Arc<Driver>> as Memory>::Full;
+type Counts = <Cuda<Arc<Driver>> as Memory>::Counts;
 
 /// The backend and operands for everything: an operation takes as much of each as it needs.
 struct Lab<'a> {
@@ -52,7 +53,7 @@ struct Lab<'a> {
     /// Sums and statistics to write.
     s: [Full; 2],
     samples: Vec<Sample<'a>>,
-    counts: Vec<u64>,
+    counts: Counts,
     flush: Full,
 }
 
@@ -91,7 +92,7 @@ impl<'a> Lab<'a> {
             p: full(statistics),
             s: [full(statistics), full(statistics)],
             samples,
-            counts: vec![0; batch * LABELS * LABELS],
+            counts: cuda.counts(batch * LABELS * LABELS),
             flush: cuda.full(FLUSH),
             cuda,
         }

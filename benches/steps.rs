@@ -16,8 +16,8 @@ fn steps(c: &mut Criterion) {
             group.throughput(Throughput::Elements(batch as u64));
             group.bench_function(format!("{name} {size}x{size} batch {batch}"), |t| {
                 t.iter_custom(|n| {
-                    let seconds = measure_step(&Place::Cpu, kind, size, batch, n as usize).expect("threads");
-                    Duration::from_secs_f64(seconds.iter().sum())
+                    let measured = measure_step(&Place::Cpu, kind, size, batch, n as usize).expect("threads");
+                    Duration::from_secs_f64(measured.seconds.iter().sum())
                 });
             });
         }

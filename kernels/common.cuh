@@ -168,12 +168,17 @@ __device__ __forceinline__ void column_partials(Term term, int rows, int channel
 
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw, 2011), as src/random.rs has it.
 struct Dropout {
-    unsigned key0, key1, high0, high1;
+    unsigned key0, key1, site, step;
     u64 first;   // counter of the first element
     float rate;  // 0: everything is kept
 
+    // The step changes from launch to launch of a graph, so it is read from memory; nobody reads it at rate 0.
+    __device__ __forceinline__ Dropout(unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */,
+                                       u64 first, float rate)
+        : key0(key0), key1(key1), site(site), step(rate == 0.0f ? 0 : *step), first(first), rate(rate) {}
+
     __device__ __forceinline__ uint4 block(u64 counter) const {
-        uint4 c = {unsigned(counter), unsigned(counter >> 32), high0, high1};
+        uint4 c = {unsigned(counter), unsigned(counter >> 32), site, step};
         unsigned k0 = key0, k1 = key1;
         for (int round = 0; round < 10; round++) {
             unsigned top0 = __umulhi(c.x, 0xD2511F53u), low0 = c.x * 0xD2511F53u;

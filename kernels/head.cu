@@ -61,9 +61,9 @@ __device__ void activate(const bf16* z, const float* stats, const float* gamma, 
 // a = dropout(relu(batch_norm(z))). Threads: rows·channels/V.
 KERNEL(THREADS) head_activation(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                                 const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
-                                unsigned key1, unsigned high0, unsigned high1, u64 first, float rate, int rows,
-                                int channels, bf16* a /* (rows, channels) */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
+                                unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first, float rate,
+                                int rows, int channels, bf16* a /* (rows, channels) */) {
+    Dropout drop(key0, key1, site, step, first, rate);
     BY_WIDTH(channels, activate, z, stats, gamma, beta, drop, rows, channels, a);
 }
 
@@ -88,11 +88,11 @@ __device__ void mask_and_sum(const bf16* z, const float* stats, const float* gam
 
 // da becomes the gradient after BatchNorm. Grid: as column_partials has it.
 KERNEL(THREADS, 1) head_backward(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
-                              const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
-                              unsigned key1, unsigned high0, unsigned high1, u64 first, float rate, int rows,
-                              int channels, int slab, bf16* da /* (rows, channels) */,
-                              float* partial /* (slabs, 2, channels): beta's, gamma's gradient */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
+                                 const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
+                                 unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first, float rate,
+                                 int rows, int channels, int slab, bf16* da /* (rows, channels) */,
+                                 float* partial /* (slabs, 2, channels): beta's, gamma's gradient */) {
+    Dropout drop(key0, key1, site, step, first, rate);
     BY_WIDTH(channels, mask_and_sum, z, stats, gamma, beta, drop, rows, channels, slab, da, partial);
 }
 
@@ -324,10 +324,10 @@ __device__ __forceinline__ void load_classes(const bf16* from, float (&to)[CLASS
 // Threads: ceil(rows / each)·channels / 8.
 KERNEL(THREADS) classify(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                          const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
-                         unsigned key1, unsigned high0, unsigned high1, u64 first, float rate,
+                         unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first, float rate,
                          const bf16* w /* (2, channels) */, const bf16* bias /* (2) */, int rows, int channels, int each,
                          unsigned char* passed /* (rows, channels / 8) or null */, bf16* logits /* (rows, 2) */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
+    Dropout drop(key0, key1, site, step, first, rate);
     int lanes = channels / 8, c = threadIdx.x % lanes * 8;
     size_t start = thread_number() / lanes * each;
     Columns columns(stats, gamma, beta, w, channels, c);

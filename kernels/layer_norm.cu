@@ -87,11 +87,12 @@ KERNEL(THREADS) layer_norm(const bf16* x /* (rows, channels) */, const float* ga
 // A branch joins the residual stream, y = x + factor(image)·branch, and LayerNorm of y, for up to 256 channels in packs of 8; an
 // image has `area` rows. Threads: rows·lanes.
 KERNEL(THREADS) residual_norm(const bf16* x /* (rows, channels) */, const bf16* branch /* (rows, channels) */,
-                              unsigned key0, unsigned key1, unsigned high0, unsigned high1, u64 first, float rate, int area,
+                              unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first,
+                              float rate, int area,
                               const float* gamma /* (channels) */, const float* beta /* (channels) */, int rows,
                               int channels, int lanes, bf16* y /* (rows, channels) */,
                               bf16* normed /* (rows, channels) */, float* stats /* (rows, 2): mean, 1/std */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
+    Dropout drop(key0, key1, site, step, first, rate);
     Place place(rows, channels, lanes);
     Pack<8> p = {};
     if (place.inside) {
@@ -145,7 +146,8 @@ __device__ void input_gradient(const bf16* dy, const bf16* x, const float* stats
 KERNEL(THREADS) layer_norm_backward(const bf16* dy /* (rows, channels) */, const bf16* x /* (rows, channels) */,
                                     const float* stats /* (rows, 2) */, const float* gamma /* (channels) */, int rows,
                                     int channels, int lanes, bf16* dx /* (rows, channels) */, int add) {
-    BY_WIDTH(channels, input_gradient, dy, x, stats, gamma, rows, channels, lanes, dx, add, Dropout(), 1, nullptr);
+    BY_WIDTH(channels, input_gradient, dy, x, stats, gamma, rows, channels, lanes, dx, add,
+             Dropout(0, 0, 0, nullptr, 0, 0.0f), 1, nullptr);
 }
 
 // The same, and dx times the factor of its image, which has `area` rows: what goes into a branch with stochastic depth.
@@ -153,9 +155,9 @@ KERNEL(THREADS) layer_norm_backward(const bf16* dy /* (rows, channels) */, const
 KERNEL(THREADS) layer_norm_backward_branch(const bf16* dy /* (rows, channels) */, const bf16* x /* (rows, channels) */,
                                            const float* stats /* (rows, 2) */, const float* gamma /* (channels) */,
                                            int rows, int channels, int lanes, bf16* dx /* (rows, channels) */, int add,
-                                           unsigned key0, unsigned key1, unsigned high0, unsigned high1, u64 first,
-                                           float rate, int area, bf16* scaled /* (rows, channels) */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
+                                           unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */,
+                                           u64 first, float rate, int area, bf16* scaled /* (rows, channels) */) {
+    Dropout drop(key0, key1, site, step, first, rate);
     BY_WIDTH(channels, input_gradient, dy, x, stats, gamma, rows, channels, lanes, dx, add, drop, area, scaled);
 }
 
@@ -186,11 +188,11 @@ KERNEL(THREADS) layer_norm_backward_params(const bf16* dy /* (rows, channels) */
 KERNEL(THREADS, 3) layer_norm_backward_both(const bf16* dy /* (rows, channels) */, const bf16* x /* (rows, channels) */,
                                          const float* stats /* (rows, 2) */, const float* gamma /* (channels) */,
                                          int rows, int channels, int lanes, int slab, bf16* dx /* (rows, channels) */,
-                                         int add, unsigned key0, unsigned key1, unsigned high0, unsigned high1,
+                                         int add, unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */,
                                          u64 first_factor, float rate, int area, bf16* scaled /* (rows, channels) or null */,
                                          float* partial /* (slabs, 3, channels): gamma's, beta's, a bias's in front */) {
     constexpr int KINDS = 3;
-    Dropout drop = {key0, key1, high0, high1, first_factor, rate};
+    Dropout drop(key0, key1, site, step, first_factor, rate);
     SHARED(float, tile, [THREADS * 8]);
     int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = THREADS / lanes, c = lane * 8;
     int first = blockIdx.x * slab, end = min(rows, first + slab);

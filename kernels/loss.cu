@@ -191,3 +191,11 @@ KERNEL(THREADS) confusion(const bf16* logits /* (images, height, width, labels) 
         if (block_counts[i] > 0) atomicAdd(&counts[i], u64(block_counts[i]));
     }
 }
+
+// Copies what a batch left to a log of many, from image `at` on. Threads: images·squares.
+KERNEL(THREADS) note(const float* loss /* (images) */, const u64* counts /* (images, squares) */, int images, int squares,
+                     int at, float* all_losses /* (at + images) */, u64* all_counts /* (at + images, squares) */) {
+    size_t i = thread_number();
+    if (i < size_t(images)) all_losses[at + i] = loss[i];
+    if (i < size_t(images) * squares) all_counts[size_t(at) * squares + i] = counts[i];
+}

@@ -38,16 +38,16 @@ KERNEL(THREADS) gradient_norm(const float* partial /* (n) */, int n, float* norm
     if (threadIdx.x == 0) norm[0] = sqrtf(total);
 }
 
-// One update. `keep` is 1 - lr·weight decay, for tensors that decay, `step_size` lr / (1 - beta1^t), `root`
-// sqrt(1 - beta2^t). Grid: the pieces.
+// One update. What changes from one to the next is read from memory: `rates` are 1 - lr·weight decay, for tensors that decay,
+// lr / (1 - beta1^t) and sqrt(1 - beta2^t). Grid: the pieces.
 KERNEL(THREADS) adamw(const Piece* pieces /* (gridDim.x) */, const Moving* tensors /* (tensors) */,
-                      const float* norm /* (1) */, float max_norm, float keep, float step_size, float root, float beta1,
-                      float beta2, float rest1, float rest2, float epsilon) {
+                      const float* norm /* (1) */, const float* rates /* (3) */, float max_norm, float beta1, float beta2,
+                      float rest1, float rest2, float epsilon) {
     Piece piece = pieces[blockIdx.x];
     Moving t = tensors[piece.tensor];
     float clip = max_norm / (norm[0] + 1e-6f);
     clip = clip < 1.0f ? clip : 1.0f;
-    keep = t.decays ? keep : 1.0f;
+    float keep = t.decays ? rates[0] : 1.0f, step_size = rates[1], root = rates[2];
     each_of_part(piece.part, t.n, [&](u64 at, auto width) {
         constexpr int V = decltype(width)::value;
         const float *from = t.gradient + at, *old_m = t.m + at, *old_v = t.v + at, *old = t.parameter + at;

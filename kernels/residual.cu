@@ -15,9 +15,9 @@ __device__ void add_branch(const bf16* x, const bf16* branch, Dropout drop, int 
 
 // y = x + factor(image)·branch. Threads: images·per_image/V; the width follows per_image.
 KERNEL(THREADS) residual(const bf16* x /* (images, per_image) */, const bf16* branch /* (images, per_image) */,
-                         unsigned key0, unsigned key1, unsigned high0, unsigned high1, u64 first, float rate, int images,
-                         int per_image, bf16* y /* (images, per_image) */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
+                         unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first,
+                         float rate, int images, int per_image, bf16* y /* (images, per_image) */) {
+    Dropout drop(key0, key1, site, step, first, rate);
     BY_WIDTH(per_image, add_branch, x, branch, drop, images, per_image, y);
 }
 
@@ -32,10 +32,10 @@ __device__ void scale_images(const bf16* x, Dropout drop, int images, int per_im
 }
 
 // y = factor(image)·x. Threads: images·per_image/V.
-KERNEL(THREADS) drop_path(const bf16* x /* (images, per_image) */, unsigned key0, unsigned key1, unsigned high0,
-                          unsigned high1, u64 first, float rate, int images, int per_image,
+KERNEL(THREADS) drop_path(const bf16* x /* (images, per_image) */, unsigned key0, unsigned key1, unsigned site,
+                          const unsigned* step /* (1) */, u64 first, float rate, int images, int per_image,
                           bf16* y /* (images, per_image) */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
+    Dropout drop(key0, key1, site, step, first, rate);
     BY_WIDTH(per_image, scale_images, x, drop, images, per_image, y);
 }
 
@@ -48,9 +48,9 @@ template <int V> __device__ void scale_elements(const bf16* x, Dropout drop, u64
 }
 
 // y = factor(element)·x. Threads: n/V; the width follows n.
-KERNEL(THREADS) dropout(const bf16* x /* (n) */, unsigned key0, unsigned key1, unsigned high0, unsigned high1, u64 first,
-                        float rate, u64 n, bf16* y /* (n) */) {
-    Dropout drop = {key0, key1, high0, high1, first, rate};
+KERNEL(THREADS) dropout(const bf16* x /* (n) */, unsigned key0, unsigned key1, unsigned site,
+                        const unsigned* step /* (1) */, u64 first, float rate, u64 n, bf16* y /* (n) */) {
+    Dropout drop(key0, key1, site, step, first, rate);
     BY_WIDTH(n, scale_elements, x, drop, n, y);
 }
 

@@ -26,17 +26,35 @@ impl<B> Backend for B where
 {
 }
 
+/// What changes from one repetition of a piece of work to the next ([`Memory::repeat`]); no operation in it may be given other
+/// samples, steps or updates.
+#[derive(Clone, Copy, Default)]
+pub struct Inputs<'a> {
+    /// Pictures, of `size`²; labels may be missing where nobody reads them.
+    pub samples: &'a [Sample<'a>],
+    /// Side of the pictures.
+    pub size: usize,
+    /// Step of the random numbers ([`crate::random::Philox`]).
+    pub step: u32,
+    /// The update.
+    pub update: Option<AdamW>,
+}
+
 /// Storage, transfers, and how work spreads over the device.
 pub trait Memory: Send + Sync + Sized {
     /// Storage of activations and of the weights of products.
     type Act: Send + Sync;
     /// Storage of parameters, gradients, statistics.
     type Full: Send + Sync;
+    /// Storage of whole numbers.
+    type Counts: Send + Sync;
 
     /// Zeroed activation storage for `len` numbers.
     fn act(&self, len: usize) -> Self::Act;
     /// Zeroed full-precision storage for `len` numbers.
     fn full(&self, len: usize) -> Self::Full;
+    /// Zeroed storage for `len` whole numbers.
+    fn counts(&self, len: usize) -> Self::Counts;
     /// Whether everything so far went well. Operations return nothing: a device's first failure is kept, and what follows
     /// it is skipped.
     ///
@@ -53,6 +71,8 @@ pub trait Memory: Send + Sync + Sized {
     fn download_act(&self, from: &Self::Act, len: usize) -> Vec<f32>;
     /// The first `len` numbers at full precision, for scalars the host decides on (loss, norm).
     fn scalars(&self, from: &Self::Full, len: usize) -> Vec<f64>;
+    /// The first `len` whole numbers.
+    fn whole(&self, from: &Self::Counts, len: usize) -> Vec<u64>;
     /// Sets everything to zero.
     fn zero(&self, x: &mut Self::Full);
     /// Sets all these to zero.
@@ -63,6 +83,16 @@ pub trait Memory: Send + Sync + Sized {
     }
     /// Rounds parameters to the storage of products.
     fn cast(&self, from: &Self::Full, to: &mut Self::Act);
+
+    /// Does `work`, a piece of a step that comes again and again; a device may record it and later repeat the recording, without
+    /// calling `work`. Of what its operations are given, it may depend on `key`, on where storage lies ([`Memory::place`], in
+    /// the key if it may change), and on `inputs`; nothing in it may read from the device. It may be called twice, of which
+    /// one call only records, so that it must leave on the host what it finds there.
+    fn repeat(&self, key: &[u64], inputs: &Inputs<'_>, work: impl FnMut());
+    /// What a user who looks closer should know of how this device works.
+    fn remark(&self) -> Option<String>;
+    /// Where storage lies: a number that no other living storage of this backend shares, unless it is empty.
+    fn place(&self, x: &Self::Full) -> u64;
 
     /// Pictures that are processed together as one unit when a batch holds `images`.
     fn images_per_unit(&self, images: usize) -> usize;
@@ -625,7 +655,18 @@ pub trait Loss: Memory {
         labels: usize,
         samples: &[Sample<'_>],
         size: usize,
-        counts: &mut [u64],
+        counts: &mut Self::Counts,
+    );
+    /// Copies what `images` pictures left, `loss` and `counts`, `labels²` each, to a log of many, from image `at` on.
+    fn note(
+        &self,
+        loss: &Self::Full,
+        counts: &Self::Counts,
+        images: usize,
+        labels: usize,
+        at: usize,
+        all_losses: &mut Self::Full,
+        all_counts: &mut Self::Counts,
     );
 }
 

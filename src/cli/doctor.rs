@@ -11,7 +11,7 @@ use crate::backend::cpu::simd_level;
 use crate::backend::cuda::{self, Cuda, Driver, Work};
 use crate::error::Result;
 use crate::system::{available_memory, proc_bytes};
-use crate::train::{self, StepKind};
+use crate::train::{self, Measured, StepKind};
 
 /// Say what this machine and this build can do, or time training steps
 #[derive(Args)]
@@ -31,7 +31,7 @@ pub struct Doctor {
     /// Images per step
     #[arg(long, value_name = "IMAGES", default_value = "4", value_parser = args::images, requires = "step")]
     batch_size: usize,
-    /// Steps to time, after one that is not counted
+    /// Steps to time, after one, or two on a GPU, that are not counted
     #[arg(long, value_name = "N", default_value = "5", value_parser = args::count, requires = "step")]
     steps: usize,
     /// On a GPU: run the steps once more and say how long each kernel and product took
@@ -81,6 +81,8 @@ struct Timing {
     device: String,
     /// Memory that a run takes on a GPU, its dataset aside.
     device_bytes: Option<usize>,
+    /// What to know of how the device worked.
+    remark: Option<String>,
     profile: Vec<Share>,
 }
 
@@ -187,7 +189,7 @@ impl Doctor {
     fn time(&self, step: Step, context: &Context) -> Result<()> {
         let kind = step.kind();
         let place = self.device.open(&context.progress)?;
-        let seconds = train::measure_step(&place, kind, self.size, self.batch_size, self.steps)?;
+        let Measured { seconds, remark } = train::measure_step(&place, kind, self.size, self.batch_size, self.steps)?;
         let profile = match &place {
             Place::Gpu(gpu) if self.profile => {
                 gpu.driver.start_profile();
@@ -213,6 +215,7 @@ impl Doctor {
                 Place::Cpu => None,
                 Place::Gpu(_) => Some(train::demand(kind, self.size, self.batch_size)?.memory),
             },
+            remark,
             profile: (profile.into_iter())
                 .map(|spent| Share {
                     name: spent.name,
@@ -234,6 +237,7 @@ impl Doctor {
                 None => ("peak memory", gigabytes(timing.peak_rss_bytes)),
             });
             fields.push(("threads", timing.threads.to_string()));
+            fields.extend(timing.remark.clone().map(|remark| ("note", remark)));
             output::fields(&fields) + &timing.profile.iter().map(Share::text).collect::<String>()
         })
     }

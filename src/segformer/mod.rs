@@ -6,6 +6,7 @@ mod attention;
 mod config;
 mod decoder;
 mod encoder;
+mod log;
 mod mix_ffn;
 mod model;
 mod modules;

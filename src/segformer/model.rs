@@ -3,9 +3,10 @@
 use super::SegformerConfig;
 use super::decoder::DecoderActs;
 use super::encoder::{self, StageActs};
+use super::log::Log;
 use super::plan::{Plan, Trainable};
 use super::tensors::{Gradients, Id, Tensor, Tensors};
-use crate::backend::{AdamW, Backend, Base, Dropout, Grid, Moving, Sample, Scaled, SmallProduct, Transpose};
+use crate::backend::{AdamW, Backend, Base, Dropout, Grid, Inputs, Moving, Sample, Scaled, SmallProduct, Transpose};
 use crate::random::{Philox, Purpose};
 
 /// Slots that sum gradients: a fixed number, so that results do not depend on the number of threads.
@@ -71,6 +72,16 @@ impl<'a, B: Backend> Pass<'a, B> {
     }
 }
 
+/// Pieces of a run that come again and again ([`crate::backend::Memory::repeat`]).
+#[derive(Clone, Copy)]
+enum Phase {
+    MicroBatch,
+    Gradients,
+    Update,
+    Logits,
+    Evaluation,
+}
+
 /// Room that one worker reuses from layer to layer.
 pub struct Scratch<B: Backend> {
     /// Token matrices of the largest stage.
@@ -117,7 +128,8 @@ struct Unit<B: Backend> {
     decoder: DecoderActs<B>,
     /// Loss per image, summed over micro-batches until it is read.
     loss: B::Full,
-    counts: Vec<u64>,
+    /// `labels²` confusion counts per image.
+    counts: B::Counts,
 }
 
 impl<B: Backend> Unit<B> {
@@ -147,6 +159,7 @@ pub struct Model<B: Backend> {
     stats: B::Full,
     total: B::Full,
     norm: B::Full,
+    log: Log<B>,
     batches_tracked: u64,
     planned_bytes: usize,
 }
@@ -189,7 +202,7 @@ impl<B: Backend> Model<B> {
                     decoder: plan.decoder.acts(&backend, stages[0].grid, trains),
                     stages,
                     loss: backend.full(per_unit),
-                    counts: vec![0; per_unit * plan.decoder.labels * plan.decoder.labels],
+                    counts: backend.counts(per_unit * plan.decoder.labels * plan.decoder.labels),
                 }
             })
             .collect();
@@ -256,6 +269,7 @@ impl<B: Backend> Model<B> {
             stats: backend.full(2 * width),
             total: backend.full(2 * width),
             norm: backend.full(1),
+            log: Log::new(&backend, plan.decoder.labels, per_unit),
             batches_tracked: 0,
             config: config.clone(),
             options,
@@ -336,45 +350,7 @@ impl<B: Backend> Model<B> {
         for i in 0..self.plan.specs.len() {
             self.tensors.refresh(&self.backend, Id(i));
         }
-        self.refresh_derived(true);
-    }
-
-    /// Remakes what depends on trained tensors; with `all`, everything derived.
-    fn refresh_derived(&mut self, all: bool) {
-        let Self { backend, plan, tensors, fuse_blocks, .. } = self;
-        let decoder = &plan.decoder;
-        let mut each = tensors.each();
-        let merges = plan.adapters.iter().filter(|adapter| adapter.scaled_b.is_none()).filter_map(|adapter| {
-            let (a, b): (&Tensor<B>, &Tensor<B>) = (each.take(adapter.a), each.take(adapter.b));
-            let Tensor { value, merged, product } = each.take(adapter.weight);
-            let size = (adapter.outputs, adapter.inputs, plan.rank);
-            Some(SmallProduct {
-                alpha: plan.scale,
-                base: Base::Of(value),
-                product: product.as_mut(),
-                ..SmallProduct::new(&b.value, &a.value, Transpose::None, size, merged.as_mut()?)
-            })
-        });
-        backend.small_products(&mut merges.collect::<Vec<_>>());
-        if all || decoder.folded.iter().any(|f| plan.wanted[f.weight.0]) {
-            decoder.fold(backend, tensors, fuse_blocks);
-        }
-        let (mut each, mut scaled, mut folded) = (tensors.each(), Vec::new(), Vec::new());
-        for adapter in &plan.adapters {
-            let Some(scaled_b) = adapter.scaled_b else { continue };
-            let (b, to): (&Tensor<B>, _) = (each.take(adapter.b), each.take(scaled_b));
-            let (x, y, product) = (&b.value, &mut to.value, to.product.as_mut());
-            match decoder.stage_of(adapter.weight) {
-                None => scaled.push(Scaled { x, y, product }),
-                Some(stage) => {
-                    let (block, size) = (&fuse_blocks[stage], (decoder.width, plan.rank, decoder.width));
-                    let new = SmallProduct::new(block, x, Transpose::None, size, y);
-                    folded.push(SmallProduct { alpha: plan.scale, product, ..new });
-                }
-            }
-        }
-        backend.scale_all(plan.scale, &mut scaled);
-        backend.small_products(&mut folded);
+        refresh_derived(&self.backend, &self.plan, &mut self.tensors, &mut self.fuse_blocks, true);
     }
 
     /// Forward and backward over one micro-batch; gradients and losses add up until [`Model::finish_gradients`] and
@@ -382,45 +358,49 @@ impl<B: Backend> Model<B> {
     pub fn train_micro_batch(&mut self, samples: &[Sample<'_>], scale: f64, random: StepRandom) {
         let Self { backend, plan, tensors, slots, units, workers, options, stats, total, .. } = self;
         let (backend, size, decoder) = (&*backend, options.size, &plan.decoder);
-        let units = split(units, samples.len(), backend.images_per_unit(options.batch));
         let per_unit = backend.images_per_unit(options.batch);
+        let units = split(units, samples.len(), per_unit);
         let part = |u: usize| &samples[u * per_unit..samples.len().min((u + 1) * per_unit)];
         let rows: Vec<usize> = units.iter().map(|u| u.stages[0].grid.rows()).collect();
 
-        backend.each_unit(units, slots, workers, |u, unit, _, worker| {
-            let pass = Pass::training(backend, tensors, random, u * per_unit, part(u).len());
-            encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, worker);
-            decoder.forward_linear(&pass, &unit.stages, &mut unit.decoder, &mut worker.scratch);
-        });
+        let key = [Phase::MicroBatch as u64, samples.len() as u64, scale.to_bits(), random.seed];
+        let inputs = Inputs { samples, size, step: random.step, update: None };
+        backend.repeat(&key, &inputs, || {
+            backend.each_unit(units, slots, workers, |u, unit, _, worker| {
+                let pass = Pass::training(backend, tensors, random, u * per_unit, part(u).len());
+                encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, worker);
+                decoder.forward_linear(&pass, &unit.stages, &mut unit.decoder, &mut worker.scratch);
+            });
 
-        let moments: Vec<&B::Full> = units.iter().map(|u| &u.decoder.moments).collect();
-        tensors.write_two(decoder.running_mean, decoder.running_var, |mean, var| {
-            backend.batch_stats(&moments, &rows, decoder.width, MOMENTUM, stats, mean, var);
+            let moments: Vec<&B::Full> = units.iter().map(|u| &u.decoder.moments).collect();
+            tensors.write_two(decoder.running_mean, decoder.running_var, |mean, var| {
+                backend.batch_stats(&moments, &rows, decoder.width, MOMENTUM, stats, mean, var);
+            });
+
+            backend.each_unit(units, slots, workers, |u, unit, gradients, worker| {
+                let pass = Pass::training(backend, tensors, random, u * per_unit, part(u).len());
+                let (scratch, grid) = (&mut worker.scratch, unit.stages[0].grid);
+                decoder.forward_head(&pass, stats, grid, &mut unit.decoder, scratch);
+                let Unit { decoder: acts, loss, .. } = unit;
+                decoder.loss_and_sums(&pass, stats, grid, part(u), (size, scale), acts, loss, gradients, scratch);
+            });
+
+            let sums: Vec<&B::Full> = units.iter().map(|u| &u.decoder.sums).collect();
+            backend.batch_sums(&sums, total);
+            if let Some((dgamma, dbeta)) = slots[0].pair_mut(decoder.norm.gamma, decoder.norm.beta) {
+                backend.add_part(total, 0, dbeta);
+                backend.add_part(total, decoder.width, dgamma);
+            }
+
+            let batch_rows = rows.iter().sum();
+            backend.each_unit(units, slots, workers, |u, unit, gradients, worker| {
+                let pass = Pass::training(backend, tensors, random, u * per_unit, part(u).len());
+                let sums = (&*total, batch_rows);
+                decoder.backward(&pass, stats, sums, &unit.stages, &mut unit.decoder, gradients, worker);
+                encoder::backward(&pass, &plan.stages, &decoder.reached, part(u), &unit.stages, gradients, worker);
+            });
         });
         self.batches_tracked += 1;
-
-        backend.each_unit(units, slots, workers, |u, unit, gradients, worker| {
-            let pass = Pass::training(backend, tensors, random, u * per_unit, part(u).len());
-            let (scratch, grid) = (&mut worker.scratch, unit.stages[0].grid);
-            decoder.forward_head(&pass, stats, grid, &mut unit.decoder, scratch);
-            let Unit { decoder: acts, loss, .. } = unit;
-            decoder.loss_and_sums(&pass, stats, grid, part(u), (size, scale), acts, loss, gradients, scratch);
-        });
-
-        let sums: Vec<&B::Full> = units.iter().map(|u| &u.decoder.sums).collect();
-        backend.batch_sums(&sums, total);
-        if let Some((dgamma, dbeta)) = slots[0].pair_mut(decoder.norm.gamma, decoder.norm.beta) {
-            backend.add_part(total, 0, dbeta);
-            backend.add_part(total, decoder.width, dgamma);
-        }
-
-        let batch_rows = rows.iter().sum();
-        backend.each_unit(units, slots, workers, |u, unit, gradients, worker| {
-            let pass = Pass::training(backend, tensors, random, u * per_unit, part(u).len());
-            let sums = (&*total, batch_rows);
-            decoder.backward(&pass, stats, sums, &unit.stages, &mut unit.decoder, gradients, worker);
-            encoder::backward(&pass, &plan.stages, &decoder.reached, part(u), &unit.stages, gradients, worker);
-        });
     }
 
     /// Sets gradients to zero, for the next group of micro-batches.
@@ -433,41 +413,44 @@ impl<B: Backend> Model<B> {
     /// Joins the slots' gradients and splits them into those of the trained tensors: adapters' factors are projected
     /// (`dB = s·dW·Aᵀ`, `dA = s·Bᵀ·dW`), the folded decoder's parts unfolded.
     pub fn finish_gradients(&mut self) {
-        let Self { backend, plan, tensors, slots, fuse_blocks, fuse_gradients, .. } = self;
-        let Some((gradients, others)) = slots.split_first_mut() else { return };
-        for other in others {
-            gradients.add(backend, other);
-        }
-        let decoder = &plan.decoder;
-        decoder.unfold(backend, tensors, fuse_blocks, fuse_gradients, gradients);
-        let (mut each, mut scaled, mut products) = (gradients.each(), Vec::new(), Vec::new());
-        let mut project = |a, b, transpose, size, c| {
-            products.push(SmallProduct { alpha: plan.scale, ..SmallProduct::new(a, b, transpose, size, c) });
-        };
-        let (rank, width) = (plan.rank, decoder.width);
-        for adapter in &plan.adapters {
-            let (outputs, inputs) = (adapter.outputs, adapter.inputs);
-            let (a, b) = (tensors.value(adapter.a), tensors.value(adapter.b));
-            if let Some(scaled_b) = adapter.scaled_b {
-                let (Some(x), Some(y)) = (each.take_shared(scaled_b), each.take(adapter.b)) else { continue };
-                match decoder.stage_of(adapter.weight) {
-                    None => scaled.push(Scaled { x, y, product: None }),
-                    Some(stage) => project(&fuse_blocks[stage], x, Transpose::Left, (width, rank, width), y),
+        let Self { backend, plan, tensors, slots, fuse_blocks, fuse_gradients, norm, .. } = self;
+        let backend = &*backend;
+        backend.repeat(&[Phase::Gradients as u64], &Inputs::default(), || {
+            let Some((gradients, others)) = slots.split_first_mut() else { return };
+            for other in others {
+                gradients.add(backend, other);
+            }
+            let decoder = &plan.decoder;
+            decoder.unfold(backend, tensors, fuse_blocks, fuse_gradients, gradients);
+            let (mut each, mut scaled, mut products) = (gradients.each(), Vec::new(), Vec::new());
+            let mut project = |a, b, transpose, size, c| {
+                products.push(SmallProduct { alpha: plan.scale, ..SmallProduct::new(a, b, transpose, size, c) });
+            };
+            let (rank, width) = (plan.rank, decoder.width);
+            for adapter in &plan.adapters {
+                let (outputs, inputs) = (adapter.outputs, adapter.inputs);
+                let (a, b) = (tensors.value(adapter.a), tensors.value(adapter.b));
+                if let Some(scaled_b) = adapter.scaled_b {
+                    let (Some(x), Some(y)) = (each.take_shared(scaled_b), each.take(adapter.b)) else { continue };
+                    match decoder.stage_of(adapter.weight) {
+                        None => scaled.push(Scaled { x, y, product: None }),
+                        Some(stage) => project(&fuse_blocks[stage], x, Transpose::Left, (width, rank, width), y),
+                    }
+                    continue;
                 }
-                continue;
+                let dw = each.take_shared(adapter.weight);
+                if let (Some(dw), Some(db)) = (dw, each.take(adapter.b)) {
+                    project(dw, a, Transpose::Right, (outputs, rank, inputs), db);
+                }
+                if let (Some(dw), Some(da)) = (dw, each.take(adapter.a)) {
+                    project(b, dw, Transpose::Left, (rank, inputs, outputs), da);
+                }
             }
-            let dw = each.take_shared(adapter.weight);
-            if let (Some(dw), Some(db)) = (dw, each.take(adapter.b)) {
-                project(dw, a, Transpose::Right, (outputs, rank, inputs), db);
-            }
-            if let (Some(dw), Some(da)) = (dw, each.take(adapter.a)) {
-                project(b, dw, Transpose::Left, (rank, inputs, outputs), da);
-            }
-        }
-        backend.scale_all(plan.scale, &mut scaled);
-        backend.small_products(&mut products);
-        let trained: Vec<&B::Full> = plan.trained.iter().filter_map(|&id| gradients.get(id)).collect();
-        backend.gradient_norm(&trained, &mut self.norm);
+            backend.scale_all(plan.scale, &mut scaled);
+            backend.small_products(&mut products);
+            let trained: Vec<&B::Full> = plan.trained.iter().filter_map(|&id| gradients.get(id)).collect();
+            backend.gradient_norm(&trained, norm);
+        });
     }
 
     /// Euclidean norm of all gradients together, after [`Model::finish_gradients`].
@@ -483,17 +466,25 @@ impl<B: Backend> Model<B> {
 
     /// One update of the trained tensors; `decays[i]` says whether weight decay applies to trained tensor i.
     pub fn update(&mut self, adamw: &AdamW, decays: &[bool], moments: &mut Moments<B>) {
-        let Self { backend, plan, tensors, slots, norm, .. } = self;
-        let mut each = tensors.each();
-        let both = moments.first.iter_mut().zip(&mut moments.second);
-        let moving = plan.trained.iter().zip(decays).zip(both).filter_map(|((&id, &decays), (m, v))| {
-            let Tensor { value, merged, product } = each.take(id);
-            // With an adapter merged in, what products read is made after this.
-            let product = product.as_mut().filter(|_| merged.is_none());
-            Some(Moving { gradient: slots[0].get(id)?, parameter: value, m, v, product, decays })
+        let Self { backend, plan, tensors, slots, fuse_blocks, norm, .. } = self;
+        let (backend, plan) = (&*backend, &*plan);
+        let AdamW { betas: [beta1, beta2], epsilon, max_norm, .. } = *adamw;
+        let mut key = vec![Phase::Update as u64];
+        key.extend([beta1, beta2, epsilon, max_norm].map(f64::to_bits));
+        key.extend(decays.iter().map(|&decays| u64::from(decays)));
+        key.extend(moments.first.iter().chain(&moments.second).map(|x| backend.place(x)));
+        backend.repeat(&key, &Inputs { update: Some(*adamw), ..Inputs::default() }, || {
+            let mut each = tensors.each();
+            let both = moments.first.iter_mut().zip(&mut moments.second);
+            let moving = plan.trained.iter().zip(decays).zip(both).filter_map(|((&id, &decays), (m, v))| {
+                let Tensor { value, merged, product } = each.take(id);
+                // With an adapter merged in, what products read is made after this.
+                let product = product.as_mut().filter(|_| merged.is_none());
+                Some(Moving { gradient: slots[0].get(id)?, parameter: value, m, v, product, decays })
+            });
+            backend.adamw(adamw, norm, &mut moving.collect::<Vec<_>>());
+            refresh_derived(backend, plan, tensors, fuse_blocks, false);
         });
-        backend.adamw(adamw, norm, &mut moving.collect::<Vec<_>>());
-        self.refresh_derived(false);
     }
 
     /// The summed, scaled losses of all micro-batches since the last call.
@@ -508,25 +499,39 @@ impl<B: Backend> Model<B> {
 
     /// Loss and confusion counts of `samples` in evaluation mode. Losses that wait for [`Model::take_loss`] are lost.
     pub fn evaluate(&mut self, samples: &[Sample<'_>]) -> Evaluated {
+        self.begin_evaluation();
+        self.measure(samples);
+        self.end_evaluation()
+    }
+
+    /// Begins an evaluation: what [`Model::measure`] measures from now on, [`Model::end_evaluation`] tells.
+    pub fn begin_evaluation(&mut self) {
+        self.log.clear();
+    }
+
+    /// As [`Model::evaluate`], without waiting for what comes of it.
+    pub fn measure(&mut self, samples: &[Sample<'_>]) {
         let labels = self.plan.decoder.labels;
-        let mut result = Evaluated::default();
         self.each_in_evaluation(
+            Phase::Evaluation,
             samples,
-            |backend, decoder, size, part, unit| {
+            |backend, size, part, unit| {
                 let Unit { decoder: acts, loss, counts, stages, .. } = unit;
                 let grid = stages[0].grid;
                 backend.zero(loss);
                 backend.cross_entropy(&acts.logits, grid, labels, part, size, 1.0, loss, None);
-                counts.fill(0);
-                backend.confusion(&acts.logits, grid, decoder.labels, part, size, counts);
+                backend.confusion(&acts.logits, grid, labels, part, size, counts);
             },
-            |backend, images, unit| {
-                result.loss.extend(backend.scalars(&unit.loss, images));
-                result.counts.extend(&unit.counts[..images * labels * labels]);
+            |backend, images, unit, log| {
+                log.add(backend, images, &unit.loss, &unit.counts);
                 backend.zero(&mut unit.loss);
             },
         );
-        result
+    }
+
+    /// What was measured since [`Model::begin_evaluation`], in the order of the samples.
+    pub fn end_evaluation(&mut self) -> Evaluated {
+        self.log.take(&self.backend)
     }
 
     /// Logits `(labels, size/4, size/4)` of each sample in evaluation mode.
@@ -534,9 +539,10 @@ impl<B: Backend> Model<B> {
         let labels = self.plan.decoder.labels;
         let mut result = Vec::with_capacity(samples.len());
         self.each_in_evaluation(
+            Phase::Logits,
             samples,
-            |_, _, _, _, _| {},
-            |backend, images, unit| result.extend(unit.logits(backend, labels, images)),
+            |_, _, _, _| {},
+            |backend, images, unit, _| result.extend(unit.logits(backend, labels, images)),
         );
         result
     }
@@ -547,32 +553,36 @@ impl<B: Backend> Model<B> {
         self.units.iter().flat_map(|unit| unit.logits(&self.backend, labels, unit.images)).take(images).collect()
     }
 
-    /// Runs samples through the model in evaluation mode: `inside` with each unit's logits on a worker, then `collect`
-    /// in order.
+    /// Runs samples through the model in evaluation mode: `inside` with each unit's logits on a worker, always the same in
+    /// one phase, then `collect` in order.
     fn each_in_evaluation(
         &mut self,
+        phase: Phase,
         samples: &[Sample<'_>],
-        inside: impl Fn(&B, &super::decoder::Decoder, usize, &[Sample<'_>], &mut Unit<B>) + Sync,
-        mut collect: impl FnMut(&B, usize, &mut Unit<B>),
+        inside: impl Fn(&B, usize, &[Sample<'_>], &mut Unit<B>) + Sync,
+        mut collect: impl FnMut(&B, usize, &mut Unit<B>, &mut Log<B>),
     ) {
-        let Self { backend, plan, tensors, units, workers, options, stats, .. } = self;
+        let Self { backend, plan, tensors, units, workers, options, stats, log, .. } = self;
         let (backend, size, decoder) = (&*backend, options.size, &plan.decoder);
         let per_unit = backend.images_per_unit(options.batch);
         let (mean, var) = (tensors.value(decoder.running_mean), tensors.value(decoder.running_var));
-        backend.running_stats(mean, var, decoder.width, stats);
         // As many units as there are workers, so that each worker's unit stays in its cache.
         let mut slots = vec![(); workers.len()];
         for batch in samples.chunks(workers.len() * per_unit) {
             let part = |u: usize| &batch[u * per_unit..batch.len().min((u + 1) * per_unit)];
             let units = split(units, batch.len(), per_unit);
-            backend.each_unit(units, &mut slots, workers, |u, unit, (), worker| {
-                let pass = Pass { backend, tensors, images: part(u).len(), random: None };
-                encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, worker);
-                decoder.forward_evaluation(&pass, stats, &unit.stages, &mut unit.decoder, &mut worker.scratch);
-                inside(backend, decoder, size, part(u), unit);
+            let key = [phase as u64, batch.len() as u64];
+            backend.repeat(&key, &Inputs { samples: batch, size, ..Inputs::default() }, || {
+                backend.running_stats(mean, var, decoder.width, stats);
+                backend.each_unit(units, &mut slots, workers, |u, unit, (), worker| {
+                    let pass = Pass { backend, tensors, images: part(u).len(), random: None };
+                    encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, worker);
+                    decoder.forward_evaluation(&pass, stats, &unit.stages, &mut unit.decoder, &mut worker.scratch);
+                    inside(backend, size, part(u), unit);
+                });
             });
             for (u, unit) in units.iter_mut().enumerate() {
-                collect(backend, part(u).len(), unit);
+                collect(backend, part(u).len(), unit, log);
             }
         }
     }
@@ -588,4 +598,47 @@ fn split<B: Backend>(units: &mut [Unit<B>], images: usize, per_unit: usize) -> &
         }
     }
     units
+}
+
+/// Remakes what depends on trained tensors; with `all`, everything derived.
+fn refresh_derived<B: Backend>(
+    backend: &B,
+    plan: &Plan,
+    tensors: &mut Tensors<B>,
+    fuse_blocks: &mut [B::Full],
+    all: bool,
+) {
+    let decoder = &plan.decoder;
+    let mut each = tensors.each();
+    let merges = plan.adapters.iter().filter(|adapter| adapter.scaled_b.is_none()).filter_map(|adapter| {
+        let (a, b): (&Tensor<B>, &Tensor<B>) = (each.take(adapter.a), each.take(adapter.b));
+        let Tensor { value, merged, product } = each.take(adapter.weight);
+        let size = (adapter.outputs, adapter.inputs, plan.rank);
+        Some(SmallProduct {
+            alpha: plan.scale,
+            base: Base::Of(value),
+            product: product.as_mut(),
+            ..SmallProduct::new(&b.value, &a.value, Transpose::None, size, merged.as_mut()?)
+        })
+    });
+    backend.small_products(&mut merges.collect::<Vec<_>>());
+    if all || decoder.folded.iter().any(|f| plan.wanted[f.weight.0]) {
+        decoder.fold(backend, tensors, fuse_blocks);
+    }
+    let (mut each, mut scaled, mut folded) = (tensors.each(), Vec::new(), Vec::new());
+    for adapter in &plan.adapters {
+        let Some(scaled_b) = adapter.scaled_b else { continue };
+        let (b, to): (&Tensor<B>, _) = (each.take(adapter.b), each.take(scaled_b));
+        let (x, y, product) = (&b.value, &mut to.value, to.product.as_mut());
+        match decoder.stage_of(adapter.weight) {
+            None => scaled.push(Scaled { x, y, product }),
+            Some(stage) => {
+                let (block, size) = (&fuse_blocks[stage], (decoder.width, plan.rank, decoder.width));
+                let new = SmallProduct::new(block, x, Transpose::None, size, y);
+                folded.push(SmallProduct { alpha: plan.scale, product, ..new });
+            }
+        }
+    }
+    backend.scale_all(plan.scale, &mut scaled);
+    backend.small_products(&mut folded);
 }

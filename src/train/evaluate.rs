@@ -27,26 +27,34 @@ pub(super) fn measure<B: Backend>(
     advance: impl Fn(u64),
 ) -> Result<HistoryRow> {
     let started = Instant::now();
-    let labels = model.config().num_labels();
+    let (labels, model_batch) = (model.config().num_labels(), model.batch());
+    model.begin_evaluation();
+    let parts = || indices.chunks(batch_size).map(|batch| batch.chunks(model_batch));
+    for part in parts().flatten() {
+        if interrupted() {
+            return Err(Error::new(Kind::Interrupted, "interrupted"));
+        }
+        let samples: Vec<Sample<'_>> = part.iter().map(|&i| sample(data, i, augment(i))).collect();
+        model.measure(&samples);
+        model.backend().check()?;
+        advance(part.len() as u64);
+    }
+    let measured = model.end_evaluation();
+    model.backend().check()?;
     let mut confusion = Confusion::new(labels);
+    let (mut losses, mut counts) = (measured.loss.iter(), measured.counts.chunks_exact(labels * labels));
     let mut loss = 0.0;
-    for batch in indices.chunks(batch_size) {
-        let (mut batch_loss, mut pixels) = (0.0, 0u64);
-        for part in batch.chunks(model.batch()) {
-            if interrupted() {
-                return Err(Error::new(Kind::Interrupted, "interrupted"));
-            }
-            let samples: Vec<Sample<'_>> = part.iter().map(|&i| sample(data, i, augment(i))).collect();
-            let measured = model.evaluate(&samples);
-            model.backend().check()?;
-            batch_loss += measured.loss.iter().sum::<f64>();
-            for counts in measured.counts.chunks_exact(labels * labels) {
+    for batch in parts() {
+        let (mut batch_loss, mut pixels, mut images) = (0.0, 0u64, 0);
+        for part in batch {
+            batch_loss += losses.by_ref().take(part.len()).sum::<f64>();
+            for counts in counts.by_ref().take(part.len()) {
                 pixels += counts.iter().sum::<u64>();
                 confusion.add(counts);
             }
-            advance(part.len() as u64);
+            images += part.len();
         }
-        loss += batch_loss / pixels.max(1) as f64 * batch.len() as f64;
+        loss += batch_loss / pixels.max(1) as f64 * images as f64;
     }
     let seconds = started.elapsed().as_secs_f64();
     let batches = indices.len().div_ceil(batch_size);

@@ -26,12 +26,20 @@ pub enum StepKind {
     Eval,
 }
 
-/// Seconds of each of `steps` steps over `batch` pictures of `size`², SegFormer-B0 with two classes, after one that is
-/// not counted. A training step is one micro-batch and one update.
+/// What was timed.
+pub struct Measured {
+    /// Seconds of each step.
+    pub seconds: Vec<f64>,
+    /// What to know of how the device worked ([`crate::backend::Memory::remark`]).
+    pub remark: Option<String>,
+}
+
+/// Times each of `steps` steps over `batch` pictures of `size`², SegFormer-B0 with two classes, after those in which a device
+/// makes what it needs, and records. A training step is one micro-batch and one update.
 ///
 /// # Errors
 /// When the worker threads cannot be started, or the device fails.
-pub fn measure_step(place: &Place, kind: StepKind, size: usize, batch: usize, steps: usize) -> Result<Vec<f64>> {
+pub fn measure_step(place: &Place, kind: StepKind, size: usize, batch: usize, steps: usize) -> Result<Measured> {
     let noise = Philox::new(0, Purpose::Demo, 0, 0);
     // One picture, over and over: what it shows makes no difference to a step's time.
     let pixels: Vec<u8> = (0..size * size * 3).map(|i| noise.word(i as u64) as u8).collect();
@@ -47,9 +55,9 @@ pub fn measure_step(place: &Place, kind: StepKind, size: usize, batch: usize, st
         Place::Cpu => {
             let model = on_cpu(config, sizes, trainable, tensors)?;
             drop(prepared);
-            time(model, &samples, &options, kind, steps)
+            time(model, &samples, &options, kind, (1, steps))
         }
-        Place::Gpu(gpu) => time(on_gpu(gpu, config, sizes, trainable, tensors)?, &samples, &options, kind, steps),
+        Place::Gpu(gpu) => time(on_gpu(gpu, config, sizes, trainable, tensors)?, &samples, &options, kind, (2, steps)),
     }
 }
 
@@ -106,18 +114,19 @@ pub fn demand(kind: StepKind, size: usize, batch: usize) -> Result<Demand> {
     Ok(Demand { memory: model.backend().device().bytes(), least_memory, rooms: model.backend().rooms(), work })
 }
 
+/// Times `steps` steps after `first` others.
 fn time<B: Backend>(
     mut model: Model<B>,
     samples: &[Sample<'_>],
     options: &TrainOptions,
     kind: StepKind,
-    steps: usize,
-) -> Result<Vec<f64>> {
+    (first, steps): (usize, usize),
+) -> Result<Measured> {
     let pixels = samples.len() * model.size() * model.size();
     let mut moments = model.moments();
     let decays = vec![false; moments.first.len()];
     let mut seconds = Vec::with_capacity(steps);
-    for step in 0..=steps {
+    for step in 0..first + steps {
         let started = Instant::now();
         if kind == StepKind::Eval {
             model.evaluate(samples);
@@ -130,10 +139,10 @@ fn time<B: Backend>(
             // A device works on after the calls have returned; the norm is known when the gradients are.
             model.gradient_norm();
         }
-        if step > 0 {
+        if step >= first {
             seconds.push(started.elapsed().as_secs_f64());
         }
     }
     model.backend().check()?;
-    Ok(seconds)
+    Ok(Measured { seconds, remark: model.backend().remark() })
 }

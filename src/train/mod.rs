@@ -12,7 +12,7 @@ mod schedule;
 mod start;
 
 pub use evaluate::{Predictor, evaluate, sample};
-pub use measure::{Demand, StepKind, demand, measure_step};
+pub use measure::{Demand, Measured, StepKind, demand, measure_step};
 pub use metrics::Confusion;
 pub use run::{Inputs, run};
 pub use schedule::Schedule;

@@ -164,9 +164,13 @@ impl<B: Backend> Run<'_, B> {
             if let Some(dice) = self.state.log_history.last().and_then(|row| row.eval_mean_dice) {
                 bar.message(format!("Dice {dice:.4} so far"));
             }
+            let before = self.model.backend().remark();
             let row = self.train_epoch(&schedule, &bar)?;
             let evaluation = self.evaluate(&self.inputs.split.val, epoch as u32, "eval_loss", &bar)?;
             drop(bar);
+            if let (None, Some(remark)) = (before, self.model.backend().remark()) {
+                self.progress.detail(format!("{}: {remark}", self.name));
+            }
 
             let seconds = started.elapsed().as_secs_f64();
             let (loss, dice) = (evaluation.eval_loss.unwrap_or(f64::NAN), evaluation.eval_mean_dice);

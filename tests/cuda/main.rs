@@ -4,6 +4,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod graphs;
 mod host;
 mod operations;
 mod planted;

@@ -105,7 +105,7 @@ fn check(what: &str, case: &impl Case) {
     let expected = case.run(&Lab(&Cpu::<f64>::new(Some(1)).expect("threads")));
     let found = match gpu() {
         Some(driver) => repeated(what, |_| run(what, case, Cuda::new(driver.clone()))),
-        None => repeated(what, |order| run(what, case, Cuda::new(Host(order)))),
+        None => repeated(what, |order| run(what, case, Cuda::new(Host::new(order)))),
     };
     for (output, expected) in found.iter().zip(&expected) {
         let largest = expected.values.iter().fold(0.0f64, |m, x| m.max(x.abs()));
@@ -618,10 +618,21 @@ case!(
         let (mut out, mut gradient) = (lab.full(images, 2), lab.act(n, 3));
         lab.0.cross_entropy(&logits, from, labels, &samples, size, 0.25, &mut out, Some(&mut gradient));
         lab.0.cross_entropy(&logits, from, labels, &samples, size, 0.5, &mut out, None);
-        let mut counts = vec![1; images * labels * labels];
-        lab.0.confusion(&logits, from, labels, &samples, size, &mut counts);
-        let counts = counts.into_iter().map(|c| c as f64).collect();
+        let number = images * labels * labels;
+        let mut counts = lab.0.counts(number);
+        // What stood there does not count.
+        for _ in 0..2 {
+            lab.0.confusion(&logits, from, labels, &samples, size, &mut counts);
+        }
+        // A log of which the first image is another's.
+        let (mut losses, mut log) = (lab.full(images + 1, 4), lab.0.counts(number + labels * labels));
+        lab.0.note(&out, &counts, images, labels, 1, &mut losses, &mut log);
+        let whole = |counts, n| lab.0.whole(counts, n).into_iter().map(|c| c as f64).collect::<Vec<_>>();
+        let log = Output { name: "log", values: whole(&log, number + labels * labels), own: 0.0, summed: 0.0 };
+        let counts = whole(&counts, number);
         vec![
+            lab.read_full("losses", &losses, images + 1),
+            log,
             lab.read_full("loss", &out, images),
             lab.read("gradient", &gradient, n, 1.0, 0.0),
             Output { name: "counts", values: counts, own: 0.0, summed: 0.0 },
@@ -802,21 +813,21 @@ fn pictures_stay_on_the_device() {
         backend.check().expect("the device works");
         (backend.download_act(&out, n), backend.scalars(&loss, samples.len()))
     }
-    let host = Host(Order::Forward);
+    let host = Host::new(Order::Forward);
     let pictures = Arc::new(Pictures::new(&host, &all, size).expect("memory"));
     let other = vec![9; size * size * 3];
     // In another order; then with a picture that is not among those kept.
     for samples in [vec![all[2], all[0]], vec![all[1], Sample { pixels: &other, ..all[0] }]] {
         let kept =
-            outputs(Cuda::new(Host(Order::Forward)).with_pictures(Some(pictures.clone())), &samples, size, window);
-        assert_eq!(kept, outputs(Cuda::new(Host(Order::Forward)), &samples, size, window));
+            outputs(Cuda::new(Host::new(Order::Forward)).with_pictures(Some(pictures.clone())), &samples, size, window);
+        assert_eq!(kept, outputs(Cuda::new(Host::new(Order::Forward)), &samples, size, window));
     }
 }
 
 /// A device that refuses what is larger than a limit.
 #[test]
 fn a_failure_is_kept_and_what_follows_is_skipped() {
-    let backend = Cuda::new(Host(Order::Forward));
+    let backend = Cuda::new(Host::new(Order::Forward));
     let full = Lab(&backend).full(3, 1);
     backend.check().expect("nothing has failed");
     let too_large = backend.full(usize::MAX / 8);
@@ -830,7 +841,7 @@ fn a_failure_is_kept_and_what_follows_is_skipped() {
 #[test]
 fn the_self_test_passes_and_notices_a_failed_device() {
     use segpeft_native::backend::cuda::self_test;
-    let backend = Cuda::new(Host(Order::Forward));
+    let backend = Cuda::new(Host::new(Order::Forward));
     self_test(&backend).expect("right numbers");
     let _too_large = backend.full(usize::MAX / 8);
     self_test(&backend).expect_err("a failed device");

@@ -24,7 +24,7 @@ fn true_gradient_is_zero(name: &str, stages: usize) -> bool {
 }
 
 /// The model with weights by formula; with `rounded`, rounded to bf16.
-fn model<B: Backend>(
+pub fn model<B: Backend>(
     backend: B,
     config: &SegformerConfig,
     size: ModelOptions,
@@ -75,13 +75,15 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
     dot / (norm(a) * norm(b))
 }
 
-fn config() -> (SegformerConfig, usize) {
+/// The tiny model, and the side of its pictures.
+pub fn config() -> (SegformerConfig, usize) {
     let numbers = json("tiny.json");
     let config = serde_json::from_value(numbers["config"].clone()).expect("config");
     (config, numbers["image_size"].as_u64().expect("size") as usize)
 }
 
-fn adapters(config: &SegformerConfig, dropout: f32) -> Trainable {
+/// Adapters on the attention of a model, whose head is trained too.
+pub fn adapters(config: &SegformerConfig, dropout: f32) -> Trainable {
     let patterns = lora::preset("attention").expect("preset");
     let (matches, _) = lora::select(&modules(config), &patterns, |_| false).expect("targets");
     Trainable::Adapters { matches, rank: 4, scale: 2.0, dropout, head: true }
@@ -90,7 +92,7 @@ fn adapters(config: &SegformerConfig, dropout: f32) -> Trainable {
 fn compare(what: &str, trainable: &Trainable) {
     match gpu() {
         Some(driver) => compare_on(Cuda::new(driver.clone()), what, trainable),
-        None => compare_on(Cuda::new(Host(Order::Forward)), what, trainable),
+        None => compare_on(Cuda::new(Host::new(Order::Forward)), what, trainable),
     }
 }
 
@@ -192,7 +194,7 @@ fn follow(what: &str, trainable: &Trainable) {
     let cpu = |seed| curve(Cpu::<f32>::new(None).expect("threads"), trainable, seed);
     let found = match gpu() {
         Some(driver) => curve(Cuda::new(driver.clone()), trainable, 3),
-        None => curve(Cuda::new(Host(Order::Forward)), trainable, 3),
+        None => curve(Cuda::new(Host::new(Order::Forward)), trainable, 3),
     };
     let curves = [3, 4, 5].map(cpu);
     let apart = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).sum::<f64>() / a.len() as f64;
@@ -212,7 +214,7 @@ fn saving_memory_changes_no_bit() {
     let pictures = Pictures::new(0..3, size, config.num_labels() == 3);
     for trainable in [Trainable::Everything, adapters(&config, 0.0)] {
         let gradients = |saves| {
-            let backend = Cuda::new(Host(Order::Forward)).saving_memory(saves);
+            let backend = Cuda::new(Host::new(Order::Forward)).saving_memory(saves);
             let mut model = model(backend, &config, ModelOptions { size, batch: 3 }, &trainable, false);
             let bytes = model.planned_bytes();
             (bytes, step(&mut model, &pictures, 0).gradients)
@@ -232,7 +234,7 @@ fn a_device_lost_in_mid_step_is_one_clear_error() {
     let (config, size) = config();
     let pictures = Pictures::new(0..3, size, config.num_labels() == 3);
     let samples = pictures.samples();
-    let lost = Lost { host: Host(Order::Forward), launches: AtomicUsize::new(usize::MAX) };
+    let lost = Lost { host: Host::new(Order::Forward), launches: AtomicUsize::new(usize::MAX) };
     let mut model = model(Cuda::new(lost), &config, ModelOptions { size, batch: 3 }, &Trainable::Everything, false);
     model.backend().check().expect("the device works");
     model.backend().device().launches.store(40, Ordering::Relaxed);

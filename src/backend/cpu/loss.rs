@@ -191,8 +191,9 @@ impl<T: Real> Loss for Cpu<T> {
         labels: usize,
         samples: &[Sample<'_>],
         size: usize,
-        counts: &mut [u64],
+        counts: &mut Vec<u64>,
     ) {
+        counts[..samples.len() * labels * labels].fill(0);
         let mut line = Line::new(from.width, labels, size);
         let mut best = vec![0u8; size];
         for (image, sample) in samples.iter().enumerate() {
@@ -220,5 +221,20 @@ impl<T: Real> Loss for Cpu<T> {
                 }
             }
         }
+    }
+
+    fn note(
+        &self,
+        loss: &Buffer<T>,
+        counts: &Vec<u64>,
+        images: usize,
+        labels: usize,
+        at: usize,
+        all_losses: &mut Buffer<T>,
+        all_counts: &mut Vec<u64>,
+    ) {
+        let squares = labels * labels;
+        all_losses[at..][..images].copy_from_slice(&loss[..images]);
+        all_counts[at * squares..][..images * squares].copy_from_slice(&counts[..images * squares]);
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::{Buffer, Real};
-use crate::backend::Memory;
+use crate::backend::{Inputs, Memory};
 use crate::{Error, Result, error::Kind};
 
 /// The CPU as a device, with numbers of type `T`.
@@ -38,6 +38,7 @@ impl<T: Real> Cpu<T> {
 impl<T: Real> Memory for Cpu<T> {
     type Act = Buffer<T>;
     type Full = Buffer<T>;
+    type Counts = Vec<u64>;
 
     fn act(&self, len: usize) -> Buffer<T> {
         self.full(len)
@@ -46,6 +47,11 @@ impl<T: Real> Memory for Cpu<T> {
     fn full(&self, len: usize) -> Buffer<T> {
         self.allocated.fetch_add(len * size_of::<T>(), Ordering::Relaxed);
         Buffer::zeros(len)
+    }
+
+    fn counts(&self, len: usize) -> Vec<u64> {
+        self.allocated.fetch_add(len * size_of::<u64>(), Ordering::Relaxed);
+        vec![0; len]
     }
 
     /// Nothing fails short of the process.
@@ -75,6 +81,10 @@ impl<T: Real> Memory for Cpu<T> {
         from[..len].iter().map(|x| x.f64()).collect()
     }
 
+    fn whole(&self, from: &Vec<u64>, len: usize) -> Vec<u64> {
+        from[..len].to_vec()
+    }
+
     fn zero(&self, x: &mut Buffer<T>) {
         x.fill(T::ZERO);
     }
@@ -91,6 +101,19 @@ impl<T: Real> Memory for Cpu<T> {
 
     fn cast(&self, from: &Buffer<T>, to: &mut Buffer<T>) {
         to.copy_from_slice(from);
+    }
+
+    /// Recording would save nothing.
+    fn repeat(&self, _: &[u64], _: &Inputs<'_>, mut work: impl FnMut()) {
+        work();
+    }
+
+    fn remark(&self) -> Option<String> {
+        None
+    }
+
+    fn place(&self, x: &Buffer<T>) -> u64 {
+        x.as_ptr() as u64
     }
 
     fn images_per_unit(&self, _images: usize) -> usize {

@@ -35,6 +35,7 @@ impl<D: Device> Arena<D> {
 impl<D: Device> Device for Arena<D> {
     /// Where a piece starts.
     type Memory = u64;
+    type Graph = D::Graph;
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
         let size = bytes.next_multiple_of(ALIGNMENT);
@@ -63,6 +64,10 @@ impl<D: Device> Device for Arena<D> {
         unsafe { self.device.write(from, to) }
     }
 
+    fn expect(&self, bytes: usize) {
+        self.device.expect(bytes);
+    }
+
     unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<()> {
         // SAFETY: as above.
         unsafe { self.device.read(from, to) }
@@ -87,5 +92,18 @@ impl<D: Device> Device for Arena<D> {
     unsafe fn product(&self, product: &MatrixProduct) -> Result<()> {
         // SAFETY: as above.
         unsafe { self.device.product(product) }
+    }
+
+    fn records(&self) -> bool {
+        self.device.records()
+    }
+
+    fn record(&self, work: &mut dyn FnMut()) -> Result<D::Graph> {
+        self.device.record(work)
+    }
+
+    unsafe fn replay(&self, graph: &D::Graph) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { self.device.replay(graph) }
     }
 }

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::Result;
+use crate::error::Kind;
+use crate::{Error, Result};
 
 /// Alignment of a block of device memory, and of the pieces of an arena, in bytes.
 pub(super) const ALIGNMENT: usize = 256;
@@ -12,6 +13,8 @@ pub(super) const ALIGNMENT: usize = 256;
 pub trait Device: Send + Sync {
     /// A block of device memory, freed when dropped.
     type Memory: Send + Sync;
+    /// Work that was recorded.
+    type Graph: Send;
 
     /// Memory of undefined content, aligned to 256 bytes.
     ///
@@ -30,6 +33,9 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// `to` must lie in a living block that has `from.len()` bytes there.
     unsafe fn write(&self, from: &[u8], to: u64) -> Result<()>;
+
+    /// Says that so many bytes will be copied from the host at a time, again and again, while work goes on.
+    fn expect(&self, bytes: usize);
 
     /// Copies to the host, after all work before it.
     ///
@@ -73,11 +79,39 @@ pub trait Device: Send + Sync {
     /// The operands must lie in living blocks with the stated shapes; c must overlap neither a nor b, nor
     /// base unless it is c itself.
     unsafe fn product(&self, product: &MatrixProduct) -> Result<()>;
+
+    /// Whether work may be recorded now.
+    fn records(&self) -> bool;
+
+    /// Records what `work` asks of this device on this thread, of which nothing is done. Asking it for memory or for copies
+    /// meanwhile is an error; so is what the device cannot record.
+    ///
+    /// # Errors
+    /// When the device cannot record.
+    fn record(&self, work: &mut dyn FnMut()) -> Result<Self::Graph>;
+
+    /// Does recorded work, on the numbers that memory holds now.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Safety
+    /// All memory that the recorded work names must still live.
+    unsafe fn replay(&self, graph: &Self::Graph) -> Result<()>;
+}
+
+/// What asking for memory or copies while recording is.
+pub(super) fn while_recording(what: &str) -> Error {
+    Error::new(
+        Kind::Internal,
+        format!("{what} while a step is being recorded: a defect in segpeft-native, please report it"),
+    )
 }
 
 /// One device for several backends.
 impl<D: Device> Device for Arc<D> {
     type Memory = D::Memory;
+    type Graph = D::Graph;
 
     fn allocate(&self, bytes: usize) -> Result<Self::Memory> {
         (**self).allocate(bytes)
@@ -90,6 +124,10 @@ impl<D: Device> Device for Arc<D> {
     unsafe fn write(&self, from: &[u8], to: u64) -> Result<()> {
         // SAFETY: the caller's, here and below.
         unsafe { (**self).write(from, to) }
+    }
+
+    fn expect(&self, bytes: usize) {
+        (**self).expect(bytes);
     }
 
     unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<()> {
@@ -112,6 +150,18 @@ impl<D: Device> Device for Arc<D> {
 
     unsafe fn product(&self, product: &MatrixProduct) -> Result<()> {
         unsafe { (**self).product(product) }
+    }
+
+    fn records(&self) -> bool {
+        (**self).records()
+    }
+
+    fn record(&self, work: &mut dyn FnMut()) -> Result<Self::Graph> {
+        (**self).record(work)
+    }
+
+    unsafe fn replay(&self, graph: &Self::Graph) -> Result<()> {
+        unsafe { (**self).replay(graph) }
     }
 }
 

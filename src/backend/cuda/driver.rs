@@ -3,14 +3,17 @@
 //! cuBLASLt is called through cudarc's raw bindings: the crate named `cublas-sys` binds CUDA 7.5, which knows neither bf16
 //! nor cuBLASLt, and links at build time.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{CString, c_void};
 use std::ptr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 
 use cudarc::cublaslt::{result as blas, sys as lt};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result as cuda, sys};
 
+use super::device::while_recording;
+use super::ring::{Ring, Side};
 use super::{Argument, Device, Element, MatrixProduct, Work};
 use crate::error::Kind;
 use crate::{Error, Result};
@@ -33,28 +36,129 @@ const WORKSPACE: usize = 32 << 20;
 pub struct Driver {
     ordinal: usize,
     // Dropped before the stream and the context they belong to.
+    ring: Mutex<Ring<Self>>,
+    /// The ends of graphs that were launched, the oldest first.
+    ahead: Mutex<VecDeque<Event>>,
+    profile: Mutex<Option<Vec<Timed>>>,
     products: Mutex<Products>,
     workspace: DeviceMemory,
     functions: Mutex<HashMap<&'static str, Function>>,
     module: Module,
-    stream: Arc<CudaStream>,
+    line: Arc<Line>,
     context: Arc<CudaContext>,
-    profile: Mutex<Option<Vec<Timed>>>,
-    pinned: Mutex<Pinned>,
     name: String,
 }
 
-/// Bytes of host memory through which small copies go.
-const PINNED: usize = 4 << 20;
-
-/// Page-locked host memory, used from front to back and then again: copies from it need not wait for the device.
-struct Pinned {
-    start: *mut u8,
-    used: usize,
+/// The one stream of a GPU, on which its work stands in line.
+struct Line {
+    stream: Arc<CudaStream>,
+    /// The thread whose work is being recorded. What another asked for meanwhile would be recorded with it, so it waits.
+    recording: Mutex<Option<ThreadId>>,
+    recorded: Condvar,
 }
 
-// SAFETY: memory that belongs to the device's owner, used by one thread at a time (behind a mutex).
+impl Line {
+    /// Waits until no other thread records; whether this one does.
+    fn turn(&self) -> Turn<'_> {
+        let mut turn = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
+        while turn.is_some_and(|thread| thread != std::thread::current().id()) {
+            turn = self.recorded.wait(turn).unwrap_or_else(PoisonError::into_inner);
+        }
+        Turn(turn)
+    }
+}
+
+/// The right to ask for work. No other thread begins to record while it lives.
+struct Turn<'a>(MutexGuard<'a, Option<ThreadId>>);
+
+impl Turn<'_> {
+    /// Refuses `what` while this thread records.
+    fn refuse(&self, what: &str) -> Result<()> {
+        if self.0.is_some() { Err(while_recording(what)) } else { Ok(()) }
+    }
+}
+
+/// Recorded work, ready to be launched.
+pub struct Graph {
+    graph: sys::CUgraphExec,
+    line: Arc<Line>,
+}
+
+// SAFETY: a handle of the driver, used by one thread at a time, as there is no other copy and it is not Sync.
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        let _turn = self.line.turn();
+        // A device that has failed cannot free, and need not.
+        let _ = self.line.stream.context().bind_to_thread();
+        // SAFETY: made by `record`, destroyed once; where it still runs, the driver lets it end.
+        let _ = unsafe { cuda::graph::exec_destroy(self.graph) };
+    }
+}
+
+/// A recording under way. Dropped, it ends.
+struct Recording<'a>(&'a Line);
+
+impl Recording<'_> {
+    fn begin(line: &Line) -> std::result::Result<Recording<'_>, DriverError> {
+        let mut turn = line.turn();
+        // Other threads may do with their GPUs what they like; what cannot be recorded is refused to this one alone.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives.
+        unsafe { cuda::stream::begin_capture(line.stream.cu_stream(), mode)? };
+        *turn.0 = Some(std::thread::current().id());
+        Ok(Recording(line))
+    }
+
+    /// What was recorded, to be destroyed by the caller.
+    fn end(self) -> std::result::Result<sys::CUgraph, DriverError> {
+        let line = self.0;
+        std::mem::forget(self);
+        Self::stop(line)
+    }
+
+    fn stop(line: &Line) -> std::result::Result<sys::CUgraph, DriverError> {
+        let mut turn = line.turn();
+        // SAFETY: begun on this stream, by this thread.
+        let graph = unsafe { cuda::stream::end_capture(line.stream.cu_stream()) };
+        *turn.0 = None;
+        line.recorded.notify_all();
+        graph
+    }
+}
+
+impl Drop for Recording<'_> {
+    fn drop(&mut self) {
+        if let Ok(graph) = Self::stop(self.0) {
+            // SAFETY: made by the driver, and not handed on.
+            let _ = unsafe { cuda::graph::destroy(graph) };
+        }
+    }
+}
+
+/// Graphs that wait for the device at most: the host need not be further ahead, and can still be interrupted.
+const AHEAD: usize = 16;
+
+/// Page-locked host memory.
+pub(super) struct Pinned(*mut u8, usize);
+
+// SAFETY: memory that belongs to its owner.
 unsafe impl Send for Pinned {}
+
+impl AsMut<[u8]> for Pinned {
+    fn as_mut(&mut self) -> &mut [u8] {
+        // SAFETY: allocated with so many bytes, zeroed, and borrowed as this is.
+        unsafe { std::slice::from_raw_parts_mut(self.0, self.1) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `lock_memory`, and freed once, with the driver, when nothing runs any more.
+        let _ = unsafe { cuda::free_host(self.0.cast()) };
+    }
+}
 
 /// A piece of work between two events.
 struct Timed {
@@ -64,8 +168,18 @@ struct Timed {
     end: Event,
 }
 
-#[derive(Clone, Copy)]
-struct Event(sys::CUevent);
+pub(super) struct Event(sys::CUevent);
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by `mark`, destroyed once; the driver lets what waits for it go on.
+        let _ = unsafe { cuda::event::destroy(self.0) };
+    }
+}
+
+/// Flags of an event that tells no time, and for which a thread sleeps.
+const WAITED_FOR: u32 =
+    sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32 | sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
 
 // SAFETY: a handle of the driver, as below.
 unsafe impl Send for Event {}
@@ -84,14 +198,15 @@ pub struct Spent {
 /// Memory on a GPU.
 pub struct DeviceMemory {
     address: u64,
-    stream: Arc<CudaStream>,
+    line: Arc<Line>,
 }
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
+        let _turn = self.line.turn();
         // A device that has failed cannot free, and need not: errors say nothing new here.
-        let _ = self.stream.context().bind_to_thread();
-        let _ = self.stream.synchronize();
+        let _ = self.line.stream.context().bind_to_thread();
+        let _ = self.line.stream.synchronize();
         // SAFETY: allocated by Driver::allocate, and freed once; no work on it is left.
         let _ = unsafe { cuda::free_sync(self.address) };
     }
@@ -179,20 +294,20 @@ impl Driver {
             .map(Module)
             .map_err(failed("refuses the kernels; the driver may be too old (580 or newer is needed)"))?;
         let products = Products::new().map_err(|e| device_error(format!("GPU {ordinal}: cuBLASLt: {e}")))?;
-        let workspace = allocate(&stream, ordinal, WORKSPACE)?;
+        let line = Arc::new(Line { stream, recording: Mutex::new(None), recorded: Condvar::new() });
+        let workspace = allocate(&line, ordinal, WORKSPACE)?;
         let name = context.name().map_err(failed("does not say what it is"))?;
-        // SAFETY: the context is bound; freed by `drop`.
-        let pinned = unsafe { cuda::malloc_host(PINNED, 0) }.map_err(failed("has no room for copies"))?;
         Ok(Self {
             ordinal,
+            ring: Mutex::new(Ring::new()),
+            ahead: Mutex::default(),
+            profile: Mutex::default(),
             products: Mutex::new(products),
             workspace,
             functions: Mutex::default(),
             module,
-            stream,
+            line,
             context,
-            profile: Mutex::default(),
-            pinned: Mutex::new(Pinned { start: pinned.cast(), used: 0 }),
             name,
         })
     }
@@ -207,17 +322,15 @@ impl Driver {
     /// # Errors
     /// When the device fails.
     pub fn end_profile(&self) -> Result<Vec<Spent>> {
+        let _turn = self.line.turn();
         let timed = self.profile.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
         self.bind()?;
-        self.stream.synchronize().map_err(|e| self.failed("failed at its work", e))?;
+        self.line.stream.synchronize().map_err(|e| self.failed("failed at its work", e))?;
         let mut spent: HashMap<String, Spent> = HashMap::new();
         for Timed { name, work, begin, end } in timed {
-            // SAFETY: both events were recorded, and are destroyed once.
-            let milliseconds = unsafe {
-                let time = cuda::event::elapsed(begin.0, end.0);
-                let _ = (cuda::event::destroy(begin.0), cuda::event::destroy(end.0));
-                time.map_err(|e| self.failed("cannot tell the time", e))?
-            };
+            // SAFETY: both events were recorded.
+            let milliseconds =
+                unsafe { cuda::event::elapsed(begin.0, end.0) }.map_err(|e| self.failed("cannot tell the time", e))?;
             let entry = spent.entry(name.clone()).or_insert(Spent { name, work: Work::default(), seconds: 0.0 });
             entry.work.add(&work);
             entry.seconds += f64::from(milliseconds) / 1e3;
@@ -231,20 +344,30 @@ impl Driver {
     fn timed(&self, describe: impl FnOnce() -> (String, Work), run: impl FnOnce() -> Result<()>) -> Result<()> {
         let mut profile = self.profile.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(profile) = profile.as_mut() else { return run() };
-        let record = || -> Result<Event> {
-            let event = cuda::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT);
-            let event = event.map_err(|e| self.failed("has no room for an event", e))?;
-            // SAFETY: the event has just been made; the stream lives as long as the device.
-            unsafe { cuda::event::record(event, self.stream.cu_stream()) }
-                .map_err(|e| self.failed("cannot tell the time", e))?;
-            Ok(Event(event))
-        };
-        let begin = record()?;
+        let mark = || self.event(sys::CUevent_flags::CU_EVENT_DEFAULT as u32);
+        let begin = mark()?;
         run()?;
-        let end = record()?;
+        let end = mark()?;
         let (name, work) = describe();
         profile.push(Timed { name, work, begin, end });
         Ok(())
+    }
+
+    /// An event behind all work so far.
+    fn event(&self, flags: u32) -> Result<Event> {
+        let mut event = ptr::null_mut();
+        // SAFETY: the context is bound.
+        unsafe { sys::cuEventCreate(&mut event, flags) }
+            .result()
+            .map_err(|e| self.failed("has no room for an event", e))?;
+        let event = Event(event);
+        // SAFETY: the event has just been made; the stream lives as long as the device.
+        unsafe { cuda::event::record(event.0, self.stream()) }.map_err(|e| self.failed("cannot mark its work", e))?;
+        Ok(event)
+    }
+
+    fn stream(&self) -> sys::CUstream {
+        self.line.stream.cu_stream()
     }
 
     /// The GPU's name, as the vendor calls it.
@@ -302,20 +425,53 @@ impl Driver {
 impl Drop for Driver {
     fn drop(&mut self) {
         let _ = self.context.bind_to_thread();
-        let _ = self.stream.synchronize();
-        let pinned = self.pinned.get_mut().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: loaded and allocated once by `open`; nothing runs any more.
-        unsafe {
-            let _ = cuda::free_host(pinned.start.cast());
-            let _ = cuda::module::unload(self.module.0);
-        }
+        let _ = self.line.stream.synchronize();
+        // SAFETY: loaded once by `open`; nothing runs any more.
+        let _ = unsafe { cuda::module::unload(self.module.0) };
     }
 }
 
-fn allocate(stream: &Arc<CudaStream>, ordinal: usize, bytes: usize) -> Result<DeviceMemory> {
+impl Side for Driver {
+    type Room = Pinned;
+    type Mark = Event;
+
+    fn lock_memory(&self, bytes: usize) -> Result<Pinned> {
+        // SAFETY: the context is bound; Pinned owns what comes back, and holds numbers from the start.
+        unsafe {
+            let start = cuda::malloc_host(bytes, 0).map_err(|e| self.failed("has no room for copies", e))?;
+            start.cast::<u8>().write_bytes(0, bytes);
+            Ok(Pinned(start.cast(), bytes))
+        }
+    }
+
+    unsafe fn copy(&self, from: &[u8], to: u64) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { cuda::memcpy_htod_async(to, from, self.stream()) }.map_err(|e| self.failed("cannot copy to it", e))
+    }
+
+    fn mark(&self) -> Result<Event> {
+        self.event(WAITED_FOR)
+    }
+
+    fn is_done(&self, mark: &Event) -> Result<bool> {
+        // SAFETY: the event was recorded.
+        match unsafe { cuda::event::query(mark.0) } {
+            Ok(()) => Ok(true),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
+            Err(e) => Err(self.failed("failed at its work", e)),
+        }
+    }
+
+    fn wait(&self, mark: &Event) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { cuda::event::synchronize(mark.0) }.map_err(|e| self.failed("failed at its work", e))
+    }
+}
+
+fn allocate(line: &Arc<Line>, ordinal: usize, bytes: usize) -> Result<DeviceMemory> {
     // SAFETY: the context is bound; what comes back is owned by DeviceMemory.
     match unsafe { cuda::malloc_sync(bytes) } {
-        Ok(address) => Ok(DeviceMemory { address, stream: Arc::clone(stream) }),
+        Ok(address) => Ok(DeviceMemory { address, line: Arc::clone(line) }),
         Err(e) => {
             let free = cuda::mem_get_info().map_or(0, |(free, _)| free);
             Err(device_error(format!(
@@ -329,10 +485,13 @@ fn allocate(stream: &Arc<CudaStream>, ordinal: usize, bytes: usize) -> Result<De
 
 impl Device for Driver {
     type Memory = DeviceMemory;
+    type Graph = Graph;
 
     fn allocate(&self, bytes: usize) -> Result<DeviceMemory> {
+        let turn = self.line.turn();
+        turn.refuse("memory is asked for")?;
         self.bind()?;
-        allocate(&self.stream, self.ordinal, bytes)
+        allocate(&self.line, self.ordinal, bytes)
     }
 
     fn address(memory: &DeviceMemory) -> u64 {
@@ -340,39 +499,32 @@ impl Device for Driver {
     }
 
     unsafe fn write(&self, from: &[u8], to: u64) -> Result<()> {
+        let turn = self.line.turn();
+        turn.refuse("something is copied to the device")?;
         self.bind()?;
-        let failed = |e| self.failed("cannot copy to it", e);
-        if from.len() > PINNED / 16 {
-            // SAFETY: the caller's; a copy from pageable memory returns when that has been read.
-            return unsafe { cuda::memcpy_htod_async(to, from, self.stream.cu_stream()) }.map_err(failed);
-        }
-        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
-        if pinned.used + from.len() > PINNED {
-            self.stream.synchronize().map_err(failed)?;
-            pinned.used = 0;
-        }
-        // SAFETY: the room is as large as PINNED, and copies out of this part of it have ended; the rest is the caller's.
-        unsafe {
-            let room = pinned.start.add(pinned.used);
-            room.copy_from_nonoverlapping(from.as_ptr(), from.len());
-            pinned.used += from.len();
-            let room = std::slice::from_raw_parts(room, from.len());
-            cuda::memcpy_htod_async(to, room, self.stream.cu_stream()).map_err(failed)
-        }
+        let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the caller's.
+        unsafe { ring.write(self, from, to) }
+    }
+
+    fn expect(&self, bytes: usize) {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner).expect(bytes);
     }
 
     unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<()> {
+        let turn = self.line.turn();
+        turn.refuse("something is copied from the device")?;
         self.bind()?;
-        self.stream.synchronize().map_err(|e| self.failed("failed at its work", e))?;
+        self.line.stream.synchronize().map_err(|e| self.failed("failed at its work", e))?;
         // SAFETY: the caller's.
         unsafe { cuda::memcpy_dtoh_sync(to, from) }.map_err(|e| self.failed("cannot copy from it", e))
     }
 
     unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()> {
+        let _turn = self.line.turn();
         self.bind()?;
         // SAFETY: the caller's.
-        unsafe { cuda::memset_d8_async(at, 0, bytes, self.stream.cu_stream()) }
-            .map_err(|e| self.failed("cannot clear memory", e))
+        unsafe { cuda::memset_d8_async(at, 0, bytes, self.stream()) }.map_err(|e| self.failed("cannot clear memory", e))
     }
 
     unsafe fn launch(
@@ -382,6 +534,7 @@ impl Device for Driver {
         threads: usize,
         arguments: &[Argument],
     ) -> Result<()> {
+        let _turn = self.line.turn();
         self.bind()?;
         let function = self.function(kernel)?;
         let mut values: Vec<*mut c_void> = arguments
@@ -403,7 +556,7 @@ impl Device for Driver {
                 // SAFETY: the caller's; the driver only reads the values, and has done so when it returns.
                 unsafe {
                     let block = (threads as u32, 1, 1);
-                    cuda::launch_kernel(function.0, (x, y, z), block, 0, self.stream.cu_stream(), &mut values)
+                    cuda::launch_kernel(function.0, (x, y, z), block, 0, self.stream(), &mut values)
                 }
                 .map_err(|e| self.failed(&format!("kernel {kernel}"), e))
             },
@@ -411,6 +564,7 @@ impl Device for Driver {
     }
 
     unsafe fn product(&self, product: &MatrixProduct) -> Result<()> {
+        let _turn = self.line.turn();
         self.bind()?;
         let mut products = self.products.lock().unwrap_or_else(PoisonError::into_inner);
         let name = || {
@@ -421,10 +575,55 @@ impl Device for Driver {
         };
         self.timed(name, || {
             // SAFETY: the caller's, and the workspace is the device's own.
-            unsafe { products.run(product, self.workspace.address, self.stream.cu_stream().cast()) }.map_err(|e| {
+            unsafe { products.run(product, self.workspace.address, self.stream().cast()) }.map_err(|e| {
                 device_error(format!("GPU {}: product of {:?}: cuBLASLt says {e}", self.ordinal, product.size))
             })
         })
+    }
+
+    /// A profile times work piece by piece.
+    fn records(&self) -> bool {
+        self.profile.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
+
+    fn record(&self, work: &mut dyn FnMut()) -> Result<Graph> {
+        let failed = |e| self.failed("does not record a step", e);
+        self.line.turn().refuse("another recording begins")?;
+        self.bind()?;
+        let recording = Recording::begin(&self.line).map_err(failed)?;
+        work();
+        let recorded = recording.end().map_err(failed)?;
+        // SAFETY: recorded just now, and destroyed once; what is made of it needs it no longer.
+        let graph = unsafe {
+            let graph = cuda::graph::instantiate(recorded, sys::CUgraphInstantiate_flags(0));
+            let _ = cuda::graph::destroy(recorded);
+            Graph { graph: graph.map_err(failed)?, line: Arc::clone(&self.line) }
+        };
+        // Now, so that a lack of memory shows before the graph is relied on.
+        let uploaded = {
+            let _turn = self.line.turn();
+            // SAFETY: the graph is whole, and its stream lives.
+            unsafe { cuda::graph::upload(graph.graph, self.stream()) }
+        };
+        uploaded.map_err(failed)?;
+        Ok(graph)
+    }
+
+    unsafe fn replay(&self, graph: &Graph) -> Result<()> {
+        let turn = self.line.turn();
+        turn.refuse("a recording is replayed")?;
+        self.bind()?;
+        let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+        if ahead.len() >= AHEAD
+            && let Some(oldest) = ahead.pop_front()
+        {
+            self.wait(&oldest)?;
+        }
+        // SAFETY: the caller's; the graph is whole, and its stream this device's.
+        unsafe { cuda::graph::launch(graph.graph, self.stream()) }
+            .map_err(|e| self.failed("cannot repeat a step", e))?;
+        ahead.push_back(self.event(WAITED_FOR)?);
+        Ok(())
     }
 }
 

@@ -1,6 +1,6 @@
 //! The end of the decoder, from the joined stages to the logits.
 
-use super::memory::{ColumnSums, THREADS, column_span, dropout_arguments, slabs, width};
+use super::memory::{ColumnSums, THREADS, column_span, slabs, width};
 use super::{Argument, Cuda, Device};
 use crate::backend::{
     BatchNormView, Classifier, Dropout, Grid, Head, HeadPass, Memory, classify_backward_input_plainly,
@@ -41,6 +41,14 @@ fn kept(drop: Option<Dropout>) -> Argument {
 }
 
 impl<D: Device> Cuda<D> {
+    /// z, how it is normalised and dropped, as the arguments with which every fused kernel begins.
+    fn read(&self, head: &HeadPass<'_, Self>) -> Vec<Argument> {
+        let mut arguments = vec![head.z.at(head.rows * head.channels)];
+        arguments.extend(view(&head.norm, head.channels));
+        arguments.extend(self.dropout_arguments(head.drop));
+        arguments
+    }
+
     /// Adds up to [`PARTS`] stages to z, and measures it.
     fn join(
         &self,
@@ -140,10 +148,8 @@ impl<D: Device> Head for Cuda<D> {
         if !fuses(head.channels, head.classifier.labels) {
             return classify_plainly(self, head, room, logits);
         }
-        let HeadPass { z, norm, drop, rows, channels, classifier } = head;
-        let mut arguments = vec![z.at(rows * channels)];
-        arguments.extend(view(&norm, channels));
-        arguments.extend(dropout_arguments(drop));
+        let HeadPass { rows, channels, classifier, .. } = head;
+        let mut arguments = self.read(&head);
         arguments.extend([classifier.weight.at(2 * channels), classifier.bias.at(2)]);
         arguments.extend([rows, channels, EACH].map(Argument::from));
         let passed = if passed.len() > 0 { passed.to(bits(rows, channels)) } else { Argument::pointer(0) };
@@ -252,7 +258,7 @@ impl<D: Device> Head for Cuda<D> {
         let n = rows * channels;
         let mut arguments = vec![z.at(n)];
         arguments.extend(view(&norm, channels));
-        arguments.extend(dropout_arguments(drop));
+        arguments.extend(self.dropout_arguments(drop));
         arguments.extend([rows.into(), channels.into(), a.to(n)]);
         self.launch("head_activation", n / width(channels), &arguments);
     }
@@ -271,7 +277,7 @@ impl<D: Device> Head for Cuda<D> {
         let arguments = |slab, partial| {
             let mut arguments = vec![z.at(n)];
             arguments.extend(view(&norm, channels));
-            arguments.extend(dropout_arguments(drop));
+            arguments.extend(self.dropout_arguments(drop));
             arguments.extend([rows.into(), channels.into(), slab, da.both(n), partial]);
             arguments
         };

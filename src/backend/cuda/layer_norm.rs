@@ -1,6 +1,6 @@
 //! LayerNorm over channels.
 
-use super::memory::{ColumnSums, THREADS, dropout_arguments, slabs, width};
+use super::memory::{ColumnSums, THREADS, slabs, width};
 use super::{Argument, Cuda, Device};
 use crate::backend::{Dropout, Grid, InFront, LayerNorm, Linear, Residual};
 
@@ -51,7 +51,7 @@ impl<D: Device> LayerNorm for Cuda<D> {
         }
         let (n, lanes) = (rows * channels, lanes(channels));
         let mut arguments = vec![x.at(n), branch.at(n)];
-        arguments.extend(dropout_arguments(drop));
+        arguments.extend(self.dropout_arguments(drop));
         arguments.extend([grid.area().into(), gamma.at(channels), beta.at(channels)]);
         arguments.extend([rows, channels, lanes].map(Argument::from));
         arguments.extend([y.to(n), normed.to(n), stats.to(2 * rows)]);
@@ -92,7 +92,7 @@ impl<D: Device> LayerNorm for Cuda<D> {
         if let Some((dgamma, dbeta)) = parameters.take_if(|_| !short(channels)) {
             self.layer_norm_backward_params(dy, x, stats, rows, channels, dgamma, dbeta);
         }
-        let mut factors = dropout_arguments(scaled.as_ref().map(|(drop, ..)| *drop)).to_vec();
+        let mut factors = self.dropout_arguments(scaled.as_ref().map(|(drop, ..)| *drop)).to_vec();
         factors.push(scaled.as_ref().map_or(1, |(_, grid, _)| grid.area()).into());
         factors.push(scaled.as_mut().map_or(Argument::pointer(0), |(.., scaled)| scaled.to(n)));
         let mut arguments = vec![dy.at(n), x.at(n), stats.at(2 * rows), gamma.at(channels)];

@@ -11,9 +11,9 @@ const TILE: usize = 16;
 impl<D: Device> Cuda<D> {
     /// Labels, positions and flips of the samples, as three arguments.
     fn stage_labels(&self, samples: &[Sample<'_>], size: usize) -> [Argument; 3] {
-        let flips: Vec<u8> = samples.iter().map(|s| s.augment.flip.into()).collect();
-        let (truths, positions, more) = self.stage_samples(samples, size, Part::Labels, &[&flips]);
-        [truths, positions, more[0]]
+        let at = self.samples_at(samples, size, Part::Labels);
+        let [positions, flips] = [at.positions, at.flips].map(Argument::pointer);
+        [at.argument(Part::Labels, samples.len(), size), positions, flips]
     }
 }
 
@@ -63,7 +63,7 @@ impl<D: Device> Loss for Cuda<D> {
         labels: usize,
         samples: &[Sample<'_>],
         size: usize,
-        counts: &mut [u64],
+        counts: &mut Self::Counts,
     ) {
         let images = samples.len();
         if images == 0 {
@@ -71,22 +71,33 @@ impl<D: Device> Loss for Cuda<D> {
         }
         let [truths, positions, flips] = self.stage_labels(samples, size);
         let n = images * from.area() * labels;
-        let counts = &mut counts[..images * labels * labels];
-        let bytes = size_of_val(counts);
-        // Scratch is counted in numbers of 4 bytes.
-        let address = self.scratch(2 * counts.len());
-        // SAFETY: the scratch has room for the counts.
-        self.attempt(|device| unsafe { device.clear(address, bytes) });
+        let number = images * labels * labels;
+        let address = counts.address(number);
+        // SAFETY: the array holds so many counts, as `address` asserts.
+        self.attempt(|device| unsafe { device.clear(address, number * size_of::<u64>()) });
         let blocks = (size * size).div_ceil(THREADS);
         let [height, width, labels, size] = [from.height, from.width, labels, size].map(Argument::from);
         let arguments =
             [logits.at(n), height, width, labels, truths, positions, flips, size, Argument::pointer(address)];
         self.launch_blocks("confusion", [blocks, images, 1], THREADS, &arguments);
-        let mut found = vec![0u64; counts.len()];
-        // SAFETY: the scratch has room for the counts.
-        self.attempt(|device| unsafe { device.read(address, bytemuck::cast_slice_mut(&mut found)) });
-        for (count, found) in counts.iter_mut().zip(found) {
-            *count += found;
-        }
+    }
+
+    fn note(
+        &self,
+        loss: &Self::Full,
+        counts: &Self::Counts,
+        images: usize,
+        labels: usize,
+        at: usize,
+        all_losses: &mut Self::Full,
+        all_counts: &mut Self::Counts,
+    ) {
+        let squares = labels * labels;
+        let to = |address, bytes| Argument::Pointer { address, read: 0, written: bytes };
+        let losses = to(all_losses.address(at + images), images * size_of::<f32>());
+        let all = to(all_counts.address((at + images) * squares), images * squares * size_of::<u64>());
+        let sizes = [images, squares, at].map(Argument::from);
+        let arguments = [loss.at(images), counts.at(images * squares), sizes[0], sizes[1], sizes[2], losses, all];
+        self.launch("note", images * squares, &arguments);
     }
 }

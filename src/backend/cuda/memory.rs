@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
+use super::graphs::{Announced, Graphs};
 use super::tables::{Span, Tables};
 use super::{Argument, Device, Pictures};
-use crate::backend::{Dropout, Memory};
+use crate::backend::{Inputs, Memory};
 use crate::{Error, Result};
 
 /// Threads of a block in all kernels but attention's.
@@ -19,7 +20,15 @@ pub struct Array<D: Device, E> {
     /// None if empty, or if the device had no room, which is a kept failure.
     memory: Option<D::Memory>,
     len: usize,
+    /// Counts the backend's arrays that are gone.
+    gone: Arc<AtomicUsize>,
     element: PhantomData<E>,
+}
+
+impl<D: Device, E> Drop for Array<D, E> {
+    fn drop(&mut self) {
+        self.gone.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 impl<D: Device, E> Array<D, E> {
@@ -69,6 +78,12 @@ impl<D: Device> Room<D> {
 
 /// A device as a backend: bf16 activations, f32 parameters.
 pub struct Cuda<D: Device> {
+    /// Dropped before what the recordings name.
+    pub(super) graphs: Graphs<D>,
+    /// Inputs of the work being repeated.
+    pub(super) announced: Mutex<Option<Announced>>,
+    /// Why the device does not record.
+    pub(super) refusal: Mutex<Option<Error>>,
     device: D,
     /// Partial sums.
     scratch: Room<D>,
@@ -78,7 +93,9 @@ pub struct Cuda<D: Device> {
     remembers: bool,
     pub(super) tables: Tables<D>,
     allocated: AtomicUsize,
-    failure: Mutex<Option<Error>>,
+    /// Arrays that are gone: recordings of before may name them.
+    pub(super) gone: Arc<AtomicUsize>,
+    pub(super) failure: Mutex<Option<Error>>,
 }
 
 pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -89,6 +106,9 @@ impl<D: Device> Cuda<D> {
     /// A backend on `device`.
     pub fn new(device: D) -> Self {
         Self {
+            graphs: Graphs::new(),
+            announced: Mutex::new(None),
+            refusal: Mutex::new(None),
             device,
             scratch: Room::new(),
             staging: Room::new(),
@@ -96,6 +116,7 @@ impl<D: Device> Cuda<D> {
             remembers: true,
             tables: Tables::new(),
             allocated: AtomicUsize::new(0),
+            gone: Arc::default(),
             failure: Mutex::new(None),
         }
     }
@@ -150,12 +171,13 @@ impl<D: Device> Cuda<D> {
             Ok(memory)
         };
         let memory = if bytes > 0 { self.attempt(make) } else { None };
-        Array { memory, len, element: PhantomData }
+        Array { memory, len, gone: Arc::clone(&self.gone), element: PhantomData }
     }
 
     fn room(&self, room: &Room<D>, bytes: usize) -> u64 {
         let mut room = locked(&room.0);
         if room.1 < bytes {
+            self.graphs.forget();
             // The old block goes first, so that both need not fit.
             *room = (None, 0);
             room.0 = self.attempt(|device| device.allocate(bytes));
@@ -170,18 +192,16 @@ impl<D: Device> Cuda<D> {
         self.room(&self.scratch, n * size_of::<f32>())
     }
 
-    /// Copies `parts` one behind the other to the device; the addresses of each.
-    pub(super) fn stage(&self, parts: &[&[u8]]) -> Vec<u64> {
-        let bytes = parts.iter().map(|part| part.len()).sum();
-        let mut at = self.room(&self.staging, bytes);
-        let mut addresses = Vec::with_capacity(parts.len());
+    /// Copies `parts` one behind the other to the device; the address of the first.
+    pub(super) fn stage(&self, parts: &[&[u8]]) -> u64 {
+        let start = self.room(&self.staging, parts.iter().map(|part| part.len()).sum());
+        let mut at = start;
         for part in parts {
             // SAFETY: the room holds all parts, and each lies behind the one before.
             self.attempt(|device| unsafe { device.write(part, at) });
-            addresses.push(at);
             at += part.len() as u64;
         }
-        addresses
+        start
     }
 
     /// Launches `kernel` on a grid of blocks of `threads`.
@@ -269,22 +289,20 @@ pub(super) fn width(channels: usize) -> usize {
     if channels.is_multiple_of(8) { 8 } else { 1 }
 }
 
-/// A dropout as the six arguments that kernels take; none keeps everything.
-pub(super) fn dropout_arguments(drop: Option<Dropout>) -> [Argument; 6] {
-    let (words, first, rate) = drop.map_or(([0; 4], 0, 0.0), |d| (d.stream.identity(), d.first, d.rate));
-    let [a, b, c, d] = words.map(Argument::U32);
-    [a, b, c, d, Argument::U64(first), Argument::F32(rate)]
-}
-
 impl<D: Device> Memory for Cuda<D> {
     type Act = Array<D, bf16>;
     type Full = Array<D, f32>;
+    type Counts = Array<D, u64>;
 
     fn act(&self, len: usize) -> Self::Act {
         self.array(len)
     }
 
     fn full(&self, len: usize) -> Self::Full {
+        self.array(len)
+    }
+
+    fn counts(&self, len: usize) -> Self::Counts {
         self.array(len)
     }
 
@@ -327,6 +345,15 @@ impl<D: Device> Memory for Cuda<D> {
         to.into_iter().map(f64::from).collect()
     }
 
+    /// Zeros where the device has failed.
+    fn whole(&self, from: &Self::Counts, len: usize) -> Vec<u64> {
+        let mut to = vec![0; len];
+        let address = from.address(len);
+        // SAFETY: the array has so many numbers, as `address` asserts.
+        self.attempt(|device| unsafe { device.read(address, bytemuck::cast_slice_mut(&mut to)) });
+        to
+    }
+
     fn zero(&self, x: &mut Self::Full) {
         let (address, bytes) = (x.address(x.len()), x.len() * size_of::<f32>());
         // SAFETY: the array has so many bytes.
@@ -342,6 +369,19 @@ impl<D: Device> Memory for Cuda<D> {
     fn cast(&self, from: &Self::Full, to: &mut Self::Act) {
         let n = from.len();
         self.launch("cast", n.div_ceil(8), &[from.at(n), to.to(n), n.into()]);
+    }
+
+    fn repeat(&self, key: &[u64], inputs: &Inputs<'_>, mut work: impl FnMut()) {
+        self.repeat_work(key, inputs, &mut work);
+    }
+
+    fn remark(&self) -> Option<String> {
+        let refusal = locked(&self.refusal);
+        refusal.as_ref().map(|refusal| format!("steps are launched kernel by kernel, not as graphs: {refusal}"))
+    }
+
+    fn place(&self, x: &Self::Full) -> u64 {
+        x.address(0)
     }
 
     /// The whole batch: a GPU wants as much at once as there is.

@@ -13,6 +13,7 @@ mod depthwise;
 mod device;
 mod driver;
 mod dry;
+mod graphs;
 mod head;
 mod layer_norm;
 mod linear;
@@ -24,6 +25,7 @@ mod patches;
 mod pictures;
 mod residual;
 mod resize;
+mod ring;
 mod self_test;
 mod tables;
 

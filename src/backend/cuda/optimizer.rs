@@ -52,19 +52,8 @@ impl<D: Device> Optimizer for Cuda<D> {
         let entries: Vec<Entry> = tensors.iter().map(entry).collect();
         let table = self.pieces(&entries, |entry| entry.n as usize);
         let [beta1, beta2] = update.betas;
-        let steps = update.step as f64;
-        let numbers = [
-            update.max_norm,
-            1.0 - update.lr * update.weight_decay,
-            update.lr / (1.0 - beta1.powf(steps)),
-            (1.0 - beta2.powf(steps)).sqrt(),
-            beta1,
-            beta2,
-            1.0 - beta1,
-            1.0 - beta2,
-            update.epsilon,
-        ];
-        let mut rest = vec![norm.at(1)];
+        let numbers = [update.max_norm, beta1, beta2, 1.0 - beta1, 1.0 - beta2, update.epsilon];
+        let mut rest = vec![norm.at(1), self.rates_at(update)];
         rest.extend(numbers.map(|x| Argument::F32(x as f32)));
         self.launch_table("adamw", table, (read, written), &rest);
     }

@@ -23,11 +23,9 @@ impl<D: Device> Patches for Cuda<D> {
         }
         let out_size = window.out(size);
         let n = images * out_size * out_size * window.side * window.side * 3;
-        let levels: Vec<[u8; 256]> = samples.iter().map(|s| s.augment.table()).collect();
-        let flips: Vec<u8> = samples.iter().map(|s| s.augment.flip.into()).collect();
-        let more: [&[u8]; 2] = [levels.as_flattened(), &flips];
-        let (pixels, positions, more) = self.stage_samples(samples, size, Part::Pixels, &more);
-        let (levels, flips) = (more[0], more[1]);
+        let at = self.samples_at(samples, size, Part::Pixels);
+        let pixels = at.argument(Part::Pixels, images, size);
+        let [positions, levels, flips] = [at.positions, at.levels, at.flips].map(Argument::pointer);
         let Window { side, stride, padding } = window;
         let across = STAGED / (3 * side);
         assert!(side <= across, "a window of {side} x {side} pixels does not fit into shared memory");

@@ -20,13 +20,14 @@ pub struct Pictures {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
     /// `(size, size, 3)`
-    Pixels,
+    Pixels = 0,
     /// `(size, size)`
-    Labels,
+    Labels = 1,
 }
 
 impl Part {
-    fn len(self, size: usize) -> usize {
+    /// Bytes of a picture's.
+    pub fn len(self, size: usize) -> usize {
         size * size * if self == Self::Pixels { 3 } else { 1 }
     }
 
@@ -66,38 +67,88 @@ impl Pictures {
         Ok(Self { _memory: Box::new(memory), address: address_on_device, hosts, size })
     }
 
-    /// Where the part of the first picture lies, if all `samples` are here.
-    fn find(&self, samples: &[Sample<'_>], size: usize, part: Part) -> Option<u64> {
-        let host = usize::from(part == Part::Labels);
-        let here =
-            |s: &Sample<'_>| self.hosts.get(s.index).is_some_and(|hosts| hosts[host] == part.of(s).as_ptr() as usize);
-        let start = if part == Part::Pixels { 0 } else { self.hosts.len() * Part::Pixels.len(size) };
-        (self.size == size && samples.iter().all(here)).then(|| self.address + start as u64)
+    /// Where the pixels and the labels of the first picture lie, if these parts of all `samples` are here.
+    fn find(&self, samples: &[Sample<'_>], size: usize, parts: &[Part]) -> Option<[u64; 2]> {
+        let here = |s: &Sample<'_>| {
+            let same = |hosts: &[usize; 2], part: &Part| hosts[*part as usize] == part.of(s).as_ptr() as usize;
+            self.hosts.get(s.index).is_some_and(|hosts| parts.iter().all(|part| same(hosts, part)))
+        };
+        let labels = self.address + (self.hosts.len() * Part::Pixels.len(size)) as u64;
+        (self.size == size && samples.iter().all(here)).then_some([self.address, labels])
+    }
+}
+
+/// Where inputs lie on the device; 0 for none.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub(super) struct Addresses {
+    /// `unsigned`, the step of the random numbers.
+    pub step: u64,
+    /// f32 `(3)`, what changes from update to update.
+    pub rates: u64,
+    /// int `(images)`, the position of each sample among the pictures.
+    pub positions: u64,
+    /// u8 `(images)`, whether it is mirrored.
+    pub flips: u64,
+    /// u8 `(images, 256)`, its augmented levels.
+    pub levels: u64,
+    /// Pixels and labels of the pictures, one behind the other.
+    pictures: [u64; 2],
+}
+
+impl Addresses {
+    /// Where a part of the first picture lies.
+    pub fn part(&self, part: Part) -> u64 {
+        self.pictures[part as usize]
+    }
+
+    /// A part of `images` pictures as an argument.
+    pub fn argument(&self, part: Part, images: usize, size: usize) -> Argument {
+        Argument::Pointer { address: self.part(part), read: images * part.len(size), written: 0 }
     }
 }
 
 impl<D: Device> Cuda<D> {
-    /// A part of the samples as arguments: where pictures lie, one behind the other, and `(images)` the position of each
-    /// sample among them as `int`; then `more`, copied to the device. Room is shared: the next call ends their lives.
-    pub(super) fn stage_samples(
+    /// Copies inputs to the device: numbers, and of the samples what is not there yet of `parts`. Room is shared: the next
+    /// call ends their lives.
+    pub(super) fn bring(
         &self,
+        step: u32,
+        rates: [f32; 3],
         samples: &[Sample<'_>],
         size: usize,
-        part: Part,
-        more: &[&[u8]],
-    ) -> (Argument, Argument, Vec<Argument>) {
-        let kept = self.pictures().and_then(|pictures| pictures.find(samples, size, part));
+        parts: &[Part],
+    ) -> Addresses {
+        let kept = self.pictures().and_then(|pictures| pictures.find(samples, size, parts));
         let position = |(i, sample): (usize, &Sample<'_>)| if kept.is_some() { sample.index as i32 } else { i as i32 };
-        let positions: Vec<i32> = samples.iter().enumerate().map(position).collect();
-        let mut parts: Vec<&[u8]> = vec![bytemuck::cast_slice(&positions)];
-        parts.extend(more);
-        if kept.is_none() {
-            parts.extend(samples.iter().map(|s| &part.of(s)[..part.len(size)]));
+        let mut small: Vec<u8> = bytemuck::bytes_of(&step).to_vec();
+        let mut put = |bytes: &[u8]| {
+            let at = small.len() as u64;
+            small.extend(bytes);
+            at
+        };
+        let rates = put(bytemuck::cast_slice(&rates));
+        let positions = put(bytemuck::cast_slice(&samples.iter().enumerate().map(position).collect::<Vec<i32>>()));
+        let flips = put(&samples.iter().map(|s| s.augment.flip.into()).collect::<Vec<u8>>());
+        let levels = put(samples.iter().map(|s| s.augment.table()).collect::<Vec<_>>().as_flattened());
+        let mut all: Vec<&[u8]> = vec![&small];
+        let mut pictures = [0; 2];
+        let mut behind = small.len() as u64;
+        for part in parts.iter().filter(|_| kept.is_none()) {
+            pictures[*part as usize] = behind;
+            behind += (samples.len() * part.len(size)) as u64;
+            all.extend(samples.iter().map(|s| &part.of(s)[..part.len(size)]));
         }
-        let staged = self.stage(&parts);
-        let address = kept.unwrap_or_else(|| staged[1 + more.len()]);
-        let pictures = Argument::Pointer { address, read: samples.len() * part.len(size), written: 0 };
-        let rest = staged[1..=more.len()].iter().map(|&at| Argument::pointer(at)).collect();
-        (pictures, Argument::pointer(staged[0]), rest)
+        if all.len() > 1 {
+            self.device().expect(behind as usize);
+        }
+        let start = self.stage(&all);
+        Addresses {
+            step: start,
+            rates: start + rates,
+            positions: start + positions,
+            flips: start + flips,
+            levels: start + levels,
+            pictures: kept.unwrap_or(pictures.map(|at| if at == 0 { 0 } else { start + at })),
+        }
     }
 }

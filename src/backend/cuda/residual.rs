@@ -1,6 +1,6 @@
 //! Additions along the residual stream.
 
-use super::memory::{dropout_arguments, width};
+use super::memory::width;
 use super::{Argument, Cuda, Device, Element, MatrixProduct};
 use crate::backend::{Dropout, Grid, Product, Residual};
 
@@ -16,7 +16,7 @@ impl<D: Device> Residual for Cuda<D> {
     ) {
         let (n, per_image) = (grid.rows() * channels, grid.area() * channels);
         let mut arguments = vec![x.at(n), branch.at(n)];
-        arguments.extend(dropout_arguments(drop));
+        arguments.extend(self.dropout_arguments(drop));
         arguments.extend([grid.images.into(), per_image.into(), y.to(n)]);
         self.launch("residual", n / width(per_image), &arguments);
     }
@@ -47,14 +47,14 @@ impl<D: Device> Residual for Cuda<D> {
     fn drop_path(&self, x: &Self::Act, drop: Dropout, grid: Grid, channels: usize, y: &mut Self::Act) {
         let (n, per_image) = (grid.rows() * channels, grid.area() * channels);
         let mut arguments = vec![x.at(n)];
-        arguments.extend(dropout_arguments(Some(drop)));
+        arguments.extend(self.dropout_arguments(Some(drop)));
         arguments.extend([grid.images.into(), per_image.into(), y.to(n)]);
         self.launch("drop_path", n / width(per_image), &arguments);
     }
 
     fn dropout(&self, x: &Self::Act, drop: Dropout, len: usize, y: &mut Self::Act) {
         let mut arguments = vec![x.at(len)];
-        arguments.extend(dropout_arguments(Some(drop)));
+        arguments.extend(self.dropout_arguments(Some(drop)));
         arguments.extend([Argument::U64(len as u64), y.to(len)]);
         self.launch("dropout", len / width(len), &arguments);
     }

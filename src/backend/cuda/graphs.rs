@@ -1,0 +1,190 @@
+//! Pieces of a step that come again and again: recorded once, then repeated by the device without the host's help.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
+
+use super::memory::locked;
+use super::pictures::{Addresses, Part};
+use super::{Argument, Cuda, Device};
+use crate::backend::{AdamW, Dropout, Inputs, Sample};
+use crate::error::Kind;
+use crate::{Error, Result};
+
+/// What the caller says that a piece of work depends on, and where its inputs lie.
+type Key = (Vec<u64>, Addresses);
+
+/// Pieces of work met so far: done once, so that all they need is there, or recorded too.
+struct Known<D: Device> {
+    graphs: HashMap<Key, Option<D::Graph>>,
+    /// Arrays that were gone when the recordings were last used.
+    gone: usize,
+}
+
+/// The same, behind a mutex.
+pub(super) struct Graphs<D: Device>(Mutex<Known<D>>);
+
+impl<D: Device> Known<D> {
+    fn forget(&mut self) {
+        self.graphs.values_mut().for_each(|graph| *graph = None);
+    }
+}
+
+impl<D: Device> Graphs<D> {
+    pub(super) fn new() -> Self {
+        Self(Mutex::new(Known { graphs: HashMap::new(), gone: 0 }))
+    }
+
+    /// Forgets the recordings, which name memory that is about to go.
+    pub(super) fn forget(&self) {
+        locked(&self.0).forget();
+    }
+}
+
+/// Inputs of the work at hand, as the caller announced them and as they lie on the device.
+pub(super) struct Announced {
+    /// Where the samples stand on the host, and how many: they are borrowed for as long as this lives.
+    samples: (*const (), usize),
+    size: usize,
+    step: u32,
+    rates: Option<[f32; 3]>,
+    at: Addresses,
+}
+
+// SAFETY: the pointer is only compared.
+unsafe impl Send for Announced {}
+
+fn identity(samples: &[Sample<'_>]) -> (*const (), usize) {
+    (samples.as_ptr().cast(), samples.len())
+}
+
+/// What AdamW takes anew at every update: 1 - lr·weight decay, lr / (1 - beta1^t), sqrt(1 - beta2^t).
+fn rates(update: &AdamW) -> [f32; 3] {
+    let ([beta1, beta2], steps) = (update.betas, update.step as f64);
+    let rates = [
+        1.0 - update.lr * update.weight_decay,
+        update.lr / (1.0 - beta1.powf(steps)),
+        (1.0 - beta2.powf(steps)).sqrt(),
+    ];
+    rates.map(|x| x as f32)
+}
+
+impl<D: Device> Cuda<D> {
+    /// Brings `inputs` to the device, then repeats `work`: the first time it is done, the second time recorded, from then on
+    /// the recording is replayed.
+    pub(super) fn repeat_work(&self, key: &[u64], inputs: &Inputs<'_>, work: &mut dyn FnMut()) {
+        let rates = inputs.update.as_ref().map(rates);
+        let labelled = inputs.samples.iter().all(|s| s.labels.len() >= Part::Labels.len(inputs.size));
+        let parts: &[Part] = if labelled { &[Part::Pixels, Part::Labels] } else { &[Part::Pixels] };
+        let at = match (inputs.samples, rates) {
+            ([], None) => Addresses::default(),
+            _ => self.bring(inputs.step, rates.unwrap_or_default(), inputs.samples, inputs.size, parts),
+        };
+        let announced =
+            Announced { samples: identity(inputs.samples), size: inputs.size, step: inputs.step, rates, at };
+        let before = locked(&self.announced).replace(announced);
+        assert!(before.is_none(), "work repeats other work");
+        self.repeat_announced((key.to_vec(), at), work);
+        *locked(&self.announced) = None;
+    }
+
+    fn repeat_announced(&self, key: Key, work: &mut dyn FnMut()) {
+        if !self.device().records() || locked(&self.refusal).is_some() {
+            return work();
+        }
+        {
+            let mut known = locked(&self.graphs.0);
+            let gone = self.gone.load(Ordering::Relaxed);
+            if known.gone != gone {
+                known.gone = gone;
+                known.forget();
+            }
+            match known.graphs.get(&key) {
+                None => {
+                    known.graphs.insert(key, None);
+                    drop(known);
+                    return work();
+                }
+                // SAFETY: what was recorded names rooms and tables, which live as long as this unless recordings are
+                // forgotten, pictures likewise, and arrays, of which none has gone since.
+                Some(Some(graph)) => return self.attempt(|device| unsafe { device.replay(graph) }).unwrap_or_default(),
+                Some(None) => {}
+            }
+        }
+        if locked(&self.failure).is_some() {
+            return;
+        }
+        let recorded = self.device().record(work);
+        let failed = locked(&self.failure).take();
+        match failed.map_or(recorded, Err) {
+            Ok(graph) => {
+                // SAFETY: as above.
+                self.attempt(|device| unsafe { device.replay(&graph) });
+                locked(&self.graphs.0).graphs.insert(key, Some(graph));
+            }
+            Err(defect) if defect.kind == Kind::Internal => *locked(&self.failure) = Some(defect),
+            // Nothing has been done yet, and what cannot be recorded may well be done.
+            Err(refusal) => {
+                *locked(&self.refusal) = Some(refusal);
+                work();
+            }
+        }
+    }
+
+    fn not_announced(&self, what: &str) {
+        self.attempt(|_| -> Result<()> {
+            Err(Error::new(
+                Kind::Internal,
+                format!(
+                    "repeated work reads {what} that were not announced: a defect in segpeft-native, please report it"
+                ),
+            ))
+        });
+    }
+
+    /// Where a part of `samples`, and what goes with it, lies: as announced, or brought now, until the next call.
+    pub(super) fn samples_at(&self, samples: &[Sample<'_>], size: usize, part: Part) -> Addresses {
+        let Some(announced) = &*locked(&self.announced) else {
+            return self.bring(0, [0.0; 3], samples, size, &[part]);
+        };
+        if announced.samples != identity(samples) || announced.size != size || announced.at.part(part) == 0 {
+            self.not_announced("pictures");
+        }
+        announced.at
+    }
+
+    /// A dropout as the six arguments that kernels take; none keeps everything.
+    pub(super) fn dropout_arguments(&self, drop: Option<Dropout>) -> [Argument; 6] {
+        let Some(Dropout { rate, stream, first }) = drop.filter(|drop| drop.rate > 0.0) else {
+            let zero = Argument::U32(0);
+            return [zero, zero, zero, Argument::pointer(0), Argument::U64(0), Argument::F32(0.0)];
+        };
+        let [key0, key1, site, step] = stream.identity();
+        let at = match &*locked(&self.announced) {
+            None => self.bring(step, [0.0; 3], &[], 0, &[]).step,
+            Some(announced) => {
+                if announced.step != step || announced.at.step == 0 {
+                    self.not_announced("random numbers");
+                }
+                announced.at.step
+            }
+        };
+        let [key0, key1, site] = [key0, key1, site].map(Argument::U32);
+        [key0, key1, site, Argument::pointer(at), Argument::U64(first), Argument::F32(rate)]
+    }
+
+    /// Where what changes from update to update lies.
+    pub(super) fn rates_at(&self, update: &AdamW) -> Argument {
+        let rates = rates(update);
+        let at = match &*locked(&self.announced) {
+            None => self.bring(0, rates, &[], 0, &[]).rates,
+            Some(announced) => {
+                if announced.rates != Some(rates) {
+                    self.not_announced("rates");
+                }
+                announced.at.rates
+            }
+        };
+        Argument::pointer(at)
+    }
+}

@@ -1,0 +1,240 @@
+//! Work that is recorded and replayed leaves the bits of work that is not.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use host_kernels::Order;
+use segpeft_native::backend::cuda::{self, Cuda, Device};
+use segpeft_native::backend::{AdamW, Dropout, Inputs, Memory, Patches, Residual, Sample, Window};
+use segpeft_native::dataset::Augment;
+use segpeft_native::error::Kind;
+use segpeft_native::random::{Philox, Purpose};
+use segpeft_native::segformer::{Id, Model, ModelOptions, SegformerConfig, StepRandom, Trainable};
+
+use crate::common::Pictures;
+use crate::gpu;
+use crate::host::{Host, Lost};
+use crate::step::{adapters, config, model};
+
+/// Epochs of a history: in the first, work is done as it comes, in the second it is recorded, then replayed.
+const EPOCHS: u32 = 4;
+/// Pictures of an epoch: a whole batch and a smaller one.
+const PICTURES: usize = 5;
+const BATCH: usize = 3;
+
+fn bits(numbers: impl IntoIterator<Item = f32>) -> impl Iterator<Item = u64> {
+    numbers.into_iter().map(|x| u64::from(x.to_bits()))
+}
+
+/// Everything that some epochs leave, as bits: losses, norms and evaluations, then weights and moments.
+fn history<D: Device>(backend: Cuda<D>, trainable: &Trainable, pictures: &Pictures) -> (Vec<u64>, Model<Cuda<D>>) {
+    let (config, size) = config();
+    let config = SegformerConfig { drop_path_rate: 0.2, classifier_dropout_prob: 0.1, ..config };
+    let mut model = model(backend, &config, ModelOptions { size, batch: BATCH }, trainable, false);
+    let (mut moments, mut others) = (model.moments(), model.moments());
+    let decays: Vec<bool> = (0..moments.first.len()).map(|i| i % 2 == 0).collect();
+    let (mut found, mut step) = (Vec::new(), 0);
+    for epoch in 0..EPOCHS {
+        let all = pictures.samples();
+        let order = Philox::new(7, Purpose::Shuffle, 0, epoch).permutation(PICTURES);
+        let drawn = |&i: &usize| Sample { augment: Augment::draw(7, epoch, i), ..all[i] };
+        let samples: Vec<Sample<'_>> = order.iter().map(drawn).collect();
+        for batch in samples.chunks(BATCH) {
+            model.clear_gradients();
+            let scale = 1.0 / (batch.len() * size * size) as f64;
+            model.train_micro_batch(batch, scale, StepRandom { seed: 7, step });
+            model.finish_gradients();
+            step += 1;
+            let update = AdamW {
+                lr: 1e-3 / f64::from(step),
+                betas: [0.9, 0.999],
+                epsilon: 1e-8,
+                weight_decay: 0.1,
+                step: step.into(),
+                max_norm: 1.0,
+            };
+            model.update(&update, &decays, if batch.len() == BATCH { &mut moments } else { &mut others });
+            found.push(model.gradient_norm().to_bits());
+        }
+        found.push(model.take_loss().to_bits());
+        model.begin_evaluation();
+        all.chunks(BATCH).for_each(|batch| model.measure(batch));
+        let evaluated = model.end_evaluation();
+        assert_eq!(evaluated.loss.len(), PICTURES);
+        found.extend(evaluated.loss.iter().map(|x| x.to_bits()));
+        found.extend(evaluated.counts);
+        // Without labels, as in prediction.
+        found.extend(bits(model.logits(&[Sample { labels: &[], ..all[epoch as usize] }]).concat()));
+    }
+    let backend = model.backend();
+    backend.check().expect("the device works");
+    for i in 0..model.plan().specs.len() {
+        found.extend(bits(model.get(Id(i))));
+    }
+    for moment in moments.first.iter().chain(&moments.second).chain(&others.first) {
+        found.extend(bits(backend.download(moment)));
+    }
+    (found, model)
+}
+
+fn compare(what: &str, trainable: &Trainable) {
+    let (config, size) = config();
+    let pictures = &Pictures::new(0..PICTURES as u64, size, config.num_labels() == 3);
+    let found = match gpu() {
+        Some(driver) => {
+            let new = || Cuda::new(driver.clone());
+            let kept = cuda::Pictures::new(driver, &pictures.samples(), size).expect("memory");
+            let (brought, model) = history(new(), trainable, pictures);
+            assert_eq!(model.backend().remark(), None, "{what}: the GPU records");
+            let (kept, _) = history(new().with_pictures(Some(Arc::new(kept))), trainable, pictures);
+            // While a profile is taken, nothing is recorded.
+            driver.start_profile();
+            let (eager, _) = history(new(), trainable, pictures);
+            driver.end_profile().expect("the device works");
+            [brought, kept, eager]
+        }
+        None => {
+            let new = || Cuda::new(Host::new(Order::Forward));
+            let kept = cuda::Pictures::new(new().device(), &pictures.samples(), size).expect("memory");
+            let replayed = [new(), new().with_pictures(Some(Arc::new(kept)))].map(|backend| {
+                let (found, model) = history(backend, trainable, pictures);
+                assert_eq!(model.backend().remark(), None, "{what}");
+                // All but the first of each kind: micro-batches and evaluations of two sizes, updates with two sets of
+                // moments, logits; and the end of the gradients, twice an epoch.
+                let epochs = EPOCHS as usize;
+                let replays = 7 * (epochs - 1) + 2 * epochs - 1;
+                assert_eq!(model.backend().device().replays.load(Ordering::Relaxed), replays, "{what}");
+                found
+            });
+            let (eager, model) = history(Cuda::new(Host::refusing(Order::Forward)), trainable, pictures);
+            assert!(model.backend().remark().expect("it cannot record").contains("cannot record"), "{what}");
+            assert_eq!(model.backend().device().replays.load(Ordering::Relaxed), 0);
+            let [brought, kept] = replayed;
+            [brought, kept, eager]
+        }
+    };
+    let [brought, kept, eager] = found;
+    assert!(brought == eager, "{what}: replayed steps leave other bits");
+    assert!(kept == eager, "{what}: replayed steps on pictures that stay on the device leave other bits");
+}
+
+#[test]
+fn a_replayed_step_leaves_the_same_bits_full() {
+    compare("full", &Trainable::Everything);
+}
+
+#[test]
+fn a_replayed_step_leaves_the_same_bits_merged() {
+    compare("merged", &adapters(&config().0, 0.0));
+}
+
+#[test]
+fn a_replayed_step_leaves_the_same_bits_with_dropout() {
+    compare("separate", &adapters(&config().0, 0.1));
+}
+
+/// A device lost while a recording is replayed is reported as one lost in the middle of other work.
+#[test]
+fn a_device_lost_in_a_replay_is_one_clear_error() {
+    let (config, size) = config();
+    let pictures = Pictures::new(0..3, size, config.num_labels() == 3);
+    let lost = Lost { host: Host::new(Order::Forward), launches: AtomicUsize::new(usize::MAX) };
+    let mut model = model(Cuda::new(lost), &config, ModelOptions { size, batch: 3 }, &Trainable::Everything, false);
+    for step in 0..4 {
+        if step == 3 {
+            model.backend().device().launches.store(40, Ordering::Relaxed);
+        }
+        model.train_micro_batch(&pictures.samples(), 1e-3, StepRandom { seed: 3, step });
+    }
+    let error = model.backend().check().expect_err("it is lost");
+    assert_eq!((error.kind, error.to_string()), (Kind::Device, "the device is lost".to_string()));
+    assert!(model.take_loss().is_nan());
+}
+
+/// A dropout of step `step`.
+fn drop_at(step: u32) -> Dropout {
+    Dropout { rate: 0.5, stream: Philox::new(1, Purpose::LoraDropout, 2, step), first: 0 }
+}
+
+fn sample<'a>(pixels: &'a [u8], labels: &'a [u8]) -> Sample<'a> {
+    Sample { index: 0, pixels, labels, augment: Augment::IDENTITY }
+}
+
+/// An operation outside repeated work, or on other inputs than those announced, never sees those announced.
+#[test]
+fn inputs_are_those_of_the_operation_or_a_defect() {
+    let (size, window) = (8, Window { side: 3, stride: 1, padding: 1 });
+    let (one, two) = (vec![1; size * size * 3], vec![2; size * size * 3]);
+    let [first, second] = [&one, &two].map(|pixels| [sample(pixels, &[])]);
+    let (numbers, n) = (1000, size * size * 27);
+    let inputs = |samples| Inputs { samples, size, step: 4, update: None };
+    let new = || {
+        let cuda = Cuda::new(Host::new(Order::Forward));
+        let (mut ones, mut x) = (cuda.full(numbers), cuda.act(numbers));
+        cuda.upload(&vec![1.0; numbers], &mut ones);
+        cuda.cast(&ones, &mut x);
+        let (y, out) = (cuda.act(numbers), cuda.act(n));
+        (cuda, x, y, out)
+    };
+    let (cuda, x, mut y, mut out) = new();
+    let mut masks = Vec::new();
+    for step in [4, 5, 4] {
+        cuda.dropout(&x, drop_at(step), numbers, &mut y);
+        masks.push(cuda.download_act(&y, numbers));
+    }
+    assert!(masks[0] == masks[2] && masks[0] != masks[1], "each step draws its own");
+    for _ in 0..3 {
+        cuda.repeat(&[1], &inputs(&first), || {
+            cuda.pixel_patches(&first, size, window, &mut out);
+            cuda.dropout(&x, drop_at(4), numbers, &mut y);
+        });
+        assert_eq!(cuda.download_act(&y, numbers), masks[0]);
+        // In between, others.
+        cuda.dropout(&x, drop_at(5), numbers, &mut y);
+        assert_eq!(cuda.download_act(&y, numbers), masks[1]);
+    }
+    assert_eq!(cuda.device().replays.load(Ordering::Relaxed), 2);
+    cuda.check().expect("the device works");
+
+    for wrong in ["random numbers", "pictures"] {
+        let (cuda, x, mut y, mut out) = new();
+        cuda.repeat(&[1], &inputs(&first), || match wrong {
+            "pictures" => cuda.pixel_patches(&second, size, window, &mut out),
+            _ => cuda.dropout(&x, drop_at(5), numbers, &mut y),
+        });
+        let error = cuda.check().expect_err("a defect");
+        assert_eq!(error.kind, Kind::Internal);
+        assert!(error.to_string().contains(wrong), "{error}");
+    }
+}
+
+#[test]
+fn memory_asked_for_while_recording_is_a_defect() {
+    let cuda = Cuda::new(Host::new(Order::Forward));
+    let ask = || cuda.repeat(&[1], &Inputs::default(), || drop(cuda.full(3)));
+    ask();
+    cuda.check().expect("the first time, all that is needed is made");
+    ask();
+    assert_eq!(cuda.check().expect_err("a defect").kind, Kind::Internal);
+}
+
+/// A recording names memory; when some of that may be gone, it is not replayed.
+#[test]
+fn a_recording_does_not_outlive_what_it_names() {
+    let cuda = Cuda::new(Host::new(Order::Forward));
+    let ones = || {
+        let mut x = cuda.full(3);
+        cuda.upload(&[1.0; 3], &mut x);
+        x
+    };
+    let (mut x, mut y) = (ones(), ones());
+    for _ in 0..3 {
+        cuda.repeat(&[1], &Inputs::default(), || cuda.zero(&mut x));
+    }
+    assert_eq!(cuda.device().replays.load(Ordering::Relaxed), 2);
+    assert_eq!(cuda.download(&y), [1.0; 3]);
+    drop(x);
+    cuda.repeat(&[1], &Inputs::default(), || cuda.zero(&mut y));
+    cuda.check().expect("the device works");
+    assert_eq!(cuda.download(&y), [0.0; 3]);
+}
