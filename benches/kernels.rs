@@ -267,14 +267,20 @@ fn blocks(batch: usize) -> Vec<Case> {
         }));
         cases.push(plain(
             name("depthwise_gelu_backward", hidden),
-            move |Lab { cuda, x: [h, ..], p, y: [d, dh], .. }| {
-                cuda.depthwise_gelu_backward(h, p, p, g, hidden, d, None, Some(dh), None, None);
+            move |Lab { cuda, x: [h, ..], p, y: [d, _], .. }| {
+                cuda.depthwise_gelu_backward(h, p, p, g, hidden, d, None, None);
             },
         ));
         cases.push(plain(
-            name("depthwise_gelu_backward with parameters", hidden),
-            move |Lab { cuda, x: [h, ..], p, y: [d, dh], s: [dw, db], .. }| {
-                cuda.depthwise_gelu_backward(h, p, p, g, hidden, d, None, Some(dh), Some((dw, db)), None);
+            name("depthwise_backward", hidden),
+            move |Lab { cuda, x: [h, du, _], p, y: [dh, _], .. }| {
+                cuda.depthwise_backward(du, h, p, g, hidden, Some(dh), None, None);
+            },
+        ));
+        cases.push(plain(
+            name("depthwise_backward with weights", hidden),
+            move |Lab { cuda, x: [h, du, _], p, y: [dh, _], s: [dw, _], .. }| {
+                cuda.depthwise_backward(du, h, p, g, hidden, Some(dh), Some(dw), None);
             },
         ));
 

@@ -282,7 +282,7 @@ KERNEL(THREADS, 3) depthwise_gelu(const bf16* h /* (tokens, channels) */, const 
 KERNEL(THREADS, 2) depthwise_gelu_backward(
     const bf16* h /* (tokens, channels) */, const float* w /* (9, channels) */, const float* b /* (channels) */,
     int images, int height, int width, int channels, int rows, const bf16* dg /* (tokens, channels) */,
-    bf16* du /* (tokens, channels) or null */, bf16* g /* (tokens, channels) or null */,
+    bf16* du /* (tokens, channels) */, bf16* g /* (tokens, channels) or null */,
     float* partial /* (ceil(strips / STRIPS), channels) or null */) {
     SHARED(float, even, [STRIPS][1][2][32]);
     SHARED(float, odd, [STRIPS][1][1][32]);

@@ -166,19 +166,13 @@ fn depthwise_gelu() {
         let (mut dg, mut again) = (weights.clone(), filled(0.0, n));
         let (mut dh, mut dw, mut db) = (filled(9.0, n), filled(0.0, 9 * channels), filled(0.0, channels));
         let [h, w, b] = &inputs;
-        let parameters = Some((&mut dw, &mut db));
-        cpu.depthwise_gelu_backward(
-            h,
-            w,
-            b,
-            grid,
-            channels,
-            &mut dg,
-            Some(&mut again),
-            Some(&mut dh),
-            parameters,
-            None,
-        );
+        cpu.depthwise_gelu_backward(h, w, b, grid, channels, &mut dg, Some(&mut again), Some(&mut db));
+        let (du, mut shift) = (dg, filled(0.0, channels));
+        cpu.depthwise_backward(&du, h, w, grid, channels, Some(&mut dh), Some(&mut dw), Some(&mut shift));
+        for (c, shift) in shift.iter().enumerate() {
+            let sum: f64 = dh[c..].iter().step_by(channels).sum();
+            assert!((shift - sum).abs() < 1e-12);
+        }
         assert_eq!(&again[..], &run(&inputs)[..]);
         check("depthwise_gelu", &|x| dot(&run(x), &weights), &inputs, &[dh, dw, db]);
     }

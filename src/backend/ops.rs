@@ -279,9 +279,8 @@ pub trait Depthwise: Linear {
         channels: usize,
         g: &mut Self::Act,
     );
-    /// From `dg`, the gradient after the GELU, which is used up: `g` receives the forward output again, `dh` the gradient
-    /// of h, and those of w and b are added to `parameters`; each if it is wanted. With dh, its column sums, the gradient of a
-    /// bias in front of h, are added to `shift`.
+    /// Turns `d`, the gradient of g, into that before the GELU; its column sums, the gradient of b, are added to `db`, and `g`
+    /// receives the forward output again, each if it is wanted.
     fn depthwise_gelu_backward(
         &self,
         h: &Self::Act,
@@ -289,10 +288,21 @@ pub trait Depthwise: Linear {
         b: &Self::Full,
         grid: Grid,
         channels: usize,
-        dg: &mut Self::Act,
+        d: &mut Self::Act,
         g: Option<&mut Self::Act>,
+        db: Option<&mut Self::Full>,
+    );
+    /// From `du`, the gradient before the GELU: `dh` receives the gradient of h, that of w is added to `dw`, each if it is wanted.
+    /// With dh, its column sums, the gradient of a bias in front of h, are added to `shift`.
+    fn depthwise_backward(
+        &self,
+        du: &Self::Act,
+        h: &Self::Act,
+        w: &Self::Full,
+        grid: Grid,
+        channels: usize,
         dh: Option<&mut Self::Act>,
-        parameters: Option<(&mut Self::Full, &mut Self::Full)>,
+        dw: Option<&mut Self::Full>,
         shift: Option<&mut Self::Full>,
     );
 }

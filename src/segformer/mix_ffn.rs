@@ -75,7 +75,7 @@ impl MixFfn {
         }
         let backend = pass.backend;
         let rows = grid.rows();
-        let Scratch { tokens: [t0, t1, ..], wide: [dg, g], hidden: dh, side, stats } = scratch;
+        let Scratch { tokens: [t0, t1, ..], wide: [du, other], side, stats } = scratch;
         let branch = if drop.is_some() { &*t0 } else { &*d };
 
         let contract_trains = self.contract.trains(gradients);
@@ -83,16 +83,18 @@ impl MixFfn {
         let below = self.input_gradient || gradients.get(self.norm.gamma).is_some();
 
         // Back through the contraction and the convolution; the contraction's input is recomputed on the way.
-        self.contract.backward_input(pass, branch, rows, dg, false, side);
+        self.contract.backward_input(pass, branch, rows, du, false, side);
         let (w, b) = (pass.tensors.value(self.mix_weight), pass.tensors.value(self.mix_bias));
-        let (wanted_g, wanted_dh) = (contract_trains.then_some(&mut *g), (below || expand_trains).then_some(&mut *dh));
-        let mut each = gradients.each();
-        let parameters = each.take(self.mix_weight).zip(each.take(self.mix_bias));
-        let shift = self.expand.bias.and_then(|id| each.take(id));
-        backend.depthwise_gelu_backward(&acts.h, w, b, grid, self.hidden, dg, wanted_g, wanted_dh, parameters, shift);
+        let (g, db) = (contract_trains.then_some(&mut *other), gradients.get_mut(self.mix_bias));
+        backend.depthwise_gelu_backward(&acts.h, w, b, grid, self.hidden, du, g, db);
         if contract_trains {
-            self.contract.backward_weights(pass, g, branch, rows, gradients, side);
+            self.contract.backward_weights(pass, other, branch, rows, gradients, side);
         }
+        let dh = other;
+        let wanted = (below || expand_trains).then_some(&mut *dh);
+        let mut each = gradients.each();
+        let (dw, shift) = (each.take(self.mix_weight), self.expand.bias.and_then(|id| each.take(id)));
+        backend.depthwise_backward(du, &acts.h, w, grid, self.hidden, wanted, dw, shift);
 
         // The expansion and the LayerNorm.
         if expand_trains {

@@ -89,8 +89,6 @@ pub struct Scratch<B: Backend> {
     /// A matrix as wide as the decoder, the Mix-FFN or gathered patches, whichever is largest; and one as wide as the Mix-FFN
     /// or the decoder behind the first stage.
     pub wide: [B::Act; 2],
-    /// A matrix as wide as the Mix-FFN, if anything is trained.
-    pub hidden: B::Act,
     /// LayerNorm statistics nobody keeps.
     pub stats: B::Full,
     /// Room of separate LoRA paths.
@@ -228,7 +226,6 @@ impl<B: Backend> Model<B> {
                 scratch: Scratch {
                     tokens: std::array::from_fn(|_| backend.act(tokens)),
                     wide: wide.map(|n| backend.act(n)),
-                    hidden: backend.act(if trains { hidden } else { 0 }),
                     stats: backend.full(2 * rows),
                     side: SideScratch {
                         input: backend.act(side_len),

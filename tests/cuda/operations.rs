@@ -332,25 +332,31 @@ case!(
         lab.0.depthwise_gelu(&h, &w, &b, grid, channels, &mut g);
         let [mut again, mut again_alone, mut dh, mut dh_alone, mut dh_last] =
             [5, 6, 7, 8, 9].map(|site| lab.act(n, site));
-        let (mut dw, mut db) = (lab.full(9 * channels, 10), lab.full(channels, 11));
+        let (mut dw, mut dw_alone) = (lab.full(9 * channels, 10), lab.full(9 * channels, 10));
+        let (mut dw_last, mut db) = (lab.full(9 * channels, 10), lab.full(channels, 11));
         let (mut shift, mut shift_alone) = (lab.full(channels, 12), lab.full(channels, 13));
-        let back = |g, dh, parameters, shift| {
-            lab.0.depthwise_gelu_backward(&h, &w, &b, grid, channels, &mut lab.act_of(&dg), g, dh, parameters, shift);
-        };
-        back(Some(&mut again), Some(&mut dh), Some((&mut dw, &mut db)), Some(&mut shift));
-        back(None, Some(&mut dh_alone), None, Some(&mut shift_alone));
-        back(Some(&mut again_alone), None, None, None);
-        let parameters = (&mut lab.full(9 * channels, 10), &mut lab.full(channels, 11));
-        back(None, Some(&mut dh_last), Some(parameters), None);
+        let mut du = lab.act_of(&dg);
+        lab.0.depthwise_gelu_backward(&h, &w, &b, grid, channels, &mut du, Some(&mut again), Some(&mut db));
+        lab.0.depthwise_gelu_backward(&h, &w, &b, grid, channels, &mut lab.act_of(&dg), Some(&mut again_alone), None);
+        let mut du_alone = lab.act_of(&dg);
+        lab.0.depthwise_gelu_backward(&h, &w, &b, grid, channels, &mut du_alone, None, None);
+        let back = |dh, dw, shift| lab.0.depthwise_backward(&du, &h, &w, grid, channels, dh, dw, shift);
+        back(Some(&mut dh), Some(&mut dw), Some(&mut shift));
+        back(Some(&mut dh_alone), None, Some(&mut shift_alone));
+        back(Some(&mut dh_last), Some(&mut dw_last), None);
+        back(None, Some(&mut dw_alone), None);
         // dh, dw: the gradient before the GELU, which they are summed from, is rounded.
         vec![
             lab.read("g", &g, n, 1.0, 0.0),
             lab.read("g again", &again, n, 1.0, 0.0),
             lab.read("g again alone", &again_alone, n, 1.0, 0.0),
+            lab.read("du", &du, n, 1.0, 0.0),
+            lab.read("du alone", &du_alone, n, 1.0, 0.0),
             lab.read("dh", &dh, n, 1.0, 1.0),
             lab.read("dh alone", &dh_alone, n, 1.0, 1.0),
             lab.read("dh with parameters", &dh_last, n, 1.0, 1.0),
             Output { summed: 1.0, ..lab.read_full("dw", &dw, 9 * channels) },
+            Output { summed: 1.0, ..lab.read_full("dw alone", &dw_alone, 9 * channels) },
             lab.read_full("db", &db, channels),
             // Each rounding of du counts here by the sum of its weights.
             Output { summed: 4.0, ..lab.read_full("shift", &shift, channels) },

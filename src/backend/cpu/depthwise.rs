@@ -87,6 +87,10 @@ struct Convolution<'a, T, F> {
 /// What a convolution does with its sums.
 trait Finish<T> {
     fn finish<const WHOLE: bool>(&mut self, at: usize, c: usize, lanes: usize, sums: &Block<T>, level: Level);
+
+    /// What is left to do at the end of a row.
+    #[inline(always)]
+    fn end_row(&mut self, _c: usize, _lanes: usize) {}
 }
 
 impl<T: Real, F: Finish<T>> Walk for Convolution<'_, T, F> {
@@ -120,6 +124,7 @@ impl<T: Real, F: Finish<T>> Walk for Convolution<'_, T, F> {
             (before, own) = (own, next);
         }
         self.finish.finish::<WHOLE>(here + (width - 1) * channels, c, lanes, &before, self.level);
+        self.finish.end_row(c, lanes);
     }
 }
 
@@ -157,25 +162,38 @@ impl<T: Real> Finish<T> for Gelu<'_, T> {
 
 struct GeluBackward<'a, T, const FORWARD: bool> {
     b: &'a [T],
-    dg: &'a mut [T],
+    d: &'a mut [T],
     g: &'a mut [T],
+    /// Empty if not wanted.
+    db: &'a mut [T],
+    /// Sums over the row so far.
+    line: Block<T>,
 }
 
 impl<T: Real, const FORWARD: bool> Finish<T> for GeluBackward<'_, T, FORWARD> {
     #[inline(always)]
     fn finish<const WHOLE: bool>(&mut self, at: usize, c: usize, lanes: usize, sums: &Block<T>, level: Level) {
         let b = load::<T, WHOLE>(self.b, c, lanes);
-        let mut dg = load::<T, WHOLE>(self.dg, at, lanes);
+        let mut d = load::<T, WHOLE>(self.d, at, lanes);
         let mut g = [T::ZERO; LANES];
         for i in 0..LANES {
             let (value, slope) = gelu_with_slope(sums[i] + b[i], level);
             g[i] = value;
-            dg[i] *= slope;
+            d[i] *= slope;
+            self.line[i] += d[i];
         }
-        store::<T, WHOLE>(&dg, self.dg, at, lanes);
+        store::<T, WHOLE>(&d, self.d, at, lanes);
         if FORWARD {
             store::<T, WHOLE>(&g, self.g, at, lanes);
         }
+    }
+
+    #[inline(always)]
+    fn end_row(&mut self, c: usize, lanes: usize) {
+        if !self.db.is_empty() {
+            each([&self.line[..lanes]], &mut self.db[c..][..lanes], |[part], sum| sum + part);
+        }
+        self.line = [T::ZERO; LANES];
     }
 }
 
@@ -188,17 +206,16 @@ impl<T: Real> Finish<T> for Plain<'_, T> {
     }
 }
 
-struct Parameters<'a, T> {
+struct Weights<'a, T> {
     du: &'a [T],
     h: &'a [T],
     grid: Grid,
     channels: usize,
     dw: &'a mut [T],
-    db: &'a mut [T],
     level: Level,
 }
 
-impl<T: Real> Walk for Parameters<'_, T> {
+impl<T: Real> Walk for Weights<'_, T> {
     #[inline(always)]
     fn walk<const WHOLE: bool>(&mut self, row: usize, c: usize, lanes: usize) {
         let (width, channels) = (self.grid.width, self.channels);
@@ -208,7 +225,6 @@ impl<T: Real> Walk for Parameters<'_, T> {
         let du = &self.du[row * stride + c..][..stride - channels + lanes];
         // Column x of h meets du at x + 1 (tap 0), x (tap 1) and x - 1 (tap 2).
         let mut sums = [[T::ZERO; LANES]; 9];
-        let mut shift = [T::ZERO; LANES];
         let mut before = [T::ZERO; LANES];
         let mut own = load::<T, WHOLE>(du, 0, lanes);
         for x in 0..width {
@@ -219,15 +235,11 @@ impl<T: Real> Walk for Parameters<'_, T> {
                 multiply_add(&column, &own, &mut sums[3 * ky + 1], self.level);
                 multiply_add(&column, &before, &mut sums[3 * ky + 2], self.level);
             }
-            for i in 0..LANES {
-                shift[i] += own[i];
-            }
             (before, own) = (own, next);
         }
         for (tap, sums) in sums.iter().enumerate().filter(|(tap, _)| rows[tap / 3].1) {
             each([&sums[..lanes]], &mut self.dw[tap * channels + c..][..lanes], |[part], sum| sum + part);
         }
-        each([&shift[..lanes]], &mut self.db[c..][..lanes], |[part], sum| sum + part);
     }
 }
 
@@ -257,33 +269,44 @@ impl<T: Real> Depthwise for Cpu<T> {
         b: &Buffer<T>,
         grid: Grid,
         channels: usize,
-        dg: &mut Buffer<T>,
+        d: &mut Buffer<T>,
         g: Option<&mut Buffer<T>>,
-        dh: Option<&mut Buffer<T>>,
-        parameters: Option<(&mut Buffer<T>, &mut Buffer<T>)>,
-        shift: Option<&mut Buffer<T>>,
+        db: Option<&mut Buffer<T>>,
     ) {
+        let (db, line): (&mut [T], _) = (db.map_or(&mut [], |db| db), [T::ZERO; LANES]);
         match g {
             Some(g) => vectorised(
                 #[inline(always)]
                 |level| {
-                    let finish = GeluBackward::<T, true> { b, dg, g };
+                    let finish = GeluBackward::<T, true> { b, d, g, db, line };
                     each_block(grid, channels, Convolution { x: h, w, grid, channels, mirrored: false, level, finish });
                 },
             ),
             None => vectorised(
                 #[inline(always)]
                 |level| {
-                    let finish = GeluBackward::<T, false> { b, dg, g: &mut [] };
+                    let finish = GeluBackward::<T, false> { b, d, g: &mut [], db, line };
                     each_block(grid, channels, Convolution { x: h, w, grid, channels, mirrored: false, level, finish });
                 },
             ),
         }
-        let du = dg;
-        if let Some((dw, db)) = parameters {
+    }
+
+    fn depthwise_backward(
+        &self,
+        du: &Buffer<T>,
+        h: &Buffer<T>,
+        w: &Buffer<T>,
+        grid: Grid,
+        channels: usize,
+        dh: Option<&mut Buffer<T>>,
+        dw: Option<&mut Buffer<T>>,
+        shift: Option<&mut Buffer<T>>,
+    ) {
+        if let Some(dw) = dw {
             vectorised(
                 #[inline(always)]
-                |level| each_block(grid, channels, Parameters { du, h, grid, channels, dw, db, level }),
+                |level| each_block(grid, channels, Weights { du, h, grid, channels, dw, level }),
             );
         }
         if let Some(dh) = dh {

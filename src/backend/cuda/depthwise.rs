@@ -63,34 +63,42 @@ impl<D: Device> Depthwise for Cuda<D> {
         b: &Self::Full,
         grid: Grid,
         channels: usize,
-        dg: &mut Self::Act,
+        d: &mut Self::Act,
         g: Option<&mut Self::Act>,
+        db: Option<&mut Self::Full>,
+    ) {
+        let n = grid.rows() * channels;
+        let division = Division::new(grid, channels);
+        let mut arguments = vec![h.at(n), w.at(9 * channels), b.at(channels)];
+        arguments.extend(division.arguments(grid, channels));
+        let partial = if db.is_some() { self.scratch(division.slabs * channels) } else { 0 };
+        let (old, new) = (d.at(n), d.to(n));
+        arguments.extend([old, new, g.map_or(Argument::pointer(0), |g| g.to(n)), Argument::pointer(partial)]);
+        self.launch_blocks("depthwise_gelu_backward", division.blocks, THREADS, &arguments);
+        if let Some(db) = db {
+            let db = ColumnSums { kinds: 1, to: db.both(channels), add: true };
+            self.sum_partials((partial, division.slabs, channels), 1, &[db]);
+        }
+    }
+
+    fn depthwise_backward(
+        &self,
+        du: &Self::Act,
+        h: &Self::Act,
+        w: &Self::Full,
+        grid: Grid,
+        channels: usize,
         mut dh: Option<&mut Self::Act>,
-        mut parameters: Option<(&mut Self::Full, &mut Self::Full)>,
+        dw: Option<&mut Self::Full>,
         shift: Option<&mut Self::Full>,
     ) {
         let n = grid.rows() * channels;
         let division = Division::new(grid, channels);
         let sizes = division.arguments(grid, channels);
-        let further = dh.is_some() || parameters.is_some();
-        if g.is_some() || further {
-            // The gradient before the GELU takes the place of that after it, if anything is to be made of it.
-            let (old, new) = (dg.at(n), if further { dg.to(n) } else { Argument::pointer(0) });
-            let g = g.map_or(Argument::pointer(0), |g| g.to(n));
-            let mut arguments = vec![h.at(n), w.at(9 * channels), b.at(channels)];
-            arguments.extend(sizes);
-            let partial = if parameters.is_some() { self.scratch(division.slabs * channels) } else { 0 };
-            arguments.extend([old, new, g, Argument::pointer(partial)]);
-            self.launch_blocks("depthwise_gelu_backward", division.blocks, THREADS, &arguments);
-            if let Some((_, db)) = &mut parameters {
-                let db = ColumnSums { kinds: 1, to: db.both(channels), add: true };
-                self.sum_partials((partial, division.slabs, channels), 1, &[db]);
-            }
-        }
         let new = dh.as_mut().map(|dh| dh.to(n));
-        if let Some((dw, _)) = parameters {
+        if let Some(dw) = dw {
             let partial = self.scratch(division.slabs * 10 * channels);
-            let mut arguments = vec![dg.at(n), h.at(n), w.at(9 * channels)];
+            let mut arguments = vec![du.at(n), h.at(n), w.at(9 * channels)];
             arguments.extend(sizes);
             arguments.extend([new.unwrap_or(Argument::pointer(0)), Argument::pointer(partial)]);
             self.launch_blocks("depthwise_backward_weights", division.blocks, THREADS, &arguments);
@@ -100,7 +108,7 @@ impl<D: Device> Depthwise for Cuda<D> {
             let outputs: Vec<_> = [Some(dw), shift].into_iter().flatten().collect();
             self.sum_partials((partial, division.slabs, channels), 10, &outputs);
         } else if let (Some(dh), Some(new)) = (dh, new) {
-            let mut arguments = vec![dg.at(n), w.at(9 * channels)];
+            let mut arguments = vec![du.at(n), w.at(9 * channels)];
             arguments.extend(sizes);
             arguments.push(new);
             self.launch_blocks("depthwise_backward", division.blocks, THREADS, &arguments);
