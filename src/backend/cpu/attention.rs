@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use super::buffer::LINE;
 use super::layer_norm::{fold, sum};
 use super::linear::{View, product};
-use super::simd::{Level, vectorised};
+use super::simd::{LANES, Level, vectorised};
 use super::{Buffer, Cpu, Real};
 use crate::backend::{Attention, AttentionShape};
 
@@ -30,17 +30,6 @@ fn with_tiles<T: Real>(len: usize, work: impl FnOnce(&mut [T], &mut [T])) {
         let (a, b) = numbers[start..][..2 * len].split_at_mut(len);
         work(a, b);
     });
-}
-
-/// Calls `work(image, head, first query, queries)` for every tile.
-fn each_tile(shape: AttentionShape, mut work: impl FnMut(usize, usize, usize, usize)) {
-    for image in 0..shape.images {
-        for head in 0..shape.heads {
-            for first in (0..shape.queries).step_by(TILE) {
-                work(image, head, first, TILE.min(shape.queries - first));
-            }
-        }
-    }
 }
 
 /// The rows of one head from token `first` on.
@@ -90,38 +79,58 @@ impl<T: Real> Attention for Cpu<T> {
         o: &mut Buffer<T>,
         lse: &mut Buffer<T>,
     ) {
-        let AttentionShape { heads, head: width, queries, keys, .. } = shape;
+        let AttentionShape { images, heads, head: width, queries, keys } = shape;
         let channels = heads * width;
         let scale = T::of(1.0 / (width as f64).sqrt());
-        with_tiles(TILE * keys, |scores, _| {
-            each_tile(shape, |image, head, first, count| {
-                let token = image * queries + first;
-                let (qt, kt, vt) = (
-                    head_view(q, shape, token, head),
-                    head_view(k, shape, image * keys, head),
-                    head_view(v, shape, image * keys, head),
-                );
-                product((count, keys, width), scale, qt, kt.t(), scores, 0, keys, false);
-                let lse = &mut lse[(image * heads + head) * queries + first..][..count];
-                let start = token * channels + head * width;
-                let mut shares = [T::ZERO; TILE];
-                vectorised(
-                    #[inline(always)]
-                    |level| {
-                        let rows = scores.chunks_exact_mut(keys).zip(shares.iter_mut().zip(lse));
-                        for (row, (share, lse)) in rows {
-                            let most = largest(row);
-                            let total = exponentials(row, most, level);
-                            *share = T::ONE / total;
-                            *lse = most + total.ln(level);
+        let token_tiles =
+            o[..images * queries * channels].chunks_mut(queries * channels).flat_map(|o| o.chunks_mut(TILE * channels));
+        // Of every tile, a piece for each head.
+        let per_image = queries.div_ceil(TILE);
+        let mut denominators: Vec<Vec<&mut [T]>> = (0..images * per_image).map(|_| Vec::with_capacity(heads)).collect();
+        for (row, lse) in lse[..images * heads * queries].chunks_mut(queries).enumerate() {
+            for (tile, lse) in lse.chunks_mut(TILE).enumerate() {
+                denominators[row / heads * per_image + tile].push(lse);
+            }
+        }
+        self.each(token_tiles.zip(denominators).enumerate(), |(tile, (o, denominators))| {
+            let (image, first) = (tile / per_image, tile % per_image * TILE);
+            let (token, count) = (image * queries + first, o.len() / channels);
+            with_tiles(TILE * keys, |scores, _| {
+                for (head, lse) in denominators.into_iter().enumerate() {
+                    let (qt, kt, vt) = (
+                        head_view(q, shape, token, head),
+                        head_view(k, shape, image * keys, head),
+                        head_view(v, shape, image * keys, head),
+                    );
+                    product((count, keys, width), scale, qt, kt.t(), scores, 0, keys, false);
+                    let mut shares = [T::ZERO; TILE];
+                    vectorised(
+                        #[inline(always)]
+                        |level| {
+                            let rows = scores.chunks_exact_mut(keys).zip(shares.iter_mut().zip(lse));
+                            for (row, (share, lse)) in rows {
+                                let most = largest(row);
+                                let total = exponentials(row, most, level);
+                                *share = T::ONE / total;
+                                *lse = most + total.ln(level);
+                            }
+                        },
+                    );
+                    product(
+                        (count, width, keys),
+                        T::ONE,
+                        View::rows(scores, keys),
+                        vt,
+                        o,
+                        head * width,
+                        channels,
+                        false,
+                    );
+                    // The outputs are shorter than the scores, so they are what is divided by the denominators.
+                    for (o, share) in o.chunks_exact_mut(channels).zip(shares) {
+                        for o in &mut o[head * width..][..width] {
+                            *o *= share;
                         }
-                    },
-                );
-                product((count, width, keys), T::ONE, View::rows(scores, keys), vt, o, start, channels, false);
-                // The outputs are shorter than the scores, so they are what is divided by the denominators.
-                for (row, share) in shares[..count].iter().enumerate() {
-                    for o in &mut o[start + row * channels..][..width] {
-                        *o *= *share;
                     }
                 }
             });
@@ -146,41 +155,70 @@ impl<T: Real> Attention for Cpu<T> {
         let scale = T::of(1.0 / (width as f64).sqrt());
         dk[..images * keys * channels].fill(T::ZERO);
         dv[..images * keys * channels].fill(T::ZERO);
-        with_tiles(TILE * keys, |p, ds| {
-            each_tile(shape, |image, head, first, count| {
-                let token = image * queries + first;
-                let (qt, kt, vt, dot) = (
-                    head_view(q, shape, token, head),
-                    head_view(k, shape, image * keys, head),
-                    head_view(v, shape, image * keys, head),
-                    head_view(d_o, shape, token, head),
-                );
-                product((count, keys, width), scale, qt, kt.t(), p, 0, keys, false);
-                product((count, keys, width), T::ONE, dot, vt.t(), ds, 0, keys, false);
-                let lse = &lse[(image * heads + head) * queries + first..][..count];
-                vectorised(
-                    #[inline(always)]
-                    |level| {
-                        for row in 0..count {
-                            let at = (token + row) * channels + head * width;
-                            // Σ_j p_j·dp_j = o·do (Dao et al., "FlashAttention", 2022).
-                            let mean = sum([&o[at..][..width], &d_o[at..][..width]], |[o, d_o]| o * d_o);
-                            let lse = lse[row];
-                            let p = &mut p[row * keys..][..keys];
-                            let ds = &mut ds[row * keys..][..keys];
-                            for (p, ds) in p.iter_mut().zip(ds) {
-                                *p = (*p - lse).exp(level);
-                                *ds = *p * (*ds - mean);
+        // As many tiles at a time as the unit has threads: first each thread makes one, then each adds all of them up for some
+        // of the keys, tile by tile, so that the sums do not depend on how many there are.
+        let team = self.team();
+        with_tiles(team * TILE * keys, |p, ds| {
+            for (image, dq) in dq[..images * queries * channels].chunks_mut(queries * channels).enumerate() {
+                for head in 0..heads {
+                    let (kt, vt) = (head_view(k, shape, image * keys, head), head_view(v, shape, image * keys, head));
+                    for (group, dq) in dq.chunks_mut(team * TILE * channels).enumerate() {
+                        let start = image * queries + group * team * TILE;
+                        let end = start + dq.len() / channels;
+                        let tile = |i: usize| {
+                            let token = start + i * TILE;
+                            let views = (head_view(q, shape, token, head), head_view(d_o, shape, token, head));
+                            (token, TILE.min(end - token), views)
+                        };
+                        let rooms = p.chunks_mut(TILE * keys).zip(ds.chunks_mut(TILE * keys));
+                        self.each(dq.chunks_mut(TILE * channels).zip(rooms).enumerate(), |(i, (dq, (p, ds)))| {
+                            let (token, count, (qt, dot)) = tile(i);
+                            product((count, keys, width), scale, qt, kt.t(), p, 0, keys, false);
+                            product((count, keys, width), T::ONE, dot, vt.t(), ds, 0, keys, false);
+                            let lse = &lse[(image * heads + head) * queries + token - image * queries..][..count];
+                            vectorised(
+                                #[inline(always)]
+                                |level| {
+                                    for (row, lse) in lse.iter().enumerate() {
+                                        let at = (token + row) * channels + head * width;
+                                        // Σ_j p_j·dp_j = o·do (Dao et al., "FlashAttention", 2022).
+                                        let mean = sum([&o[at..][..width], &d_o[at..][..width]], |[o, d_o]| o * d_o);
+                                        let p = &mut p[row * keys..][..keys];
+                                        let ds = &mut ds[row * keys..][..keys];
+                                        for (p, ds) in p.iter_mut().zip(ds) {
+                                            *p = (*p - *lse).exp(level);
+                                            *ds = *p * (*ds - mean);
+                                        }
+                                    }
+                                },
+                            );
+                            product(
+                                (count, width, keys),
+                                scale,
+                                View::rows(ds, keys),
+                                kt,
+                                dq,
+                                head * width,
+                                channels,
+                                false,
+                            );
+                        });
+                        let part = self.share(keys, LANES) * channels;
+                        let range = image * keys * channels..(image + 1) * keys * channels;
+                        let parts = dk[range.clone()].chunks_mut(part).zip(dv[range].chunks_mut(part));
+                        self.each(parts.enumerate(), |(i, (dk, dv))| {
+                            let of_keys = |x| View { start: i * part / channels, ..View::rows(x, keys) }.t();
+                            let tiles = p.chunks(TILE * keys).zip(ds.chunks(TILE * keys));
+                            for (i, (p, ds)) in tiles.enumerate().take((end - start).div_ceil(TILE)) {
+                                let (_, count, (qt, dot)) = tile(i);
+                                let (size, at) = ((dk.len() / channels, width, count), head * width);
+                                product(size, scale, of_keys(ds), qt, dk, at, channels, true);
+                                product(size, T::ONE, of_keys(p), dot, dv, at, channels, true);
                             }
-                        }
-                    },
-                );
-                let (ds, p) = (View::rows(ds, keys), View::rows(p, keys));
-                let (start, key_start) = (token * channels + head * width, image * keys * channels + head * width);
-                product((count, width, keys), scale, ds, kt, dq, start, channels, false);
-                product((keys, width, count), scale, ds.t(), qt, dk, key_start, channels, true);
-                product((keys, width, count), T::ONE, p.t(), dot, dv, key_start, channels, true);
-            });
+                        });
+                    }
+                }
+            }
         });
     }
 }

@@ -3,6 +3,8 @@
 //! A block of [`LANES`] channels walks along a row of tokens. Each column of three tokens is loaded once and contributes
 //! to three outputs, whose sums stay in registers together with the nine weights.
 
+use std::ops::Range;
+
 use super::simd::{LANES, Level, each, vectorised};
 use super::{Buffer, Cpu, Real};
 use crate::backend::{Depthwise, Grid, Linear};
@@ -44,16 +46,17 @@ trait Walk {
     fn walk<const WHOLE: bool>(&mut self, row: usize, c: usize, lanes: usize);
 }
 
-/// Walks row by row, so that the three rows in use stay in the second-level cache from block to block.
+/// Walks over some channels of some rows, row by row, so that the three rows in use stay in the second-level cache from block to
+/// block.
 #[inline(always)]
-fn each_block(grid: Grid, channels: usize, mut work: impl Walk) {
-    let whole = channels / LANES * LANES;
-    for row in 0..grid.images * grid.height {
-        for c in (0..whole).step_by(LANES) {
+fn each_block(rows: Range<usize>, channels: Range<usize>, mut work: impl Walk) {
+    let whole = channels.start + channels.len() / LANES * LANES;
+    for row in rows {
+        for c in (channels.start..whole).step_by(LANES) {
             work.walk::<true>(row, c, LANES);
         }
-        if whole < channels {
-            work.walk::<false>(row, whole, channels - whole);
+        if whole < channels.end {
+            work.walk::<false>(row, whole, channels.end - whole);
         }
     }
 }
@@ -72,7 +75,7 @@ fn neighbours(row: usize, grid: Grid, stride: usize) -> [(usize, bool); 3] {
     ]
 }
 
-/// The convolution of x by w, handed to `finish(channel block, offset of the block, sums, lanes)`.
+/// The convolution of x by w, handed to `finish(offset of the block among the outputs, channel block, lanes, sums)`.
 struct Convolution<'a, T, F> {
     x: &'a [T],
     w: &'a [T],
@@ -80,6 +83,8 @@ struct Convolution<'a, T, F> {
     channels: usize,
     /// Tap `t` reads weight row `8 - t`: the transpose of the convolution.
     mirrored: bool,
+    /// The row whose outputs come first in what `finish` writes to.
+    first: usize,
     level: Level,
     finish: F,
 }
@@ -107,7 +112,7 @@ impl<T: Real, F: Finish<T>> Walk for Convolution<'_, T, F> {
                 *weights = load::<T, WHOLE>(self.w, tap * channels + c, lanes);
             }
         }
-        let here = row * stride + c;
+        let here = (row - self.first) * stride + c;
         // Sums of the token before the column, of the column's own and of the next.
         let (mut before, mut own) = ([T::ZERO; LANES], [T::ZERO; LANES]);
         for x in 0..width {
@@ -211,7 +216,9 @@ struct Weights<'a, T> {
     h: &'a [T],
     grid: Grid,
     channels: usize,
+    /// `(9, own)`
     dw: &'a mut [T],
+    own: Range<usize>,
     level: Level,
 }
 
@@ -238,8 +245,52 @@ impl<T: Real> Walk for Weights<'_, T> {
             (before, own) = (own, next);
         }
         for (tap, sums) in sums.iter().enumerate().filter(|(tap, _)| rows[tap / 3].1) {
-            each([&sums[..lanes]], &mut self.dw[tap * channels + c..][..lanes], |[part], sum| sum + part);
+            let at = tap * self.own.len() + c - self.own.start;
+            each([&sums[..lanes]], &mut self.dw[at..][..lanes], |[part], sum| sum + part);
         }
+    }
+}
+
+/// Adds to `db` the column sums of d, a row of tokens at a time, as [`GeluBackward`] does.
+fn add_shift<T: Real>(d: &[T], grid: Grid, channels: usize, db: &mut [T]) {
+    let mut line = vec![T::ZERO; channels];
+    vectorised(
+        #[inline(always)]
+        |_| {
+            for row in d.chunks_exact(grid.width * channels) {
+                line.fill(T::ZERO);
+                for token in row.chunks_exact(channels) {
+                    each([token], &mut line, |[d], sum| sum + d);
+                }
+                each([&line], db, |[part], sum| sum + part);
+            }
+        },
+    );
+}
+
+impl<T: Real> Cpu<T> {
+    /// Convolves x, row by row to what `finish` makes of the number of the first row and the outputs from there on.
+    fn convolve<F: Finish<T>, O: Send>(
+        &self,
+        x: &[T],
+        w: &[T],
+        (grid, channels, mirrored): (Grid, usize, bool),
+        outputs: impl Iterator<Item = O>,
+        rows: usize,
+        finish: impl Fn(O) -> F + Sync,
+    ) {
+        let all = grid.images * grid.height;
+        self.each(outputs.enumerate(), |(part, output)| {
+            let finish = finish(output);
+            let first = part * rows;
+            vectorised(
+                #[inline(always)]
+                |level| {
+                    let work = Convolution { x, w, grid, channels, mirrored, first, level, finish };
+                    each_block(first..all.min(first + rows), 0..channels, work);
+                },
+            );
+        });
     }
 }
 
@@ -253,13 +304,9 @@ impl<T: Real> Depthwise for Cpu<T> {
         channels: usize,
         g: &mut Buffer<T>,
     ) {
-        vectorised(
-            #[inline(always)]
-            |level| {
-                let finish = Gelu { b, g };
-                each_block(grid, channels, Convolution { x: h, w, grid, channels, mirrored: false, level, finish });
-            },
-        );
+        let rows = self.share(grid.images * grid.height, 1);
+        let outputs = g[..grid.rows() * channels].chunks_mut(rows * grid.width * channels);
+        self.convolve(h, w, (grid, channels, false), outputs, rows, |g| Gelu { b, g });
     }
 
     fn depthwise_gelu_backward(
@@ -273,22 +320,30 @@ impl<T: Real> Depthwise for Cpu<T> {
         g: Option<&mut Buffer<T>>,
         db: Option<&mut Buffer<T>>,
     ) {
-        let (db, line): (&mut [T], _) = (db.map_or(&mut [], |db| db), [T::ZERO; LANES]);
+        let n = grid.rows() * channels;
+        let rows = self.share(grid.images * grid.height, 1);
+        let part = rows * grid.width * channels;
+        // One thread sums while it is there; several leave it to a pass of its own.
+        let alone = part >= n;
+        let mut db: &mut [T] = db.map_or(&mut [], |db| &mut db[..channels]);
+        let mut none: &mut [T] = &mut [];
+        let sums = if alone { &mut db } else { &mut none };
+        let sums = std::iter::once(std::mem::take(sums)).chain(std::iter::repeat_with(|| -> &mut [T] { &mut [] }));
+        let kind = (grid, channels, false);
+        let line = [T::ZERO; LANES];
         match g {
-            Some(g) => vectorised(
-                #[inline(always)]
-                |level| {
-                    let finish = GeluBackward::<T, true> { b, d, g, db, line };
-                    each_block(grid, channels, Convolution { x: h, w, grid, channels, mirrored: false, level, finish });
-                },
-            ),
-            None => vectorised(
-                #[inline(always)]
-                |level| {
-                    let finish = GeluBackward::<T, false> { b, d, g: &mut [], db, line };
-                    each_block(grid, channels, Convolution { x: h, w, grid, channels, mirrored: false, level, finish });
-                },
-            ),
+            Some(g) => {
+                let outputs = d[..n].chunks_mut(part).zip(g[..n].chunks_mut(part)).zip(sums);
+                self.convolve(h, w, kind, outputs, rows, |((d, g), db)| GeluBackward::<T, true> { b, d, g, db, line });
+            }
+            None => {
+                let outputs = d[..n].chunks_mut(part).zip(sums);
+                let finish = |(d, db)| GeluBackward::<T, false> { b, d, g: &mut [], db, line };
+                self.convolve(h, w, kind, outputs, rows, finish);
+            }
+        }
+        if !db.is_empty() {
+            add_shift(&d[..n], grid, channels, db);
         }
     }
 
@@ -303,20 +358,37 @@ impl<T: Real> Depthwise for Cpu<T> {
         dw: Option<&mut Buffer<T>>,
         shift: Option<&mut Buffer<T>>,
     ) {
+        let all = grid.images * grid.height;
         if let Some(dw) = dw {
-            vectorised(
-                #[inline(always)]
-                |level| each_block(grid, channels, Weights { du, h, grid, channels, dw, level }),
-            );
+            let walk = |dw: &mut [T], own: Range<usize>| {
+                vectorised(
+                    #[inline(always)]
+                    |level| each_block(0..all, own.clone(), Weights { du, h, grid, channels, dw, own, level }),
+                );
+            };
+            let width = self.share(channels, LANES);
+            if width >= channels {
+                walk(dw, 0..channels);
+            } else {
+                // Each thread has some of the channels, in a copy of their columns.
+                let columns = |start: usize| start..channels.min(start + width);
+                let own = |start: usize| -> Vec<T> {
+                    dw.chunks_exact(channels).flat_map(|tap| &tap[columns(start)]).copied().collect()
+                };
+                let mut parts: Vec<Vec<T>> = (0..channels).step_by(width).map(own).collect();
+                self.each(parts.iter_mut().enumerate(), |(part, dw)| walk(dw, columns(part * width)));
+                for (part, from) in parts.iter().enumerate() {
+                    let columns = columns(part * width);
+                    for (tap, from) in dw.chunks_exact_mut(channels).zip(from.chunks_exact(columns.len())) {
+                        tap[columns.clone()].copy_from_slice(from);
+                    }
+                }
+            }
         }
         if let Some(dh) = dh {
-            vectorised(
-                #[inline(always)]
-                |level| {
-                    let finish = Plain(&mut *dh);
-                    each_block(grid, channels, Convolution { x: du, w, grid, channels, mirrored: true, level, finish });
-                },
-            );
+            let rows = self.share(all, 1);
+            let outputs = dh[..grid.rows() * channels].chunks_mut(rows * grid.width * channels);
+            self.convolve(du, w, (grid, channels, true), outputs, rows, Plain);
             if let Some(shift) = shift {
                 self.linear_backward_bias(dh, grid.rows(), channels, shift);
             }

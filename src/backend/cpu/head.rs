@@ -26,12 +26,13 @@ fn apply<T: Real>(drop: Dropout, row: usize, x: &mut [T]) {
     );
 }
 
-/// `a = dropout(relu(batch_norm(z)))`, both `(rows, channels)`.
+/// `a = dropout(relu(batch_norm(z)))`, both `(rows, channels)`, the rows from number `first` on.
 #[inline(always)]
 fn activate<T: Real>(
     z: &[T],
     norm: BatchNormView<'_, Buffer<T>>,
     drop: Option<Dropout>,
+    first: usize,
     channels: usize,
     a: &mut [T],
     level: Level,
@@ -45,7 +46,7 @@ fn activate<T: Real>(
             if after < T::ZERO { T::ZERO } else { after }
         });
         if let Some(drop) = drop {
-            apply(drop, row, a);
+            apply(drop, first + row, a);
         }
     }
 }
@@ -114,24 +115,38 @@ impl<T: Real> Head for Cpu<T> {
         z: &mut Buffer<T>,
         moments: Option<&mut Buffer<T>>,
     ) {
-        let mut measure = moments.map(|moments| Measure::new(moments, channels));
         // Lines that make whole blocks, so that the moments are those of `batch_moments` to the bit.
-        let lines = (1..=BLOCK).find(|lines| (lines * to.width).is_multiple_of(BLOCK)).unwrap_or(BLOCK);
-        let strips = z[..to.rows() * channels].chunks_mut(lines * to.width * channels);
-        for (strip, z) in strips.enumerate() {
+        let whole = (1..=BLOCK).find(|lines| (lines * to.width).is_multiple_of(BLOCK)).unwrap_or(BLOCK);
+        let line = to.width * channels;
+        let z = &mut z[..to.rows() * channels];
+        let join = |first: usize, z: &mut [T]| {
             vectorised(
                 #[inline(always)]
-                |level| {
-                    for (line, z) in z.chunks_exact_mut(to.width * channels).enumerate() {
+                |_| {
+                    for (row, z) in z.chunks_exact_mut(line).enumerate() {
                         for (part, from) in parts {
-                            resize_line(part, *from, to, channels, strip * lines + line, z, true);
+                            resize_line(part, *from, to, channels, first + row, z, true);
                         }
-                    }
-                    if let Some(measure) = &mut measure {
-                        measure.add(z, level);
                     }
                 },
             );
+        };
+        let lines = self.share(to.images * to.height, whole);
+        let shared = lines < to.images * to.height;
+        if shared {
+            self.each(z.chunks_mut(lines * line).enumerate(), |(part, z)| join(part * lines, z));
+        }
+        let mut measure = moments.map(|moments| Measure::new(moments, channels));
+        for (strip, z) in z.chunks_mut(whole * line).enumerate() {
+            if !shared {
+                join(strip * whole, z);
+            }
+            if let Some(measure) = &mut measure {
+                vectorised(
+                    #[inline(always)]
+                    |level| measure.add(z, level),
+                );
+            }
         }
     }
 
@@ -148,43 +163,46 @@ impl<T: Real> Head for Cpu<T> {
         logits: &mut Buffer<T>,
     ) {
         let Classifier { weight, bias, labels } = classifier;
-        let room = &mut room[..to.width * channels];
-        let lines = z[..to.rows() * channels].chunks_exact_mut(to.width * channels);
-        for (line, (z, logits)) in lines.zip(logits.chunks_exact_mut(to.width * labels)).enumerate() {
-            vectorised(
-                #[inline(always)]
-                |level| {
-                    for (part, from) in parts {
-                        resize_line(part, *from, to, channels, line, z, true);
-                    }
-                    activate(z, norm, None, channels, room, level);
-                },
-            );
-            linear(
-                room,
-                weight,
-                Some(bias),
-                Product { rows: to.width, inputs: channels, outputs: labels },
-                logits,
-                false,
-            );
-        }
+        let (line, logit_line) = (to.width * channels, to.width * labels);
+        let lines = self.share(to.images * to.height, 1);
+        let z = z[..to.rows() * channels].chunks_mut(lines * line);
+        let shares = z.zip(logits.chunks_mut(lines * logit_line)).zip(room.chunks_mut(lines * line));
+        self.each(shares.enumerate(), |(share, ((z, logits), room))| {
+            let room = &mut room[..line];
+            for (row, (z, logits)) in z.chunks_exact_mut(line).zip(logits.chunks_exact_mut(logit_line)).enumerate() {
+                vectorised(
+                    #[inline(always)]
+                    |level| {
+                        for (part, from) in parts {
+                            resize_line(part, *from, to, channels, share * lines + row, z, true);
+                        }
+                        activate(z, norm, None, 0, channels, room, level);
+                    },
+                );
+                let product = Product { rows: to.width, inputs: channels, outputs: labels };
+                linear(room, weight, Some(bias), product, logits, false);
+            }
+        });
     }
 
     fn split_stages(&self, dz: &Buffer<T>, from: Grid, channels: usize, parts: &mut [(&mut Buffer<T>, Grid)]) {
-        for (part, grid) in &mut *parts {
-            part[..grid.rows() * channels].fill(T::ZERO);
-        }
-        for (row, dz) in dz[..from.rows() * channels].chunks_exact(from.width * channels).enumerate() {
-            vectorised(
-                #[inline(always)]
-                |_| {
-                    for (part, grid) in &mut *parts {
-                        spread_line(dz, *grid, from, channels, row, part);
-                    }
-                },
-            );
-        }
+        let spread = |parts: &mut [(&mut Buffer<T>, Grid)]| {
+            for (part, grid) in &mut *parts {
+                part[..grid.rows() * channels].fill(T::ZERO);
+            }
+            for (row, dz) in dz[..from.rows() * channels].chunks_exact(from.width * channels).enumerate() {
+                vectorised(
+                    #[inline(always)]
+                    |_| {
+                        for (part, grid) in &mut *parts {
+                            spread_line(dz, *grid, from, channels, row, part);
+                        }
+                    },
+                );
+            }
+        };
+        let stages = self.share(parts.len(), 1);
+        self.each(parts.chunks_mut(stages), spread);
     }
 
     fn batch_moments(&self, z: &Buffer<T>, rows: usize, channels: usize, moments: &mut Buffer<T>) {
@@ -240,11 +258,14 @@ impl<T: Real> Head for Cpu<T> {
         channels: usize,
         a: &mut Buffer<T>,
     ) {
-        let (z, a) = (&z[..rows * channels], &mut a[..rows * channels]);
-        vectorised(
-            #[inline(always)]
-            |level| activate(z, norm, drop, channels, a, level),
-        );
+        let part = self.share(rows, 1);
+        let z = z[..rows * channels].chunks(part * channels);
+        self.each(z.zip(a[..rows * channels].chunks_mut(part * channels)).enumerate(), |(share, (z, a))| {
+            vectorised(
+                #[inline(always)]
+                |level| activate(z, norm, drop, share * part, channels, a, level),
+            );
+        });
     }
 
     fn head_backward(
@@ -318,20 +339,23 @@ impl<T: Real> Head for Cpu<T> {
         let gamma = &norm.gamma[..channels];
         let (shift_sums, scale_sums) = total[..2 * channels].split_at(channels);
         let (shift_sums, scale_sums) = (&shift_sums[..channels], &scale_sums[..channels]);
-        let z = z[..rows * channels].chunks_exact(channels);
-        let dy = dy[..rows * channels].chunks_exact_mut(channels);
-        vectorised(
-            #[inline(always)]
-            |level| {
-                for (z, dy) in z.zip(dy) {
-                    let constants = [z, mean, scale, gamma, shift_sums, scale_sums];
-                    each(constants, dy, |[z, mean, scale, gamma, shift_sum, scale_sum], dy| {
-                        let normalised = (z - mean) * scale;
-                        let centred = dy - share * normalised.mul_add(scale_sum, shift_sum, level);
-                        gamma * scale * centred
-                    });
-                }
-            },
-        );
+        let part = self.share(rows, 1) * channels;
+        let parts = z[..rows * channels].chunks(part).zip(dy[..rows * channels].chunks_mut(part));
+        let work = |(z, dy): (&[T], &mut [T])| {
+            vectorised(
+                #[inline(always)]
+                |level| {
+                    for (z, dy) in z.chunks_exact(channels).zip(dy.chunks_exact_mut(channels)) {
+                        let constants = [z, mean, scale, gamma, shift_sums, scale_sums];
+                        each(constants, dy, |[z, mean, scale, gamma, shift_sum, scale_sum], dy| {
+                            let normalised = (z - mean) * scale;
+                            let centred = dy - share * normalised.mul_add(scale_sum, shift_sum, level);
+                            gamma * scale * centred
+                        });
+                    }
+                },
+            )
+        };
+        self.each(parts, work);
     }
 }

@@ -52,22 +52,30 @@ impl<T: Real> LayerNorm for Cpu<T> {
     ) {
         let share = T::of(1.0 / channels as f64);
         let (gamma, beta) = (&gamma[..channels], &beta[..channels]);
-        let x = x[..rows * channels].chunks_exact(channels);
-        let y = y[..rows * channels].chunks_exact_mut(channels);
-        let stats = stats[..2 * rows].chunks_exact_mut(2);
-        vectorised(
-            #[inline(always)]
-            |level| {
-                for ((x, y), stats) in x.zip(y).zip(stats) {
-                    let mean = sum([x], |[x]| x) * share;
-                    let variance = sum([x], |[x]| (x - mean) * (x - mean)) * share;
-                    let scale = T::ONE / (variance + T::of(EPSILON)).sqrt();
-                    each([x, gamma, beta], y, |[x, gamma, beta], _| ((x - mean) * scale).mul_add(gamma, beta, level));
-                    stats[0] = mean;
-                    stats[1] = scale;
-                }
-            },
-        );
+        let part = self.share(rows, 1);
+        let x = x[..rows * channels].chunks(part * channels);
+        let y = y[..rows * channels].chunks_mut(part * channels);
+        let parts = x.zip(y).zip(stats[..2 * rows].chunks_mut(2 * part));
+        let work = |((x, y), stats): ((&[T], &mut [T]), &mut [T])| {
+            vectorised(
+                #[inline(always)]
+                |level| {
+                    let rows =
+                        x.chunks_exact(channels).zip(y.chunks_exact_mut(channels)).zip(stats.chunks_exact_mut(2));
+                    for ((x, y), stats) in rows {
+                        let mean = sum([x], |[x]| x) * share;
+                        let variance = sum([x], |[x]| (x - mean) * (x - mean)) * share;
+                        let scale = T::ONE / (variance + T::of(EPSILON)).sqrt();
+                        each([x, gamma, beta], y, |[x, gamma, beta], _| {
+                            ((x - mean) * scale).mul_add(gamma, beta, level)
+                        });
+                        stats[0] = mean;
+                        stats[1] = scale;
+                    }
+                },
+            )
+        };
+        self.each(parts, work);
     }
 
     fn layer_norm_backward(
@@ -83,26 +91,31 @@ impl<T: Real> LayerNorm for Cpu<T> {
     ) {
         let share = T::of(1.0 / channels as f64);
         let gamma = &gamma[..channels];
-        let dy = dy[..rows * channels].chunks_exact(channels);
-        let x = x[..rows * channels].chunks_exact(channels);
-        let dx = dx[..rows * channels].chunks_exact_mut(channels);
-        let stats = stats[..2 * rows].chunks_exact(2);
-        vectorised(
-            #[inline(always)]
-            |_| {
-                for ((dy, x), (dx, stats)) in dy.zip(x).zip(dx.zip(stats)) {
-                    let (mean, scale) = (stats[0], stats[1]);
-                    let first = sum([dy, gamma], |[dy, gamma]| dy * gamma) * share;
-                    let second = sum([dy, gamma, x], |[dy, gamma, x]| dy * gamma * (x - mean)) * share * scale * scale;
-                    let gradient = |[dy, gamma, x]: [T; 3]| (dy * gamma - first - (x - mean) * second) * scale;
-                    if add {
-                        each([dy, gamma, x], dx, |row, dx| dx + gradient(row));
-                    } else {
-                        each([dy, gamma, x], dx, |row, _| gradient(row));
+        let part = self.share(rows, 1);
+        let inputs = dy[..rows * channels].chunks(part * channels).zip(x[..rows * channels].chunks(part * channels));
+        let outputs = dx[..rows * channels].chunks_mut(part * channels).zip(stats[..2 * rows].chunks(2 * part));
+        let work = |((dy, x), (dx, stats)): ((&[T], &[T]), (&mut [T], &[T]))| {
+            vectorised(
+                #[inline(always)]
+                |_| {
+                    let inputs = dy.chunks_exact(channels).zip(x.chunks_exact(channels));
+                    let outputs = dx.chunks_exact_mut(channels).zip(stats.chunks_exact(2));
+                    for ((dy, x), (dx, stats)) in inputs.zip(outputs) {
+                        let (mean, scale) = (stats[0], stats[1]);
+                        let first = sum([dy, gamma], |[dy, gamma]| dy * gamma) * share;
+                        let second =
+                            sum([dy, gamma, x], |[dy, gamma, x]| dy * gamma * (x - mean)) * share * scale * scale;
+                        let gradient = |[dy, gamma, x]: [T; 3]| (dy * gamma - first - (x - mean) * second) * scale;
+                        if add {
+                            each([dy, gamma, x], dx, |row, dx| dx + gradient(row));
+                        } else {
+                            each([dy, gamma, x], dx, |row, _| gradient(row));
+                        }
                     }
-                }
-            },
-        );
+                },
+            )
+        };
+        self.each(inputs.zip(outputs), work);
     }
 
     fn layer_norm_backward_params(

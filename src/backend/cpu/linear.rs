@@ -5,6 +5,10 @@ use super::simd::{each, vectorised};
 use super::{Buffer, Cpu, Real};
 use crate::backend::{Linear, Product};
 
+/// Rows of which the part of a thread is made, when several work on one product.
+const ROWS: usize = 96;
+/// Outputs whose weights' gradient is one product.
+const OUTPUTS: usize = 128;
 /// Outputs below which a product is made of dot products.
 const NARROW: usize = 4;
 
@@ -121,17 +125,31 @@ fn dots<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, p: Product, y: &mut [T], 
 
 impl<T: Real> Linear for Cpu<T> {
     fn linear(&self, x: &Buffer<T>, w: &Buffer<T>, bias: Option<&Buffer<T>>, p: Product, y: &mut Buffer<T>, add: bool) {
-        linear(x, w, bias.map(|bias| &bias[..]), p, y, add);
+        let rows = self.share(p.rows, ROWS);
+        let x = x[..p.rows * p.inputs].chunks(rows * p.inputs);
+        self.each(x.zip(y[..p.rows * p.outputs].chunks_mut(rows * p.outputs)), |(x, y)| {
+            let p = Product { rows: y.len() / p.outputs, ..p };
+            linear(x, w, bias.map(|bias| &bias[..]), p, y, add);
+        });
     }
 
     fn linear_backward_input(&self, dy: &Buffer<T>, w: &Buffer<T>, p: Product, dx: &mut Buffer<T>, add: bool) {
-        let size = (p.rows, p.inputs, p.outputs);
-        product(size, T::ONE, View::rows(dy, p.outputs), View::rows(w, p.inputs), dx, 0, p.inputs, add);
+        let rows = self.share(p.rows, ROWS);
+        let dy = dy[..p.rows * p.outputs].chunks(rows * p.outputs);
+        self.each(dy.zip(dx[..p.rows * p.inputs].chunks_mut(rows * p.inputs)), |(dy, dx)| {
+            let size = (dx.len() / p.inputs, p.inputs, p.outputs);
+            product(size, T::ONE, View::rows(dy, p.outputs), View::rows(w, p.inputs), dx, 0, p.inputs, add);
+        });
     }
 
     fn linear_backward_weight(&self, dy: &Buffer<T>, x: &Buffer<T>, p: Product, dw: &mut Buffer<T>) {
-        let size = (p.outputs, p.inputs, p.rows);
-        product(size, T::ONE, View::rows(dy, p.outputs).t(), View::rows(x, p.inputs), dw, 0, p.inputs, true);
+        // The same parts for any number of threads: the shape of a product decides in which order it is summed.
+        let parts = dw[..p.outputs * p.inputs].chunks_mut(OUTPUTS * p.inputs);
+        self.each(parts.enumerate(), |(part, dw)| {
+            let size = (dw.len() / p.inputs, p.inputs, p.rows);
+            let dy = View { start: part * OUTPUTS, ..View::rows(dy, p.outputs) };
+            product(size, T::ONE, dy.t(), View::rows(x, p.inputs), dw, 0, p.inputs, true);
+        });
     }
 
     fn linear_backward_bias(&self, dy: &Buffer<T>, rows: usize, outputs: usize, db: &mut Buffer<T>) {

@@ -143,13 +143,31 @@ impl<T: Real> Loss for Cpu<T> {
         size: usize,
         scale: f64,
         out: &mut Buffer<T>,
-        mut gradient: Option<&mut Buffer<T>>,
+        gradient: Option<&mut Buffer<T>>,
     ) {
+        let Some(gradient) = gradient else {
+            let lines = self.share(size, 1);
+            for (image, sample) in samples.iter().enumerate() {
+                let mut losses = vec![0.0f64; size];
+                self.each(losses.chunks_mut(lines).enumerate(), |(part, losses)| {
+                    let mut line = Line::new(from.width, labels, size);
+                    for (oy, loss) in (part * lines..).zip(losses) {
+                        vectorised(
+                            #[inline(always)]
+                            |level| {
+                                line.read(logits, from, labels, sample, image, oy);
+                                *loss = line.cross_entropy(level).f64();
+                            },
+                        );
+                    }
+                });
+                out[image] += T::of(scale * losses.iter().sum::<f64>());
+            }
+            return;
+        };
         let mut line = Line::new(from.width, labels, size);
         let stride = from.width * labels;
-        if let Some(gradient) = &mut gradient {
-            gradient[..from.rows() * labels].fill(T::ZERO);
-        }
+        gradient[..from.rows() * labels].fill(T::ZERO);
         for (image, sample) in samples.iter().enumerate() {
             let mut total = 0.0f64;
             for oy in 0..size {
@@ -160,7 +178,6 @@ impl<T: Real> Loss for Cpu<T> {
                         total += line.cross_entropy(level).f64();
                     },
                 );
-                let Some(gradient) = &mut gradient else { continue };
                 // The way back: columns first, then the two lines.
                 let Line { stretch, blend, classes, .. } = &mut line;
                 for (l, class) in classes.chunks_exact(size).enumerate() {
@@ -193,31 +210,39 @@ impl<T: Real> Loss for Cpu<T> {
         size: usize,
         counts: &mut Vec<u64>,
     ) {
-        counts[..samples.len() * labels * labels].fill(0);
-        let mut line = Line::new(from.width, labels, size);
-        let mut best = vec![0u8; size];
-        for (image, sample) in samples.iter().enumerate() {
-            let counts = &mut counts[image * labels * labels..][..labels * labels];
-            for oy in 0..size {
-                vectorised(
-                    #[inline(always)]
-                    |_| {
-                        line.read(logits, from, labels, sample, image, oy);
-                        let (largest, others) = line.classes.split_at_mut(size);
-                        best.fill(0);
-                        for (l, class) in others.chunks_exact(size).enumerate() {
-                            for x in 0..size {
-                                let larger = class[x] > largest[x];
-                                best[x] = if larger { l as u8 + 1 } else { best[x] };
-                                largest[x] = if larger { class[x] } else { largest[x] };
+        let lines = self.share(size, 1);
+        for (counts, (image, sample)) in counts.chunks_exact_mut(labels * labels).zip(samples.iter().enumerate()) {
+            let mut parts = vec![vec![0u64; labels * labels]; size.div_ceil(lines)];
+            self.each(parts.iter_mut().enumerate(), |(part, counts)| {
+                let mut line = Line::new(from.width, labels, size);
+                let mut best = vec![0u8; size];
+                for oy in part * lines..size.min((part + 1) * lines) {
+                    vectorised(
+                        #[inline(always)]
+                        |_| {
+                            line.read(logits, from, labels, sample, image, oy);
+                            let (largest, others) = line.classes.split_at_mut(size);
+                            best.fill(0);
+                            for (l, class) in others.chunks_exact(size).enumerate() {
+                                for x in 0..size {
+                                    let larger = class[x] > largest[x];
+                                    best[x] = if larger { l as u8 + 1 } else { best[x] };
+                                    largest[x] = if larger { class[x] } else { largest[x] };
+                                }
                             }
+                        },
+                    );
+                    for (&truth, &best) in line.truth.iter().zip(&best) {
+                        if truth != u8::MAX {
+                            counts[usize::from(truth) * labels + usize::from(best)] += 1;
                         }
-                    },
-                );
-                for (&truth, &best) in line.truth.iter().zip(&best) {
-                    if truth != u8::MAX {
-                        counts[usize::from(truth) * labels + usize::from(best)] += 1;
                     }
+                }
+            });
+            counts.fill(0);
+            for part in parts {
+                for (count, part) in counts.iter_mut().zip(part) {
+                    *count += part;
                 }
             }
         }

@@ -1,8 +1,11 @@
 //! Storage, and the spread of units over threads.
 
+use std::collections::HashMap;
 use std::marker::PhantomData;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rayon::prelude::*;
 
 use super::{Buffer, Real};
 use crate::backend::{Inputs, Memory};
@@ -11,6 +14,10 @@ use crate::{Error, Result, error::Kind};
 /// The CPU as a device, with numbers of type `T`.
 pub struct Cpu<T> {
     pool: rayon::ThreadPool,
+    /// Threads of their own for each of so many units that are under way at once, where there are more threads than units.
+    teams: Mutex<HashMap<usize, Arc<Vec<rayon::ThreadPool>>>>,
+    /// Threads that a unit has at the moment.
+    team: AtomicUsize,
     allocated: AtomicUsize,
     numbers: PhantomData<T>,
 }
@@ -21,18 +28,57 @@ impl<T: Real> Cpu<T> {
     /// # Errors
     /// When the operating system refuses the threads.
     pub fn new(threads: Option<usize>) -> Result<Self> {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads.unwrap_or_else(rayon::current_num_threads))
-            .thread_name(|i| format!("cpu-{i}"))
-            .build()
+        let pool = threads_of(threads.unwrap_or_else(rayon::current_num_threads))
             .map_err(|e| Error::new(Kind::Device, format!("cannot start the worker threads: {e}; try --threads 1")))?;
-        Ok(Self { pool, allocated: AtomicUsize::new(0), numbers: PhantomData })
+        let (teams, team) = (Mutex::default(), AtomicUsize::new(1));
+        Ok(Self { pool, teams, team, allocated: AtomicUsize::new(0), numbers: PhantomData })
+    }
+
+    /// Pools for `units` units that are under way at once; none where each has but one thread, or no more can be started.
+    fn teams(&self, units: usize) -> Option<Arc<Vec<rayon::ThreadPool>>> {
+        let size = self.pool.current_num_threads() / units.max(1);
+        if size < 2 {
+            return None;
+        }
+        let mut teams = self.teams.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(teams) = teams.get(&units) {
+            return Some(Arc::clone(teams));
+        }
+        let new = Arc::new((0..units).map(|_| threads_of(size)).collect::<std::result::Result<Vec<_>, _>>().ok()?);
+        teams.insert(units, Arc::clone(&new));
+        Some(new)
+    }
+
+    /// Threads of the unit.
+    pub(super) fn team(&self) -> usize {
+        self.team.load(Ordering::Relaxed)
+    }
+
+    /// Rows of `rows` that a thread of the unit takes, a multiple of `step`. What operations compute does not depend on it.
+    pub(super) fn share(&self, rows: usize, step: usize) -> usize {
+        match self.team() {
+            1 => rows.max(1),
+            team => rows.div_ceil(team).next_multiple_of(step).max(1),
+        }
+    }
+
+    /// Does `work` on every item, on all threads of the unit.
+    pub(super) fn each<I: Send>(&self, items: impl Iterator<Item = I>, work: impl Fn(I) + Sync) {
+        if self.team() == 1 {
+            items.for_each(work);
+        } else {
+            items.collect::<Vec<_>>().into_par_iter().for_each(|item| work(item));
+        }
     }
 
     /// Runs `work` on the device's threads, so that parallel loops inside it stay there.
     pub(super) fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.pool.install(work)
     }
+}
+
+fn threads_of(number: usize) -> std::result::Result<rayon::ThreadPool, rayon::ThreadPoolBuildError> {
+    rayon::ThreadPoolBuilder::new().num_threads(number).thread_name(|i| format!("cpu-{i}")).build()
 }
 
 impl<T: Real> Memory for Cpu<T> {
@@ -141,18 +187,27 @@ impl<T: Real> Memory for Cpu<T> {
         for (u, unit) in units.iter_mut().enumerate() {
             queues[u % count].push((u, unit));
         }
+        queues.retain(|queue| !queue.is_empty());
+        let teams = self.teams(queues.len());
+        let size = teams.as_ref().map_or(1, |teams| teams[0].current_num_threads());
+        self.team.store(size, Ordering::Relaxed);
         let idle = Mutex::new(workers.iter_mut().collect::<Vec<_>>());
-        let work = &work;
-        let idle = &idle;
+        let (work, idle, teams) = (&work, &idle, &teams);
         self.install(|| {
             rayon::scope(|scope| {
-                for (queue, slot) in queues.into_iter().zip(slots) {
+                for (q, (queue, slot)) in queues.into_iter().zip(slots).enumerate() {
                     scope.spawn(move |_| {
                         // There are as many workers as threads, so one is free.
                         let worker = idle.lock().ok().and_then(|mut free| free.pop());
                         let Some(worker) = worker else { unreachable!("more tasks at work than threads") };
-                        for (index, unit) in queue {
-                            work(index, unit, slot, worker);
+                        let run = || {
+                            for (index, unit) in queue {
+                                work(index, unit, slot, worker);
+                            }
+                        };
+                        match teams {
+                            Some(teams) => teams[q].install(run),
+                            None => run(),
                         }
                         if let Ok(mut free) = idle.lock() {
                             free.push(worker);
@@ -161,5 +216,6 @@ impl<T: Real> Memory for Cpu<T> {
                 }
             });
         });
+        self.team.store(1, Ordering::Relaxed);
     }
 }

@@ -1,6 +1,7 @@
 //! Additions along the residual stream.
 
-use super::{Buffer, Cpu, Real, simd::vectorised};
+use super::simd::{LANES, each, vectorised};
+use super::{Buffer, Cpu, Real};
 use crate::backend::{Dropout, Grid, Residual};
 
 impl<T: Real> Residual for Cpu<T> {
@@ -16,15 +17,14 @@ impl<T: Real> Residual for Cpu<T> {
         let n = grid.area() * channels;
         for image in 0..grid.images {
             let factor = drop.map_or(T::ONE, |drop| T::of(f64::from(drop.factor(image as u64))));
-            let (x, branch, y) = (&x[image * n..][..n], &branch[image * n..][..n], &mut y[image * n..][..n]);
-            vectorised(
-                #[inline(always)]
-                |_| {
-                    for i in 0..n {
-                        y[i] = x[i] + factor * branch[i];
-                    }
-                },
-            );
+            let part = self.share(n, LANES);
+            let inputs = x[image * n..][..n].chunks(part).zip(branch[image * n..][..n].chunks(part));
+            self.each(inputs.zip(y[image * n..][..n].chunks_mut(part)), |((x, branch), y)| {
+                vectorised(
+                    #[inline(always)]
+                    |_| each([x, branch], y, |[x, branch], _| x + factor * branch),
+                );
+            });
         }
     }
 
