@@ -6,7 +6,7 @@ use half::bf16;
 use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device};
-use segpeft_native::backend::{AdamW, Backend, Memory};
+use segpeft_native::backend::{AdamW, Backend, Memory, Sample};
 use segpeft_native::error::Kind;
 use segpeft_native::lora;
 use segpeft_native::segformer::{Id, Model, ModelOptions, SegformerConfig, StepRandom, Trainable, modules};
@@ -205,6 +205,27 @@ fn follow(what: &str, trainable: &Trainable) {
     let (first, last) = (curves[0][0], curves[0][curves[0].len() - 1]);
     assert!(last < 0.8 * first, "{what}: the CPU does not learn: {first} to {last}");
     assert!(distance < spread, "{what}: {distance} from the CPU's curve, seeds are {spread} apart");
+}
+
+/// The loss of a group of micro-batches counts every picture, though the last micro-batch is smaller.
+#[test]
+fn a_smaller_last_micro_batch_hides_no_loss() {
+    let (config, size) = config();
+    let pictures = Pictures::new(0..5, size, config.num_labels() == 3);
+    let (samples, options) = (pictures.samples(), ModelOptions { size, batch: 3 });
+    let mut model = model(Cuda::new(Host::new(Order::Forward)), &config, options, &Trainable::Everything, false);
+    let mut losses = |groups: &[&[&[Sample<'_>]]]| -> f64 {
+        let loss = |group: &&[&[Sample<'_>]]| {
+            for batch in *group {
+                model.train_micro_batch(batch, 1e-3, StepRandom { seed: 3, step: 0 });
+            }
+            model.take_loss()
+        };
+        groups.iter().map(loss).sum()
+    };
+    let (large, small) = samples.split_at(3);
+    let (apart, together) = (losses(&[&[large], &[small]]), losses(&[&[large, small]]));
+    assert!((apart - together).abs() < 1e-6 * apart, "{apart} apart, {together} together");
 }
 
 /// Activations that are made again are those that were kept.
