@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use host_kernels::Order;
 use segpeft_native::backend::cuda::{self, Cuda, Device};
-use segpeft_native::backend::{AdamW, Dropout, Inputs, Memory, Patches, Residual, Sample, Window};
+use segpeft_native::backend::{AdamW, Dropout, Inputs, Matrix, Memory, Patches, Residual, Sample, Window};
 use segpeft_native::dataset::Augment;
 use segpeft_native::error::Kind;
 use segpeft_native::random::{Philox, Purpose};
@@ -103,10 +103,12 @@ fn compare(what: &str, trainable: &Trainable) {
                 // moments, logits; and the end of the gradients, twice an epoch.
                 let epochs = EPOCHS as usize;
                 let replays = 7 * (epochs - 1) + 2 * epochs - 1;
-                assert_eq!(model.backend().device().replays.load(Ordering::Relaxed), replays, "{what}");
+                let device = model.backend().device();
+                assert_eq!(device.replays.load(Ordering::Relaxed), replays, "{what}");
+                assert_eq!(device.recordings.load(Ordering::Relaxed), 8, "{what}: each kind is recorded once");
                 found
             });
-            let (eager, model) = history(Cuda::new(Host::refusing(Order::Forward)), trainable, pictures);
+            let (eager, model) = history(Cuda::new(Host::refusing(Order::Forward, 0)), trainable, pictures);
             assert!(model.backend().remark().expect("it cannot record").contains("cannot record"), "{what}");
             assert_eq!(model.backend().device().replays.load(Ordering::Relaxed), 0);
             let [brought, kept] = replayed;
@@ -216,6 +218,27 @@ fn memory_asked_for_while_recording_is_a_defect() {
     cuda.check().expect("the first time, all that is needed is made");
     ask();
     assert_eq!(cuda.check().expect_err("a defect").kind, Kind::Internal);
+}
+
+/// A device that refuses to record, at once or in the middle, does everything once all the same.
+#[test]
+fn work_that_cannot_be_recorded_is_done_once() {
+    for after in [0, 1] {
+        let cuda = Cuda::new(Host::refusing(Order::Forward, after));
+        let (mut one, mut x, mut y, mut sum) = (cuda.full(1), cuda.act(1), cuda.act(1), cuda.full(1));
+        cuda.upload(&[1.0], &mut one);
+        cuda.cast(&one, &mut x);
+        for times in 1..=4u8 {
+            cuda.repeat(&[1], &Inputs::default(), || {
+                cuda.accumulate(&x, 1, &mut y);
+                cuda.add(&one, &mut sum);
+            });
+            let times = f32::from(times);
+            assert_eq!((cuda.download_act(&y, 1), cuda.download(&sum)), (vec![times], vec![times]), "after {after}");
+        }
+        cuda.check().expect("a refusal is no failure");
+        assert!(cuda.remark().expect("it cannot record").contains("cannot record"));
+    }
 }
 
 /// A recording names memory; when some of that may be gone, it is not replayed.
