@@ -30,7 +30,7 @@ fn bits(numbers: impl IntoIterator<Item = f32>) -> impl Iterator<Item = u64> {
 fn history<D: Device>(backend: Cuda<D>, trainable: &Trainable, pictures: &Pictures) -> (Vec<u64>, Model<Cuda<D>>) {
     let (config, size) = config();
     let config = SegformerConfig { drop_path_rate: 0.2, classifier_dropout_prob: 0.1, ..config };
-    let mut model = model(backend, &config, ModelOptions { size, batch: BATCH }, trainable, false);
+    let mut model = model(backend, &config, ModelOptions { size, batch: BATCH }, trainable, None);
     let (mut moments, mut others) = (model.moments(), model.moments());
     let decays: Vec<bool> = (0..moments.first.len()).map(|i| i % 2 == 0).collect();
     let (mut found, mut step) = (Vec::new(), 0);
@@ -141,7 +141,7 @@ fn a_device_lost_in_a_replay_is_one_clear_error() {
     let (config, size) = config();
     let pictures = Pictures::new(0..3, size, config.num_labels() == 3);
     let lost = Lost { host: Host::new(Order::Forward), launches: AtomicUsize::new(usize::MAX) };
-    let mut model = model(Cuda::new(lost), &config, ModelOptions { size, batch: 3 }, &Trainable::Everything, false);
+    let mut model = model(Cuda::new(lost), &config, ModelOptions { size, batch: 3 }, &Trainable::Everything, None);
     for step in 0..4 {
         if step == 3 {
             model.backend().device().launches.store(40, Ordering::Relaxed);
