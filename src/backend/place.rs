@@ -37,6 +37,9 @@ pub struct GpuPlace {
     limit: Option<usize>,
 }
 
+/// Bytes that a run leaves free: a driver loads code when it is first used, and keeps graphs.
+const LEFT_FREE: usize = 256 << 20;
+
 /// A backend on a GPU.
 pub type Gpu = Cuda<Arena<Arc<Driver>>>;
 
@@ -96,7 +99,7 @@ impl GpuPlace {
     /// # Errors
     /// When the device fails.
     pub fn room(&self) -> Result<usize> {
-        let free = self.driver.free_memory()?;
+        let free = self.driver.free_memory()?.saturating_sub(LEFT_FREE);
         Ok(self.limit.map_or(free, |limit| limit.min(free)))
     }
 

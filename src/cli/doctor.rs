@@ -20,6 +20,7 @@ Examples:
   segpeft-native doctor
   segpeft-native doctor --step lora --size 512 --batch-size 4 --steps 5 --json
   segpeft-native doctor --step fft --batch-size 64 --device cuda --profile
+  segpeft-native doctor --step fft --batch-size 64 --device cuda --eager
   segpeft-native doctor --step fft --batch-size 64 --traffic")]
 pub struct Doctor {
     /// Time steps on made-up images: fft or lora (forward, backward, update; B0) or eval (forward, metrics)
@@ -37,8 +38,11 @@ pub struct Doctor {
     /// On a GPU: run the steps once more and say how long each kernel and product took
     #[arg(long, requires = "step")]
     profile: bool,
+    /// On a GPU: launch the steps kernel by kernel, not as CUDA graphs, to tell what those save
+    #[arg(long, requires = "step")]
+    eager: bool,
     /// Do not time, but say what a step asks of a GPU: memory, launches, bytes moved, multiply-adds. Needs no GPU
-    #[arg(long, requires = "step", conflicts_with_all = ["profile", "steps"])]
+    #[arg(long, requires = "step", conflicts_with_all = ["profile", "eager", "steps"])]
     traffic: bool,
     #[command(flatten)]
     device: DeviceArgs,
@@ -81,6 +85,8 @@ struct Timing {
     device: String,
     /// Memory that a run takes on a GPU, its dataset aside.
     device_bytes: Option<usize>,
+    /// Whether steps were launched kernel by kernel because that was asked for.
+    eager: bool,
     /// What to know of how the device worked.
     remark: Option<String>,
     profile: Vec<Share>,
@@ -189,6 +195,9 @@ impl Doctor {
     fn time(&self, step: Step, context: &Context) -> Result<()> {
         let kind = step.kind();
         let place = self.device.open(&context.progress)?;
+        if let Place::Gpu(gpu) = &place {
+            gpu.driver.record_steps(!self.eager);
+        }
         let Measured { seconds, remark } = train::measure_step(&place, kind, self.size, self.batch_size, self.steps)?;
         let profile = match &place {
             Place::Gpu(gpu) if self.profile => {
@@ -215,6 +224,7 @@ impl Doctor {
                 Place::Cpu => None,
                 Place::Gpu(_) => Some(train::demand(kind, self.size, self.batch_size)?.memory),
             },
+            eager: self.eager,
             remark,
             profile: (profile.into_iter())
                 .map(|spent| Share {

@@ -486,9 +486,11 @@ impl<B: Backend> Model<B> {
 
     /// The summed, scaled losses of all micro-batches since the last call.
     pub fn take_loss(&mut self) -> f64 {
+        // The last micro-batch may have been smaller than those before.
+        let images = self.backend.images_per_unit(self.options.batch).max(1);
         let mut total = 0.0;
         for unit in &mut self.units {
-            total += self.backend.scalars(&unit.loss, unit.images).iter().sum::<f64>();
+            total += self.backend.scalars(&unit.loss, images).iter().sum::<f64>();
             self.backend.zero(&mut unit.loss);
         }
         total

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use host_kernels::Order;
 use segpeft_native::backend::cuda::{self, Cuda, Device};
-use segpeft_native::backend::{AdamW, Dropout, Inputs, Memory, Patches, Residual, Sample, Window};
+use segpeft_native::backend::{AdamW, Dropout, Inputs, Matrix, Memory, Patches, Residual, Sample, Window};
 use segpeft_native::dataset::Augment;
 use segpeft_native::error::Kind;
 use segpeft_native::random::{Philox, Purpose};
@@ -30,7 +30,7 @@ fn bits(numbers: impl IntoIterator<Item = f32>) -> impl Iterator<Item = u64> {
 fn history<D: Device>(backend: Cuda<D>, trainable: &Trainable, pictures: &Pictures) -> (Vec<u64>, Model<Cuda<D>>) {
     let (config, size) = config();
     let config = SegformerConfig { drop_path_rate: 0.2, classifier_dropout_prob: 0.1, ..config };
-    let mut model = model(backend, &config, ModelOptions { size, batch: BATCH }, trainable, false);
+    let mut model = model(backend, &config, ModelOptions { size, batch: BATCH }, trainable, None);
     let (mut moments, mut others) = (model.moments(), model.moments());
     let decays: Vec<bool> = (0..moments.first.len()).map(|i| i % 2 == 0).collect();
     let (mut found, mut step) = (Vec::new(), 0);
@@ -103,10 +103,12 @@ fn compare(what: &str, trainable: &Trainable) {
                 // moments, logits; and the end of the gradients, twice an epoch.
                 let epochs = EPOCHS as usize;
                 let replays = 7 * (epochs - 1) + 2 * epochs - 1;
-                assert_eq!(model.backend().device().replays.load(Ordering::Relaxed), replays, "{what}");
+                let device = model.backend().device();
+                assert_eq!(device.replays.load(Ordering::Relaxed), replays, "{what}");
+                assert_eq!(device.recordings.load(Ordering::Relaxed), 8, "{what}: each kind is recorded once");
                 found
             });
-            let (eager, model) = history(Cuda::new(Host::refusing(Order::Forward)), trainable, pictures);
+            let (eager, model) = history(Cuda::new(Host::refusing(Order::Forward, 0)), trainable, pictures);
             assert!(model.backend().remark().expect("it cannot record").contains("cannot record"), "{what}");
             assert_eq!(model.backend().device().replays.load(Ordering::Relaxed), 0);
             let [brought, kept] = replayed;
@@ -139,7 +141,7 @@ fn a_device_lost_in_a_replay_is_one_clear_error() {
     let (config, size) = config();
     let pictures = Pictures::new(0..3, size, config.num_labels() == 3);
     let lost = Lost { host: Host::new(Order::Forward), launches: AtomicUsize::new(usize::MAX) };
-    let mut model = model(Cuda::new(lost), &config, ModelOptions { size, batch: 3 }, &Trainable::Everything, false);
+    let mut model = model(Cuda::new(lost), &config, ModelOptions { size, batch: 3 }, &Trainable::Everything, None);
     for step in 0..4 {
         if step == 3 {
             model.backend().device().launches.store(40, Ordering::Relaxed);
@@ -216,6 +218,27 @@ fn memory_asked_for_while_recording_is_a_defect() {
     cuda.check().expect("the first time, all that is needed is made");
     ask();
     assert_eq!(cuda.check().expect_err("a defect").kind, Kind::Internal);
+}
+
+/// A device that refuses to record, at once or in the middle, does everything once all the same.
+#[test]
+fn work_that_cannot_be_recorded_is_done_once() {
+    for after in [0, 1] {
+        let cuda = Cuda::new(Host::refusing(Order::Forward, after));
+        let (mut one, mut x, mut y, mut sum) = (cuda.full(1), cuda.act(1), cuda.act(1), cuda.full(1));
+        cuda.upload(&[1.0], &mut one);
+        cuda.cast(&one, &mut x);
+        for times in 1..=4u8 {
+            cuda.repeat(&[1], &Inputs::default(), || {
+                cuda.accumulate(&x, 1, &mut y);
+                cuda.add(&one, &mut sum);
+            });
+            let times = f32::from(times);
+            assert_eq!((cuda.download_act(&y, 1), cuda.download(&sum)), (vec![times], vec![times]), "after {after}");
+        }
+        cuda.check().expect("a refusal is no failure");
+        assert!(cuda.remark().expect("it cannot record").contains("cannot record"));
+    }
 }
 
 /// A recording names memory; when some of that may be gone, it is not replayed.

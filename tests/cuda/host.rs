@@ -18,8 +18,10 @@ pub struct Host {
     order: Order,
     /// What was asked for since recording began, if it is recording.
     recording: Mutex<Option<Vec<Call>>>,
-    /// Whether it refuses to record, as an old driver may.
-    refuses: bool,
+    /// After how many calls it refuses to record, as an old driver may; with 0 it does not begin.
+    refuses: Option<usize>,
+    /// How often work was recorded.
+    pub recordings: AtomicUsize,
     /// How often recordings were replayed.
     pub replays: AtomicUsize,
 }
@@ -34,17 +36,21 @@ pub enum Call {
 
 impl Host {
     pub fn new(order: Order) -> Self {
-        Self { order, recording: Mutex::new(None), refuses: false, replays: AtomicUsize::new(0) }
+        let [recordings, replays] = [0, 0].map(AtomicUsize::new);
+        Self { order, recording: Mutex::new(None), refuses: None, recordings, replays }
     }
 
-    /// A device that cannot record.
-    pub fn refusing(order: Order) -> Self {
-        Self { refuses: true, ..Self::new(order) }
+    /// A device that cannot record more than so many calls.
+    pub fn refusing(order: Order, after: usize) -> Self {
+        Self { refuses: Some(after), ..Self::new(order) }
     }
 
     /// Records a call, or does it.
     unsafe fn call(&self, call: Call) -> Result<()> {
         if let Some(recording) = &mut *self.recording.lock().expect("no panic") {
+            if self.refuses == Some(recording.len()) {
+                return Err(failure("cannot record".into()));
+            }
             recording.push(call);
             return Ok(());
         }
@@ -158,9 +164,10 @@ impl Device for Host {
     }
 
     fn record(&self, work: &mut dyn FnMut()) -> Result<Vec<Call>> {
-        if self.refuses {
+        if self.refuses == Some(0) {
             return Err(failure("cannot record".into()));
         }
+        self.recordings.fetch_add(1, Ordering::Relaxed);
         *self.recording.lock().expect("no panic") = Some(Vec::new());
         work();
         Ok(self.recording.lock().expect("no panic").take().expect("it records"))

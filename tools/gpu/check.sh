@@ -16,7 +16,7 @@ set -euo pipefail
 
 # Each part's seconds at most.
 declare -A limits=(
-    [doctor]=30 [tests]=120 [repeat]=100 [memcheck]=60 [racecheck]=150 [initcheck]=60 [steps]=60 [kernels]=60
+    [doctor]=30 [tests]=150 [repeat]=100 [memcheck]=60 [racecheck]=150 [initcheck]=60 [steps]=90 [kernels]=60
     [compare]=180 [train]=100 [compiled]=240
 )
 order=(doctor tests repeat memcheck racecheck initcheck steps kernels compare train compiled)
@@ -100,7 +100,7 @@ doctor() {
 
 tests() {
     need_gpu
-    SEGPEFT_TEST_GPU=0 SEGPEFT_FIXTURES=$PWD/fixtures ./cuda-tests operations:: step:: --nocapture 2>&1
+    SEGPEFT_TEST_GPU=0 SEGPEFT_FIXTURES=$PWD/fixtures ./cuda-tests operations:: step:: graphs:: --nocapture 2>&1
 }
 
 repeat() {
@@ -140,24 +140,27 @@ sanitize() { # tool
 
 steps() {
     need_gpu
-    local step json bytes
+    local step json bytes options=(--device cuda --size "$SIZE" --batch-size "$BATCH" --steps 10 --json)
     {
-        echo "$SIZE x $SIZE, batch $BATCH"
+        echo "$SIZE x $SIZE, batch $BATCH; eager: launched kernel by kernel, not as CUDA graphs"
         echo
-        echo "| step | median, ms | images/s | device MiB |"
-        echo "| --- | --- | --- | --- |"
+        echo "| step | median, ms | images/s | device MiB | eager median, ms |"
+        echo "| --- | --- | --- | --- | --- |"
     } >"$results/steps.md"
     for step in fft lora eval; do
         json=$results/step-$step.json
-        ./segpeft-native doctor --device cuda --step "$step" --size "$SIZE" --batch-size "$BATCH" --steps 10 --profile \
-            --json >"$json"
+        ./segpeft-native doctor --step "$step" "${options[@]}" --eager >"$results/eager-$step.json"
+        ./segpeft-native doctor --step "$step" "${options[@]}" --profile >"$json"
         bytes=$(number device_bytes "$json")
         awk -v step="$step" -v seconds="$(number median_seconds "$json")" -v bytes="${bytes:-0}" \
-            -v rate="$(number images_per_second "$json")" 'BEGIN {
+            -v rate="$(number images_per_second "$json")" \
+            -v eager="$(number median_seconds "$results/eager-$step.json")" 'BEGIN {
                 memory = bytes ? int(bytes / 2 ^ 20) : "-"
-                printf "| %s | %.2f | %.0f | %s |\n", step, 1e3 * seconds, rate, memory
+                printf "| %s | %.2f | %.0f | %s | %.2f |\n", step, 1e3 * seconds, rate, memory, 1e3 * eager
             }' | tee -a "$results/steps.md"
     done
+    # Where a driver does not record, the first column is eager too.
+    sed -n 's/^ *"remark": "\(.*\)",\{0,1\}$/\n\1/p' "$results"/step-*.json | uniq | tee -a "$results/steps.md"
     for step in fft lora eval; do
         printf '\nWhere most of the time of %s goes, all steps together:\n\n' "$step"
         profile "$results/step-$step.json"

@@ -6,6 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{CString, c_void};
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 
@@ -40,6 +41,7 @@ pub struct Driver {
     /// The ends of graphs that were launched, the oldest first.
     ahead: Mutex<VecDeque<Event>>,
     profile: Mutex<Option<Vec<Timed>>>,
+    records: AtomicBool,
     products: Mutex<Products>,
     workspace: DeviceMemory,
     functions: Mutex<HashMap<&'static str, Function>>,
@@ -72,9 +74,14 @@ impl Line {
 struct Turn<'a>(MutexGuard<'a, Option<ThreadId>>);
 
 impl Turn<'_> {
+    /// Whether this thread records.
+    fn records(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// Refuses `what` while this thread records.
     fn refuse(&self, what: &str) -> Result<()> {
-        if self.0.is_some() { Err(while_recording(what)) } else { Ok(()) }
+        if self.records() { Err(while_recording(what)) } else { Ok(()) }
     }
 }
 
@@ -302,6 +309,7 @@ impl Driver {
             ring: Mutex::new(Ring::new()),
             ahead: Mutex::default(),
             profile: Mutex::default(),
+            records: AtomicBool::new(true),
             products: Mutex::new(products),
             workspace,
             functions: Mutex::default(),
@@ -310,6 +318,11 @@ impl Driver {
             context,
             name,
         })
+    }
+
+    /// Says whether repeated work is recorded from now on, as it is if nothing is said.
+    pub fn record_steps(&self, records: bool) {
+        self.records.store(records, Ordering::Relaxed);
     }
 
     /// Times every piece of work from now on.
@@ -340,10 +353,15 @@ impl Driver {
         Ok(spent)
     }
 
-    /// Calls `run`, between events if a profile is being taken.
-    fn timed(&self, describe: impl FnOnce() -> (String, Work), run: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// Calls `run`, between events if a profile is being taken. What is recorded takes no time yet, and its events would tell none.
+    fn timed(
+        &self,
+        turn: &Turn<'_>,
+        describe: impl FnOnce() -> (String, Work),
+        run: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         let mut profile = self.profile.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(profile) = profile.as_mut() else { return run() };
+        let Some(profile) = profile.as_mut().filter(|_| !turn.records()) else { return run() };
         let mark = || self.event(sys::CUevent_flags::CU_EVENT_DEFAULT as u32);
         let begin = mark()?;
         run()?;
@@ -534,7 +552,7 @@ impl Device for Driver {
         threads: usize,
         arguments: &[Argument],
     ) -> Result<()> {
-        let _turn = self.line.turn();
+        let turn = self.line.turn();
         self.bind()?;
         let function = self.function(kernel)?;
         let mut values: Vec<*mut c_void> = arguments
@@ -551,6 +569,7 @@ impl Device for Driver {
             .collect();
         let [x, y, z] = grid.map(|n| n as u32);
         self.timed(
+            &turn,
             || (format!("{kernel} {x}x{y}x{z}"), Work::launch(arguments)),
             || {
                 // SAFETY: the caller's; the driver only reads the values, and has done so when it returns.
@@ -564,7 +583,7 @@ impl Device for Driver {
     }
 
     unsafe fn product(&self, product: &MatrixProduct) -> Result<()> {
-        let _turn = self.line.turn();
+        let turn = self.line.turn();
         self.bind()?;
         let mut products = self.products.lock().unwrap_or_else(PoisonError::into_inner);
         let name = || {
@@ -573,7 +592,7 @@ impl Device for Driver {
             let (a, b) = (transposed(product.transpose_a), transposed(product.transpose_b));
             (format!("product {a}{b} {m}x{n}x{k}"), Work::product(product))
         };
-        self.timed(name, || {
+        self.timed(&turn, name, || {
             // SAFETY: the caller's, and the workspace is the device's own.
             unsafe { products.run(product, self.workspace.address, self.stream().cast()) }.map_err(|e| {
                 device_error(format!("GPU {}: product of {:?}: cuBLASLt says {e}", self.ordinal, product.size))
@@ -583,7 +602,7 @@ impl Device for Driver {
 
     /// A profile times work piece by piece.
     fn records(&self) -> bool {
-        self.profile.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+        self.records.load(Ordering::Relaxed) && self.profile.lock().unwrap_or_else(PoisonError::into_inner).is_none()
     }
 
     fn record(&self, work: &mut dyn FnMut()) -> Result<Graph> {

@@ -20,14 +20,16 @@ pub struct Array<D: Device, E> {
     /// None if empty, or if the device had no room, which is a kept failure.
     memory: Option<D::Memory>,
     len: usize,
-    /// Counts the backend's arrays that are gone.
+    /// Counts the backend's arrays that are gone with their memory.
     gone: Arc<AtomicUsize>,
     element: PhantomData<E>,
 }
 
 impl<D: Device, E> Drop for Array<D, E> {
     fn drop(&mut self) {
-        self.gone.fetch_add(1, Ordering::Relaxed);
+        if self.memory.is_some() {
+            self.gone.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
 
