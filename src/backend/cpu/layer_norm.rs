@@ -56,7 +56,7 @@ impl<T: Real> LayerNorm for Cpu<T> {
         let x = x[..rows * channels].chunks(part * channels);
         let y = y[..rows * channels].chunks_mut(part * channels);
         let parts = x.zip(y).zip(stats[..2 * rows].chunks_mut(2 * part));
-        let work = |((x, y), stats): ((&[T], &mut [T]), &mut [T])| {
+        self.each(parts, |((x, y), stats)| {
             vectorised(
                 #[inline(always)]
                 |level| {
@@ -74,8 +74,7 @@ impl<T: Real> LayerNorm for Cpu<T> {
                     }
                 },
             )
-        };
-        self.each(parts, work);
+        });
     }
 
     fn layer_norm_backward(
@@ -94,7 +93,7 @@ impl<T: Real> LayerNorm for Cpu<T> {
         let part = self.share(rows, 1);
         let inputs = dy[..rows * channels].chunks(part * channels).zip(x[..rows * channels].chunks(part * channels));
         let outputs = dx[..rows * channels].chunks_mut(part * channels).zip(stats[..2 * rows].chunks(2 * part));
-        let work = |((dy, x), (dx, stats)): ((&[T], &[T]), (&mut [T], &[T]))| {
+        self.each(inputs.zip(outputs), |((dy, x), (dx, stats))| {
             vectorised(
                 #[inline(always)]
                 |_| {
@@ -114,8 +113,7 @@ impl<T: Real> LayerNorm for Cpu<T> {
                     }
                 },
             )
-        };
-        self.each(inputs.zip(outputs), work);
+        });
     }
 
     fn layer_norm_backward_params(

@@ -63,11 +63,11 @@ impl<T: Real> Cpu<T> {
     }
 
     /// Does `work` on every item, on all threads of the unit.
-    pub(super) fn each<I: Send>(&self, items: impl Iterator<Item = I>, work: impl Fn(I) + Sync) {
+    pub(super) fn each<I: Send>(&self, items: impl Iterator<Item = I>, work: impl Fn(I) + Send + Sync) {
         if self.team() == 1 {
             items.for_each(work);
         } else {
-            items.collect::<Vec<_>>().into_par_iter().for_each(|item| work(item));
+            items.collect::<Vec<_>>().into_par_iter().for_each(work);
         }
     }
 
