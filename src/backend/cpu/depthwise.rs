@@ -92,10 +92,6 @@ struct Convolution<'a, T, F> {
 /// What a convolution does with its sums.
 trait Finish<T> {
     fn finish<const WHOLE: bool>(&mut self, at: usize, c: usize, lanes: usize, sums: &Block<T>, level: Level);
-
-    /// What is left to do at the end of a row.
-    #[inline(always)]
-    fn end_row(&mut self, _c: usize, _lanes: usize) {}
 }
 
 impl<T: Real, F: Finish<T>> Walk for Convolution<'_, T, F> {
@@ -129,7 +125,6 @@ impl<T: Real, F: Finish<T>> Walk for Convolution<'_, T, F> {
             (before, own) = (own, next);
         }
         self.finish.finish::<WHOLE>(here + (width - 1) * channels, c, lanes, &before, self.level);
-        self.finish.end_row(c, lanes);
     }
 }
 
@@ -169,10 +164,6 @@ struct GeluBackward<'a, T, const FORWARD: bool> {
     b: &'a [T],
     d: &'a mut [T],
     g: &'a mut [T],
-    /// Empty if not wanted.
-    db: &'a mut [T],
-    /// Sums over the row so far.
-    line: Block<T>,
 }
 
 impl<T: Real, const FORWARD: bool> Finish<T> for GeluBackward<'_, T, FORWARD> {
@@ -185,20 +176,11 @@ impl<T: Real, const FORWARD: bool> Finish<T> for GeluBackward<'_, T, FORWARD> {
             let (value, slope) = gelu_with_slope(sums[i] + b[i], level);
             g[i] = value;
             d[i] *= slope;
-            self.line[i] += d[i];
         }
         store::<T, WHOLE>(&d, self.d, at, lanes);
         if FORWARD {
             store::<T, WHOLE>(&g, self.g, at, lanes);
         }
-    }
-
-    #[inline(always)]
-    fn end_row(&mut self, c: usize, lanes: usize) {
-        if !self.db.is_empty() {
-            each([&self.line[..lanes]], &mut self.db[c..][..lanes], |[part], sum| sum + part);
-        }
-        self.line = [T::ZERO; LANES];
     }
 }
 
@@ -251,7 +233,7 @@ impl<T: Real> Walk for Weights<'_, T> {
     }
 }
 
-/// Adds to `db` the column sums of d, a row of tokens at a time, as [`GeluBackward`] does.
+/// Adds to `db` the column sums of d, a row of tokens at a time.
 fn add_shift<T: Real>(d: &[T], grid: Grid, channels: usize, db: &mut [T]) {
     let mut line = vec![T::ZERO; channels];
     vectorised(
@@ -323,27 +305,19 @@ impl<T: Real> Depthwise for Cpu<T> {
         let n = grid.rows() * channels;
         let rows = self.share(grid.images * grid.height, 1);
         let part = rows * grid.width * channels;
-        // One thread sums while it is there; several leave it to a pass of its own.
-        let alone = part >= n;
-        let mut db: &mut [T] = db.map_or(&mut [], |db| &mut db[..channels]);
-        let mut none: &mut [T] = &mut [];
-        let sums = if alone { &mut db } else { &mut none };
-        let sums = std::iter::once(std::mem::take(sums)).chain(std::iter::repeat_with(|| -> &mut [T] { &mut [] }));
         let kind = (grid, channels, false);
-        let line = [T::ZERO; LANES];
         match g {
             Some(g) => {
-                let outputs = d[..n].chunks_mut(part).zip(g[..n].chunks_mut(part)).zip(sums);
-                self.convolve(h, w, kind, outputs, rows, |((d, g), db)| GeluBackward::<T, true> { b, d, g, db, line });
+                let outputs = d[..n].chunks_mut(part).zip(g[..n].chunks_mut(part));
+                self.convolve(h, w, kind, outputs, rows, |(d, g)| GeluBackward::<T, true> { b, d, g });
             }
             None => {
-                let outputs = d[..n].chunks_mut(part).zip(sums);
-                let finish = |(d, db)| GeluBackward::<T, false> { b, d, g: &mut [], db, line };
-                self.convolve(h, w, kind, outputs, rows, finish);
+                let outputs = d[..n].chunks_mut(part);
+                self.convolve(h, w, kind, outputs, rows, |d| GeluBackward::<T, false> { b, d, g: &mut [] });
             }
         }
-        if !db.is_empty() {
-            add_shift(&d[..n], grid, channels, db);
+        if let Some(db) = db {
+            add_shift(&d[..n], grid, channels, &mut db[..channels]);
         }
     }
 

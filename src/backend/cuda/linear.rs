@@ -2,7 +2,7 @@
 
 use super::memory::ColumnSums;
 use super::{Cuda, Device, Element, MatrixProduct};
-use crate::backend::{Linear, Product};
+use crate::backend::{Linear, Memory, Product};
 
 impl<D: Device> Cuda<D> {
     /// Runs a product whose operands were checked.
@@ -14,22 +14,35 @@ impl<D: Device> Cuda<D> {
             self.attempt(|device| unsafe { device.product(&product) });
         }
     }
-}
 
-impl<D: Device> Linear for Cuda<D> {
-    fn linear(&self, x: &Self::Act, w: &Self::Act, bias: Option<&Self::Act>, p: Product, y: &mut Self::Act, add: bool) {
-        let c = y.address(p.rows * p.outputs);
+    /// `y = x·Wᵀ + bias + base`, the base at an address that may be y's own.
+    pub(super) fn tokens_by_weights(
+        &self,
+        x: &<Self as Memory>::Act,
+        w: &<Self as Memory>::Act,
+        bias: Option<&<Self as Memory>::Act>,
+        p: Product,
+        base: Option<u64>,
+        y: &mut <Self as Memory>::Act,
+    ) {
         self.multiply(MatrixProduct {
             size: (p.rows, p.outputs, p.inputs),
             a: x.address(p.rows * p.inputs),
             transpose_a: false,
             b: w.address(p.outputs * p.inputs),
             transpose_b: true,
-            c,
+            c: y.address(p.rows * p.outputs),
             output: Element::Bf16,
-            base: add.then_some(c),
+            base,
             bias: bias.map(|bias| bias.address(p.outputs)),
         });
+    }
+}
+
+impl<D: Device> Linear for Cuda<D> {
+    fn linear(&self, x: &Self::Act, w: &Self::Act, bias: Option<&Self::Act>, p: Product, y: &mut Self::Act, add: bool) {
+        let base = add.then(|| y.address(p.rows * p.outputs));
+        self.tokens_by_weights(x, w, bias, p, base, y);
     }
 
     fn linear_backward_input(&self, dy: &Self::Act, w: &Self::Act, p: Product, dx: &mut Self::Act, add: bool) {

@@ -1,7 +1,7 @@
 //! Additions along the residual stream.
 
 use super::memory::width;
-use super::{Argument, Cuda, Device, Element, MatrixProduct};
+use super::{Argument, Cuda, Device};
 use crate::backend::{Dropout, Grid, Product, Residual};
 
 impl<D: Device> Residual for Cuda<D> {
@@ -31,17 +31,7 @@ impl<D: Device> Residual for Cuda<D> {
         _: &mut Self::Act,
         y: &mut Self::Act,
     ) {
-        self.multiply(MatrixProduct {
-            size: (p.rows, p.outputs, p.inputs),
-            a: input.address(p.rows * p.inputs),
-            transpose_a: false,
-            b: w.address(p.outputs * p.inputs),
-            transpose_b: true,
-            c: y.address(p.rows * p.outputs),
-            output: Element::Bf16,
-            base: Some(x.address(p.rows * p.outputs)),
-            bias: bias.map(|bias| bias.address(p.outputs)),
-        });
+        self.tokens_by_weights(input, w, bias, p, Some(x.address(p.rows * p.outputs)), y);
     }
 
     fn drop_path(&self, x: &Self::Act, drop: Dropout, grid: Grid, channels: usize, y: &mut Self::Act) {
