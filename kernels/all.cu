@@ -1,6 +1,7 @@
 // All kernels as one unit: what build.rs compiles for GPUs, and host/ for the CPU. A namespace per file keeps helpers of
 // one name apart; the kernels themselves have C names.
 #include "common.cuh"
+#include "gelu.cuh"
 #include "interpolate.cuh"
 #include "mma.cuh"
 #include "tables.cuh"

@@ -7,6 +7,7 @@
 // mirrored, for dh. The gradient of the bias is summed on the first, that of the weights and of a bias in front of h on the second. u is what enters
 // the GELU, du its gradient.
 #include "common.cuh"
+#include "gelu.cuh"
 
 // Tokens side by side of a thread; strips of a block, one a warp; weights per channel.
 constexpr int COLUMNS = 4, STRIPS = THREADS / 32, TAPS = 9;
@@ -35,55 +36,6 @@ __device__ __forceinline__ float2 widen(unsigned pair) {
 __device__ __forceinline__ void add(float2& sum, float2 a, float2 b) {
     sum.x += a.x * b.x;
     sum.y += a.y * b.y;
-}
-
-// 2^x and 1/x to a unit or two in the last place; what would be subnormal is 0.
-__device__ __forceinline__ float power_of_two(float x) {
-#ifdef __CUDACC__
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#else
-    return exp2f(x);
-#endif
-}
-
-__device__ __forceinline__ float reciprocal(float x) {
-#ifdef __CUDACC__
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#else
-    return 1.0f / x;
-#endif
-}
-
-// The normal distribution at u: its density, and the tail beyond |u| to 7.5e-8 (Abramowitz and Stegun, 1964, 26.2.17).
-// It takes half of the instructions of erff, and the density is what the derivative needs.
-struct Normal {
-    float density, tail;
-
-    __device__ __forceinline__ explicit Normal(float u) {
-        float c = u * 0.84932180028801905f;  // c² = log2(e)·u²/2
-        density = power_of_two(-c * c - 1.3257480647361593f);
-        float t = reciprocal(0.2316419f * fabsf(u) + 1.0f);
-        tail = 1.330274429f;
-        tail = tail * t - 1.821255978f;
-        tail = tail * t + 1.781477937f;
-        tail = tail * t - 0.356563782f;
-        tail = tail * t + 0.319381530f;
-        tail *= t * density;
-    }
-};
-
-__device__ __forceinline__ float gelu(float u) { return fmaxf(u, 0.0f) - fabsf(u) * Normal(u).tail; }
-
-// Turns d into the gradient before the GELU, and u into the GELU's output.
-__device__ __forceinline__ void gelu_backward(float& u, float& d) {
-    Normal normal(u);
-    float share = u > 0.0f ? 1.0f - normal.tail : normal.tail;
-    d *= share + u * normal.density;
-    u *= share;
 }
 
 // p + numbers, in global memory, kept as it is: else the compiler adds it up again at each use. Null does not stay null.
