@@ -3,12 +3,35 @@
 // pixel_patches reads 8-bit pixels and writes normalised bf16 rows in one pass: flip, brightness and contrast (a table
 // of 256 levels) and ImageNet normalisation cost no pass of their own. A block normalises the lines that a strip of
 // windows needs, by a table, into shared memory, and from there writes the strip's rows, one behind the other and 16
-// bytes at a time. patches_backward gathers per input token instead of scattering per window, so no two threads add
-// to one number.
+// bytes at a time. Where a picture is only embedded, its rows are never written: embed_pixels multiplies them by the
+// weights as they lie in shared memory, and normalises what comes out. patches_backward gathers per input token instead of
+// scattering per window, so no two threads add to one number.
 #include "common.cuh"
+#include "mma.cuh"
 
 // Numbers of the lines that a strip needs at most: side·((strip - 1)·stride + side)·3.
 constexpr int STAGED = 12288;
+
+// Levels to normalised bf16 numbers, by channel (the mean and standard deviation of ImageNet). A thread per level.
+__device__ __forceinline__ void fill_table(const unsigned char* levels, unsigned short (*table)[3]) {
+    float level = float(levels[threadIdx.x]) / 255.0f;
+    table[threadIdx.x][0] = pair_of((level - 0.485f) / 0.229f, 0.0f);
+    table[threadIdx.x][1] = pair_of((level - 0.456f) / 0.224f, 0.0f);
+    table[threadIdx.x][2] = pair_of((level - 0.406f) / 0.225f, 0.0f);
+}
+
+// Normalises `across` pixels of `side` lines from (left, top) on; 0 where the picture has none. Lines are `pitch` apart.
+__device__ __forceinline__ void stage(const unsigned char* image, bool flip, int size, int left, int top, int across, int side,
+                                      int pitch, const unsigned short (*table)[3], unsigned short* staged) {
+    for (int i = threadIdx.x, ky = 0;; i += THREADS) {
+        for (; i >= across; i -= across) ky++;
+        if (ky >= side) break;
+        int y = top + ky, x = left + i;
+        bool inside = y >= 0 && y < size && x >= 0 && x < size;
+        int pixel = (y * size + (flip ? size - 1 - x : x)) * 3;
+        for (int c = 0; c < 3; c++) staged[ky * pitch + i * 3 + c] = inside ? table[image[pixel + c]][c] : 0;
+    }
+}
 
 // Grid: (ceil(out_size / strip), out_size, images), where they begin; blocks of 256, the levels.
 KERNEL(THREADS) pixel_patches(const unsigned char* pixels /* (pictures, size, size, 3) */,
@@ -19,23 +42,11 @@ KERNEL(THREADS) pixel_patches(const unsigned char* pixels /* (pictures, size, si
     SHARED(unsigned short, table, [THREADS][3]);
     SHARED(unsigned short, staged, [STAGED]);
     int first = blockIdx.x * strip, windows = min(strip, out_size - first), line = ((windows - 1) * stride + side) * 3;
-    float level = float(levels[blockIdx.z * 256 + threadIdx.x]) / 255.0f;
-    table[threadIdx.x][0] = pair_of((level - 0.485f) / 0.229f, 0.0f);
-    table[threadIdx.x][1] = pair_of((level - 0.456f) / 0.224f, 0.0f);
-    table[threadIdx.x][2] = pair_of((level - 0.406f) / 0.225f, 0.0f);
+    fill_table(levels + blockIdx.z * 256, table);
     __syncthreads();
-
     const unsigned char* image = pixels + size_t(positions[blockIdx.z]) * size * size * 3;
-    bool flip = flips[blockIdx.z];
-    int across = line / 3, left = first * stride - padding, top = int(blockIdx.y) * stride - padding;
-    for (int i = threadIdx.x, ky = 0;; i += THREADS) {
-        for (; i >= across; i -= across) ky++;
-        if (ky >= side) break;
-        int y = top + ky, x = left + i;
-        bool inside = y >= 0 && y < size && x >= 0 && x < size;
-        int pixel = (y * size + (flip ? size - 1 - x : x)) * 3;
-        for (int c = 0; c < 3; c++) staged[ky * line + i * 3 + c] = inside ? table[image[pixel + c]][c] : 0;
-    }
+    stage(image, flips[blockIdx.z], size, first * stride - padding, int(blockIdx.y) * stride - padding, line / 3, side, line,
+          table, staged);
     __syncthreads();
 
     // Where the strip's rows lie in `out`; what is not a multiple of 8 at its ends is written number by number.
@@ -63,6 +74,232 @@ KERNEL(THREADS) pixel_patches(const unsigned char* pixels /* (pictures, size, si
             }
         }
     }
+}
+
+// ---- pixels straight to tokens
+
+// SegFormer's first patch embedding. A line of a window is 21 numbers; here it takes a 22nd, of weight 0, so that pairs of
+// them are aligned, and the 154 of a window are filled up to a multiple of 16.
+constexpr int SIDE = 7, STRIDE = 4, PADDING = 3, LINE = 3 * SIDE, PAIRS = (LINE + 1) / 2, DEPTH = 160;
+// A block embeds two lines of windows at a time, STRIP side by side, sixteen a warp; lines staged for that, and numbers of one.
+constexpr int STRIP = THREADS / 4, STAGED_LINES = STRIDE + SIDE, PITCH = ((STRIP - 1) * STRIDE + SIDE) * 3 + 1;
+
+// Four lanes side by side hold four words each: lane t receives word t of each, in their order.
+__device__ __forceinline__ void exchange(unsigned (&x)[4]) {
+    for (int apart = 1; apart <= 2; apart *= 2) {
+        bool upper = threadIdx.x & apart;
+        for (int i = 0; i < 4; i++) {
+            if (i & apart) continue;
+            unsigned other = __shfl_xor_sync(ALL_LANES, upper ? x[i] : x[i + apart], apart);
+            (upper ? x[i] : x[i + apart]) = other;
+        }
+    }
+}
+
+template <int N>
+__device__ void embed(const unsigned char* pixels, const int* positions, const unsigned char* levels,
+                      const unsigned char* flips, int size, int out_size, int lines, const bf16* w, const bf16* bias,
+                      const float* gamma, const float* beta, bf16* y, bf16* raw, float* stats, unsigned short (*table)[3],
+                      unsigned short* staged, Row<DEPTH>* weights) {
+    constexpr float EPSILON = 1e-5f;
+    constexpr int TILES = N / 8;
+    for (int i = threadIdx.x; i < N * DEPTH; i += THREADS) {
+        int n = i / DEPTH, k = i % DEPTH, ky = k / (2 * PAIRS), x = k % (2 * PAIRS);
+        bool real = ky < SIDE && x < LINE;
+        weights[n].at[k] = real ? w[n * SIDE * LINE + ky * LINE + x] : __float2bfloat16_rn(0.0f);
+    }
+    fill_table(levels + blockIdx.z * 256, table);
+    const unsigned char* image = pixels + size_t(positions[blockIdx.z]) * size * size * 3;
+    bool flip = flips[blockIdx.z];
+    int first = blockIdx.x * STRIP, windows = min(STRIP, out_size - first), across = (windows - 1) * STRIDE + SIDE;
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int own = threadIdx.x / 32 % (STRIP / 16) * 16 + g, below = threadIdx.x / (2 * STRIP);
+    // Windows past the last one repeat it, for nothing.
+    const unsigned short* low = staged + below * (STRIDE * PITCH) + min(own, windows - 1) * (STRIDE * 3);
+    const unsigned short* high = staged + below * (STRIDE * PITCH) + min(own + 8, windows - 1) * (STRIDE * 3);
+    auto pair = [&](const unsigned short* window, int number) {
+        // What is past the last line has weight 0.
+        int ky = number / PAIRS, at = ky < SIDE ? ky * PITCH + (number - ky * PAIRS) * 2 : 0;
+        return *reinterpret_cast<const unsigned*>(window + at);
+    };
+    int stop = min(out_size, (int(blockIdx.y) + 1) * lines);
+    for (int line = blockIdx.y * lines; line < stop; line += 2) {
+        __syncthreads();
+        stage(image, flip, size, first * STRIDE - PADDING, line * STRIDE - PADDING, across, STAGED_LINES, PITCH, table, staged);
+        if (threadIdx.x < STAGED_LINES) staged[threadIdx.x * PITCH + across * 3] = 0;  // the 22nd of the last window
+        __syncthreads();
+        float d[TILES][4] = {};
+#pragma unroll 5
+        for (int k = 0; k < DEPTH; k += 16) {
+            unsigned a[4] = {pair(low, k / 2 + t), pair(high, k / 2 + t), pair(low, k / 2 + t + 4), pair(high, k / 2 + t + 4)};
+            for (int n = 0; n < TILES; n += 2) {
+                unsigned b[4];
+                ::across(weights, 8 * n, k, b);
+                mma(d[n], a, b[0], b[1]);
+                mma(d[n + 1], a, b[2], b[3]);
+            }
+        }
+        // Rows own and own + 8; of each tile, channels 2t and 2t + 1.
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int window = own + 8 * half;
+            bool inside = window < windows && line + below < stop;
+            size_t token = (size_t(blockIdx.z) * out_size + line + below) * out_size + first + window;
+            unsigned words[TILES];
+            float sum = 0, square = 0;
+            for (int n = 0; n < TILES; n++) {
+                float2 shift = {};
+                if (bias != nullptr) {
+                    shift = {__bfloat162float(bias[8 * n + 2 * t]), __bfloat162float(bias[8 * n + 2 * t + 1])};
+                }
+                words[n] = pair_of(d[n][2 * half] + shift.x, d[n][2 * half + 1] + shift.y);
+                sum += __uint_as_float(words[n] << 16) + __uint_as_float(words[n] & 0xffff0000u);
+            }
+            float mean = group_sum(sum, 4) / N;
+            for (int n = 0; n < TILES; n++) {
+                float a = __uint_as_float(words[n] << 16) - mean, b = __uint_as_float(words[n] & 0xffff0000u) - mean;
+                square += a * a + b * b;
+            }
+            float scale = rsqrtf(group_sum(square, 4) / N + EPSILON);
+            unsigned normed[TILES];
+            for (int n = 0; n < TILES; n++) {
+                float a = __uint_as_float(words[n] << 16) - mean, b = __uint_as_float(words[n] & 0xffff0000u) - mean;
+                float2 scales = *reinterpret_cast<const float2*>(gamma + 8 * n + 2 * t);
+                float2 shifts = *reinterpret_cast<const float2*>(beta + 8 * n + 2 * t);
+                normed[n] = pair_of(a * scale * scales.x + shifts.x, b * scale * scales.y + shifts.y);
+            }
+            // A lane receives whole tiles, 16 bytes each.
+            for (int n = 0; n < TILES; n += 4) {
+                unsigned out[4] = {normed[n], normed[n + 1], normed[n + 2], normed[n + 3]};
+                exchange(out);
+                if (inside) *reinterpret_cast<uint4*>(y + token * N + 8 * (n + t)) = {out[0], out[1], out[2], out[3]};
+                if (raw == nullptr) continue;
+                unsigned before[4] = {words[n], words[n + 1], words[n + 2], words[n + 3]};
+                exchange(before);
+                if (inside) {
+                    *reinterpret_cast<uint4*>(raw + token * N + 8 * (n + t)) = {before[0], before[1], before[2], before[3]};
+                }
+            }
+            if (raw != nullptr && inside && t == 0) *reinterpret_cast<float2*>(stats + 2 * token) = {mean, scale};
+        }
+    }
+}
+
+// y = layer_norm(patches·wᵀ + bias) for windows of 7 x 7 pixels, 4 apart, padded by 3; what the LayerNorm's gradient takes, if
+// raw is given. Grid: (ceil(out_size / STRIP), ceil(out_size / lines), images).
+KERNEL(THREADS, 3) embed_pixels_32(
+    const unsigned char* pixels /* (pictures, size, size, 3) */, const int* positions /* (images): which picture */,
+    const unsigned char* levels /* (images, 256) */, const unsigned char* flips /* (images) */, int size, int out_size, int lines,
+    const bf16* w /* (32, 7·7·3) */, const bf16* bias /* (32) or null */, const float* gamma /* (32) */,
+    const float* beta /* (32) */, bf16* y /* (images·out_size², 32) */,
+    bf16* raw /* (images·out_size², 32) or null: before the LayerNorm */,
+    float* stats /* (images·out_size², 2), with raw: mean, 1/std */) {
+    SHARED(unsigned short, table, [THREADS][3]);
+    SHARED(unsigned, staged, [STAGED_LINES * PITCH / 2]);
+    SHARED(Row<DEPTH>, weights, [32]);
+    embed<32>(pixels, positions, levels, flips, size, out_size, lines, w, bias, gamma, beta, y, raw, stats, table,
+              reinterpret_cast<unsigned short*>(staged), weights);
+}
+
+// The same with 64 channels.
+KERNEL(THREADS, 2) embed_pixels_64(
+    const unsigned char* pixels, const int* positions, const unsigned char* levels, const unsigned char* flips, int size,
+    int out_size, int lines, const bf16* w /* (64, 7·7·3) */, const bf16* bias /* (64) or null */,
+    const float* gamma /* (64) */, const float* beta /* (64) */, bf16* y /* (images·out_size², 64) */,
+    bf16* raw /* (images·out_size², 64) or null */, float* stats /* (images·out_size², 2) */) {
+    SHARED(unsigned short, table, [THREADS][3]);
+    SHARED(unsigned, staged, [STAGED_LINES * PITCH / 2]);
+    SHARED(Row<DEPTH>, weights, [64]);
+    embed<64>(pixels, positions, levels, flips, size, out_size, lines, w, bias, gamma, beta, y, raw, stats, table,
+              reinterpret_cast<unsigned short*>(staged), weights);
+}
+
+// Channels by taps: a warp takes tiles of 8 taps, as many apart as there are warps, and sums over the block's windows.
+template <int N>
+__device__ void embed_backward(const unsigned char* pixels, const int* positions, const unsigned char* levels,
+                               const unsigned char* flips, int size, int out_size, int lines, const bf16* draw, float* partial,
+                               unsigned short (*table)[3], unsigned short* staged, Row<N>* gradients) {
+    constexpr int TAPS = SIDE * LINE, TILES = (TAPS + 7) / 8, WARPS = THREADS / 32, EACH = (TILES + WARPS - 1) / WARPS;
+    fill_table(levels + blockIdx.z * 256, table);
+    const unsigned char* image = pixels + size_t(positions[blockIdx.z]) * size * size * 3;
+    bool flip = flips[blockIdx.z];
+    int first = blockIdx.x * STRIP, windows = min(STRIP, out_size - first), across = (windows - 1) * STRIDE + SIDE;
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+    const unsigned short* taps[EACH];
+    for (int j = 0; j < EACH; j++) {
+        int tap = (warp + j * WARPS) * 8 + g;
+        taps[j] = staged + (tap < TAPS ? tap / LINE * PITCH + tap % LINE : 0);
+    }
+    float d[EACH][N / 16][4] = {};
+    int stop = min(out_size, (int(blockIdx.y) + 1) * lines);
+    for (int line = blockIdx.y * lines; line < stop; line += 2) {
+        __syncthreads();
+        stage(image, flip, size, first * STRIDE - PADDING, line * STRIDE - PADDING, across, STAGED_LINES, PITCH, table, staged);
+        size_t token = (size_t(blockIdx.z) * out_size + line) * out_size + first;
+        for (int i = threadIdx.x; i < 2 * STRIP * N / 8; i += THREADS) {
+            int row = i / (N / 8), c = i % (N / 8) * 8, window = row % STRIP, below = row / STRIP;
+            uint4 raw = {};
+            if (window < windows && line + below < stop) {
+                raw = fetch<8>(draw + (token + below * out_size + window) * N + c);
+            }
+            *reinterpret_cast<uint4*>(&gradients[row].at[c]) = raw;
+        }
+        __syncthreads();
+        for (int k = 0; k < 2 * STRIP; k += 16) {
+            unsigned a[N / 16][4];
+            for (int m = 0; m < N / 16; m++) {
+                unsigned x[4];
+                along(gradients, k, 16 * m, x);
+                a[m][0] = x[0];
+                a[m][1] = x[2];
+                a[m][2] = x[1];
+                a[m][3] = x[3];
+            }
+            // Windows past the last one have no gradient; they repeat its pixels.
+            int at[4];
+            for (int i = 0; i < 4; i++) {
+                at[i] = min(k % STRIP + 2 * t + i % 2 + i / 2 * 8, windows - 1) * (STRIDE * 3) + k / STRIP * (STRIDE * PITCH);
+            }
+#pragma unroll
+            for (int j = 0; j < EACH; j++) {
+                if (warp + j * WARPS >= TILES) break;
+                unsigned b0 = taps[j][at[0]] | unsigned(taps[j][at[1]]) << 16;
+                unsigned b1 = taps[j][at[2]] | unsigned(taps[j][at[3]]) << 16;
+                for (int m = 0; m < N / 16; m++) mma(d[j][m], a[m], b0, b1);
+            }
+        }
+    }
+    partial += ((size_t(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * (N * TAPS);
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        for (int m = 0; m < N / 16; m++) {
+            for (int i = 0; i < 4; i++) {
+                int n = 16 * m + g + i / 2 * 8, tap = (warp + j * WARPS) * 8 + 2 * t + i % 2;
+                if (tap < TAPS) partial[n * TAPS + tap] = d[j][m][i];
+            }
+        }
+    }
+}
+
+// The gradient of w from that of raw, by blocks. Grid: as embed_pixels has it.
+KERNEL(THREADS, 3) embed_pixels_backward_32(
+    const unsigned char* pixels, const int* positions, const unsigned char* levels, const unsigned char* flips, int size,
+    int out_size, int lines, const bf16* draw /* (images·out_size², 32) */, float* partial /* (blocks, 32, 7·7·3) */) {
+    SHARED(unsigned short, table, [THREADS][3]);
+    SHARED(unsigned, staged, [STAGED_LINES * PITCH / 2]);
+    SHARED(Row<32>, gradients, [2 * STRIP]);
+    embed_backward<32>(pixels, positions, levels, flips, size, out_size, lines, draw, partial, table,
+                       reinterpret_cast<unsigned short*>(staged), gradients);
+}
+
+KERNEL(THREADS, 2) embed_pixels_backward_64(
+    const unsigned char* pixels, const int* positions, const unsigned char* levels, const unsigned char* flips, int size,
+    int out_size, int lines, const bf16* draw /* (images·out_size², 64) */, float* partial /* (blocks, 64, 7·7·3) */) {
+    SHARED(unsigned short, table, [THREADS][3]);
+    SHARED(unsigned, staged, [STAGED_LINES * PITCH / 2]);
+    SHARED(Row<64>, gradients, [2 * STRIP]);
+    embed_backward<64>(pixels, positions, levels, flips, size, out_size, lines, draw, partial, table,
+                       reinterpret_cast<unsigned short*>(staged), gradients);
 }
 
 template <int V>

@@ -6,7 +6,19 @@ use super::{AdamW, AttentionShape, Dropout, Grid, Product, Sample, Window};
 
 /// Everything the model needs of a device.
 pub trait Backend:
-    Memory + Linear + Patches + LayerNorm + Attention + Depthwise + Residual + Resize + Head + Loss + Matrix + Optimizer
+    Memory
+    + Linear
+    + Patches
+    + LayerNorm
+    + EmbedPixels
+    + Attention
+    + Depthwise
+    + Residual
+    + Resize
+    + Head
+    + Loss
+    + Matrix
+    + Optimizer
 {
 }
 
@@ -15,6 +27,7 @@ impl<B> Backend for B where
         + Linear
         + Patches
         + LayerNorm
+        + EmbedPixels
         + Attention
         + Depthwise
         + Residual
@@ -235,6 +248,42 @@ pub trait LayerNorm: Residual {
         dgamma: &mut Self::Full,
         dbeta: &mut Self::Full,
     );
+}
+
+/// The first patch embedding, a convolution over pixels and its LayerNorm, without gathered patches. A backend that cannot do
+/// so, or not at every shape, leaves it to [`Patches::pixel_patches`] and a product; nothing else is called then.
+pub trait EmbedPixels: Memory {
+    /// Whether there is such a way.
+    fn embeds_pixels(&self, _window: Window, _channels: usize) -> bool {
+        false
+    }
+    /// `y = layer_norm(raw)` with scale and shift `(gamma, beta)`, where raw is the convolution `(images·windows, channels)` of
+    /// the pixels of `samples`, with weights and bias `(w, bias)`; `kept` receives raw and its (mean, 1/std) per row.
+    fn embed_pixels(
+        &self,
+        _samples: &[Sample<'_>],
+        _size: usize,
+        _window: Window,
+        _convolution: (&Self::Act, Option<&Self::Act>),
+        _norm: (&Self::Full, &Self::Full),
+        _channels: usize,
+        _y: &mut Self::Act,
+        _kept: Option<(&mut Self::Act, &mut Self::Full)>,
+    ) {
+        unreachable!("this backend gathers patches")
+    }
+    /// Adds the gradient of w, from that of raw.
+    fn embed_pixels_backward(
+        &self,
+        _samples: &[Sample<'_>],
+        _size: usize,
+        _window: Window,
+        _draw: &Self::Act,
+        _channels: usize,
+        _dw: &mut Self::Full,
+    ) {
+        unreachable!("this backend gathers patches")
+    }
 }
 
 /// Scaled dot-product attention (Vaswani et al., 2017).

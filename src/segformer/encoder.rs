@@ -88,6 +88,7 @@ impl Stage {
             let trains = wanted[convolution.weight.0] || convolution.side.is_some();
             (remembers && trains).then(|| backend.act(rows * convolution.inputs))
         };
+        let embedded = (!self.embed.is_direct(backend)).then(|| patches(&self.embed.projection, rows));
         let blocks = (self.blocks[..held].iter())
             .map(|block| {
                 let keys = block.attention.keys(grid).rows();
@@ -113,7 +114,7 @@ impl Stage {
         StageActs {
             grid,
             from,
-            embed: EmbedActs { raw: tokens(), stats: stats(), patches: patches(&self.embed.projection, rows) },
+            embed: EmbedActs { raw: tokens(), stats: stats(), patches: embedded.flatten() },
             stream: (0..=if keep { held } else { 1 }).map(|_| tokens()).collect(),
             norms,
             blocks,

@@ -48,6 +48,19 @@ impl PatchEmbed {
         }
     }
 
+    /// Whether the layer reads pixels, and without gathering patches.
+    pub fn is_direct<B: Backend>(&self, backend: &B) -> bool {
+        let plain = self.projection.side.is_none() && self.channels_in == 3;
+        plain && backend.embeds_pixels(self.window, self.projection.outputs)
+    }
+
+    fn direct<'a, 's, B: Backend>(&self, backend: &B, input: &EmbedInput<'a, 's, B>) -> Option<&'a [Sample<'s>]> {
+        match input {
+            EmbedInput::Pixels(samples) if self.is_direct(backend) => Some(samples),
+            _ => None,
+        }
+    }
+
     /// Tokens `(from.through(window), channels)` to `y`.
     pub fn forward<B: Backend>(
         &self,
@@ -58,6 +71,13 @@ impl PatchEmbed {
         y: &mut B::Act,
         scratch: &mut Scratch<B>,
     ) {
+        if let Some(samples) = self.direct(pass.backend, input) {
+            let Affine { weight, bias, outputs, .. } = self.projection;
+            let convolution = (pass.tensors.product(weight), bias.map(|id| pass.tensors.product(id)));
+            let norm = (pass.tensors.value(self.norm.gamma), pass.tensors.value(self.norm.beta));
+            let kept = (pass.keeps() && self.trains).then_some((&mut acts.raw, &mut acts.stats));
+            return pass.backend.embed_pixels(samples, from.height, self.window, convolution, norm, outputs, y, kept);
+        }
         let rows = from.through(self.window).rows();
         let patches = acts.patches.as_mut().unwrap_or(&mut scratch.wide[0]);
         self.gather(pass, input, from, patches);
@@ -82,7 +102,12 @@ impl PatchEmbed {
         let inner = (trains || dx.is_some()).then_some((&mut scratch.tokens[0], false));
         let front = Front::product(&self.projection);
         self.norm.backward(pass, d, &acts.raw, &acts.stats, rows, gradients, inner, front);
-        if trains {
+        if let (true, Some(samples)) = (trains, self.direct(pass.backend, input)) {
+            if let Some(dw) = gradients.get_mut(self.projection.weight) {
+                let (draw, outputs) = (&scratch.tokens[0], self.projection.outputs);
+                pass.backend.embed_pixels_backward(samples, from.height, self.window, draw, outputs, dw);
+            }
+        } else if trains {
             let Scratch { tokens: [draw, ..], wide: [room, _], side, .. } = &mut *scratch;
             let patches = match &acts.patches {
                 Some(patches) => patches,

@@ -194,6 +194,55 @@ case!(
 );
 
 case!(
+    embed_pixels,
+    Embed { images: usize, size: usize, channels: usize, bias: bool },
+    |self, lab| {
+        let (size, channels, window) = (self.size, self.channels, Window { side: 7, stride: 4, padding: 3 });
+        let pixels: Vec<Vec<u8>> =
+            (0..self.images).map(|k| (0..size * size * 3).map(|i| (i * i / 7 + k * 101) as u8).collect()).collect();
+        let augment = [Augment::IDENTITY, Augment { flip: true, contrast: 1.15, brightness: -0.1 }];
+        let samples: Vec<Sample<'_>> = pixels
+            .iter()
+            .enumerate()
+            .map(|(index, pixels)| Sample { index, pixels, labels: &[], augment: augment[index % 2] })
+            .collect();
+        let rows = self.images * window.out(size).pow(2);
+        let (n, product) = (rows * channels, Product { rows, inputs: 147, outputs: channels });
+        let (w, bias) = (lab.act(channels * 147, 1), self.bias.then(|| lab.act(channels, 2)));
+        let (gamma, beta, draw) = (lab.full(channels, 3), lab.full(channels, 4), lab.act(n, 5));
+        let (mut y, mut alone, mut raw, mut stats) =
+            (lab.act(n, 6), lab.act(n, 7), lab.act(n, 8), lab.full(2 * rows, 9));
+        let mut dw = lab.full(channels * 147, 10);
+        if lab.0.embeds_pixels(window, channels) {
+            let (convolution, norm, kept) = ((&w, bias.as_ref()), (&gamma, &beta), Some((&mut raw, &mut stats)));
+            lab.0.embed_pixels(&samples, size, window, convolution, norm, channels, &mut y, kept);
+            lab.0.embed_pixels(&samples, size, window, convolution, norm, channels, &mut alone, None);
+            lab.0.embed_pixels_backward(&samples, size, window, &draw, channels, &mut dw);
+        } else {
+            let mut patches = lab.act(rows * 147, 11);
+            lab.0.pixel_patches(&samples, size, window, &mut patches);
+            // The kernel multiplies rounded pixels.
+            let rounded = lab.0.download_act(&patches, rows * 147).into_iter().map(|x| bf16::from_f32(x).to_f32());
+            let patches = lab.act_of(&rounded.collect::<Vec<_>>());
+            lab.0.linear(&patches, &w, bias.as_ref(), product, &mut raw, false);
+            for y in [&mut y, &mut alone] {
+                lab.0.layer_norm(&raw, &gamma, &beta, rows, channels, y, &mut stats);
+            }
+            lab.0.linear_backward_weight(&draw, &patches, product, &mut dw);
+        }
+        vec![
+            lab.read("y", &y, n, 1.0, 1.0),
+            lab.read("y alone", &alone, n, 1.0, 1.0),
+            lab.read("raw", &raw, n, 1.0, 0.0),
+            // Of what has been rounded.
+            Output { summed: 1.0, ..lab.read_full("stats", &stats, 2 * rows) },
+            lab.read_full("dw", &dw, channels * 147),
+        ]
+    },
+    [(1, 8, 32, true), (2, 36, 64, false), (3, 68, 32, true), (1, 264, 32, true), (2, 40, 64, true)]
+);
+
+case!(
     patches,
     Patches { images: usize, height: usize, width: usize, channels: usize, side: usize, stride: usize, padding: usize },
     |self, lab| {

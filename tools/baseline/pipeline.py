@@ -99,7 +99,7 @@ def theirs(options) -> dict:
         remove_unused_columns=False,
         label_names=["labels"],
         bf16=options.dtype == "bf16",
-        use_cpu=True,
+        use_cpu=options.device == "cpu",
         dataloader_num_workers=options.workers,
         disable_tqdm=True,
         report_to=[],
@@ -128,6 +128,7 @@ def ours(options, out: Path) -> dict:
     command = [options.binary, "train", "--data", options.data, "--model", options.start, "--out", out]
     command += ["--method", options.method, "--size", options.size, "--epochs", options.epochs, "--grad-accum", 1]
     command += ["--batch-size", options.batch_size, "--eval-batch-size", options.batch_size, "--quiet"]
+    command += ["--device", options.device]
     started = time.perf_counter()
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -147,15 +148,19 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="folder with images/ and masks/")
     parser.add_argument("--binary", type=Path, default=HERE.parents[1] / "target/release/segpeft-native")
     parser.add_argument("--method", choices=["fft", "lora"], default="lora")
-    parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32", help="of PyTorch's side")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["f32", "bf16"], help="of PyTorch's side (default: f32; bf16 on a GPU)")
     parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, help="default: 4; 64 on a GPU")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--limit", type=int, help="use the first so many images only")
     parser.add_argument("--workers", type=int, default=0, help="loader processes of PyTorch's side")
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--split", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    gpu = options.device == "cuda"
+    options.dtype = options.dtype or ("bf16" if gpu else "f32")
+    options.batch_size = options.batch_size or (64 if gpu else 4)
     if options.split:
         print(json.dumps(theirs(options)))
         return
@@ -175,12 +180,13 @@ def main():
         config = transformers.SegformerConfig(**CONFIG)
         transformers.SegformerForSemanticSegmentation(config).save_pretrained(options.start)
         own = ours(options, scratch / "ours")
-        given = ["data", "method", "dtype", "size", "batch_size", "epochs", "workers", "start"]
+        given = ["data", "method", "device", "dtype", "size", "batch_size", "epochs", "workers", "start"]
         arguments = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in given]
         command = [sys.executable, __file__, f"--split={scratch / 'ours'}", *arguments]
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         other = json.loads(result.stdout.strip().splitlines()[-1])
-    print(f"{options.method}, {options.size}x{options.size}, {options.epochs} epochs, batch {options.batch_size}\n")
+    shape = f"{options.size}x{options.size}, {options.epochs} epochs, batch {options.batch_size}"
+    print(f"{options.method}, {shape}, {options.device}\n")
     print("| | seconds | peak MiB | validation Dice |")
     print("| --- | --- | --- | --- |")
     for name, run in (("segpeft-native", own), (f"Trainer ({options.dtype})", other)):

@@ -49,7 +49,7 @@ strip -o "$folder/kernels-bench" "$(built bench kernels)"
 rm "$folder/build.json"
 
 cp tests/fixtures/reference/tiny.json "$folder/fixtures/reference/"
-cp tools/baseline/{baseline.py,compare.py,requirements.txt} "$folder/baseline/"
+cp tools/baseline/{baseline.py,compare.py,pipeline.py,requirements.txt} "$folder/baseline/"
 cp tools/gpu/{check.sh,README.md} "$folder/"
 
 size() { find "$folder" -type f -printf '%s\n' | awk '{ sum += $1 } END { print sum + 0 }'; }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::simd::{each, vectorised};
 use super::{Buffer, Cpu, Real};
-use crate::backend::{Grid, Patches, Sample, Window};
+use crate::backend::{EmbedPixels, Grid, Patches, Sample, Window};
 use crate::dataset::{IMAGENET_MEAN, IMAGENET_STD};
 
 /// Calls `visit(window number, ky·side + kx, taps, row-major position of the first input token or None in the padding)` for
@@ -44,6 +44,8 @@ fn each_run(
         }
     }
 }
+
+impl<T: Real> EmbedPixels for Cpu<T> {}
 
 impl<T: Real> Patches for Cpu<T> {
     fn pixel_patches(&self, samples: &[Sample<'_>], size: usize, window: Window, out: &mut Buffer<T>) {

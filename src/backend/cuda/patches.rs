@@ -1,12 +1,19 @@
 //! Gathering convolution windows.
 
-use super::memory::{THREADS, width};
+use super::memory::{ColumnSums, THREADS, width};
 use super::pictures::Part;
 use super::{Argument, Cuda, Device};
-use crate::backend::{Grid, Patches, Sample, Window};
+use crate::backend::{EmbedPixels, Grid, Patches, Sample, Window};
 
 /// Numbers of pixels that a block of `pixel_patches` keeps in shared memory at most.
 const STAGED: usize = 12288;
+
+/// SegFormer's first window, numbers of pixels in it, and windows side by side that a block embeds.
+const FIRST: Window = Window { side: 7, stride: 4, padding: 3 };
+const TAPS: usize = FIRST.side * FIRST.side * 3;
+const STRIP: usize = THREADS / 4;
+/// Lines of windows of a block: its weights are fetched once.
+const LINES: usize = 8;
 
 /// `(images, height, width, channels, side, stride, padding, out_height, out_width)` as arguments.
 fn geometry(grid: Grid, channels: usize, window: Window) -> [Argument; 9] {
@@ -60,4 +67,77 @@ impl<D: Device> Patches for Cuda<D> {
         let across = (grid.width * channels / width(channels)).div_ceil(THREADS);
         self.launch_blocks("patches_backward", [across, grid.height, grid.images], THREADS, &arguments);
     }
+}
+
+impl<D: Device> Cuda<D> {
+    /// `(pixels, positions, levels, flips, size, out_size, lines)` as arguments.
+    fn embedded(&self, samples: &[Sample<'_>], size: usize) -> Vec<Argument> {
+        let at = self.samples_at(samples, size, Part::Pixels);
+        let mut arguments = vec![at.argument(Part::Pixels, samples.len(), size)];
+        arguments.extend([at.positions, at.levels, at.flips].map(Argument::pointer));
+        arguments.extend([size, FIRST.out(size), LINES].map(Argument::from));
+        arguments
+    }
+}
+
+impl<D: Device> EmbedPixels for Cuda<D> {
+    fn embeds_pixels(&self, window: Window, channels: usize) -> bool {
+        window == FIRST && matches!(channels, 32 | 64)
+    }
+
+    fn embed_pixels(
+        &self,
+        samples: &[Sample<'_>],
+        size: usize,
+        window: Window,
+        (w, bias): (&Self::Act, Option<&Self::Act>),
+        (gamma, beta): (&Self::Full, &Self::Full),
+        channels: usize,
+        y: &mut Self::Act,
+        kept: Option<(&mut Self::Act, &mut Self::Full)>,
+    ) {
+        let rows = samples.len() * window.out(size).pow(2);
+        if rows == 0 {
+            return;
+        }
+        let n = rows * channels;
+        let mut arguments = self.embedded(samples, size);
+        arguments.extend([w.at(channels * TAPS), bias.map_or(Argument::pointer(0), |bias| bias.at(channels))]);
+        arguments.extend([gamma.at(channels), beta.at(channels), y.to(n)]);
+        arguments.extend(match kept {
+            Some((raw, stats)) => [raw.to(n), stats.to(2 * rows)],
+            None => [Argument::pointer(0), Argument::pointer(0)],
+        });
+        let name = if channels == 32 { "embed_pixels_32" } else { "embed_pixels_64" };
+        self.launch_blocks(name, blocks(samples.len(), size), THREADS, &arguments);
+    }
+
+    fn embed_pixels_backward(
+        &self,
+        samples: &[Sample<'_>],
+        size: usize,
+        window: Window,
+        draw: &Self::Act,
+        channels: usize,
+        dw: &mut Self::Full,
+    ) {
+        let rows = samples.len() * window.out(size).pow(2);
+        if rows == 0 {
+            return;
+        }
+        let (blocks, numbers) = (blocks(samples.len(), size), channels * TAPS);
+        let slabs = blocks.iter().product();
+        let partial = self.scratch(slabs * numbers);
+        let mut arguments = self.embedded(samples, size);
+        arguments.extend([draw.at(rows * channels), Argument::pointer(partial)]);
+        let name = if channels == 32 { "embed_pixels_backward_32" } else { "embed_pixels_backward_64" };
+        self.launch_blocks(name, blocks, THREADS, &arguments);
+        self.sum_partials((partial, slabs, numbers), 1, &[ColumnSums { kinds: 1, to: dw.both(numbers), add: true }]);
+    }
+}
+
+/// Blocks that embed pictures.
+fn blocks(images: usize, size: usize) -> [usize; 3] {
+    let out = FIRST.out(size);
+    [out.div_ceil(STRIP), out.div_ceil(LINES), images]
 }
