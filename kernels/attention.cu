@@ -1,12 +1,14 @@
 // Scaled dot-product attention on tensor cores, forward and backward, for heads of up to 64 channels.
 //
 // Scores never leave the registers: softmax is taken online (Dao et al., "FlashAttention", 2022), so any number of keys
-// works, and a rounded score fragment is at once an operand of the next product. Forward and the gradient of the
-// queries: a warp owns queries, and walks over keys and values in shared memory, all of a head's at once if they are
-// few, for as many tiles of queries as the block takes. The gradients of keys and values: a warp owns keys, and the
-// block walks over a slice of the queries, the next tile of which is copied meanwhile; slices are added in order,
-// without atomics. The backward pass recomputes probabilities from the logarithm of their denominator. Warps own 32
-// rows of a narrow head, 16 of a wide one: shared memory could not feed the tensor cores with fewer.
+// works, and a rounded score fragment is at once an operand of the next product. Forward: a warp owns queries, and
+// walks over keys and values in shared memory, all of a head's at once if they are few, for as many tiles of queries
+// as the block takes. Backward, probabilities are recomputed from the logarithm of their denominator. Where the keys of
+// a head fit a block, scores and their gradients are made once: warps own keys, walk over queries, and hand the scores'
+// gradients to others that make the queries' from them. Elsewhere, twice: the gradient of the queries as the
+// forward pass goes, and those of keys and values by warps that own keys, while the block walks over a slice of the queries,
+// the next tile of which is copied meanwhile. Slices are added in order, without atomics. Warps own 32 rows of a narrow
+// head, 16 of a wide one: shared memory could not feed the tensor cores with fewer.
 #include "mma.cuh"
 
 constexpr int QUERY_BLOCK = 256;
@@ -164,6 +166,18 @@ __device__ __forceinline__ void load_operand(const bf16* from /* (rows, channels
     for (int i = 0; i < D / 16 * 4; i++) a[i / 4][i % 4] |= blockIdx.z;
 }
 
+// Writes eight numbers at once, to global memory. `store` leaves that to the compiler, which makes four writes of it here.
+__device__ __forceinline__ void store_eight(bf16* to, const Pack<8>& p) {
+#ifdef __CUDACC__
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(pair_of(p.x[0], p.x[1])), "r"(pair_of(p.x[2], p.x[3])), "r"(pair_of(p.x[4], p.x[5])),
+                 "r"(pair_of(p.x[6], p.x[7]))
+                 : "memory");
+#else
+    store<8>(to, p);
+#endif
+}
+
 // Writes 16 x D accumulators, times `factors` for rows g and g + 8, to rows `first` on.
 template <int D>
 __device__ __forceinline__ void store_rows(const float (&d)[D / 8][4], const float (&factors)[2], int first, int rows,
@@ -178,7 +192,7 @@ __device__ __forceinline__ void store_rows(const float (&d)[D / 8][4], const flo
             Pack<8> p;
             for (int i = 0; i < 8; i++) p.x[i] = d[n * 4 + i / 2][half * 2 + i % 2] * factors[half];
             if (head % 8 == 0) {
-                if (left > 0) store<8>(at, p);
+                if (left > 0) store_eight(at, p);
             } else {
                 for (int i = 0; i < 8; i++) {
                     if (i < left) at[i] = __float2bfloat16_rn(p.x[i]);
@@ -298,7 +312,7 @@ __device__ __forceinline__ void forward(const bf16* q, const bf16* k, const bf16
             float shares[2];
             for (int half = 0; half < 2; half++) {
                 float total = group_sum(sum[m][half], 4);
-                shares[half] = 1.0f / total;
+                shares[half] = __fdividef(1.0f, total);
                 int row = first + m * 16 + g + half * 8;
                 if (t == 0 && row < end) {
                     lse[size_t(blockIdx.y) * queries + row] = top[m][half] * LN_2 + __logf(total);

@@ -83,5 +83,7 @@ __device__ __forceinline__ void copies_done() {
 __device__ __forceinline__ void prefetch(const void* from) {
 #ifdef __CUDACC__
     asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
+#else
+    (void)from;
 #endif
 }
