@@ -1,12 +1,14 @@
 // Scaled dot-product attention on tensor cores, forward and backward, for heads of up to 64 channels.
 //
 // Scores never leave the registers: softmax is taken online (Dao et al., "FlashAttention", 2022), so any number of keys
-// works, and a rounded score fragment is at once an operand of the next product. Forward and the gradient of the
-// queries: a warp owns queries, and walks over keys and values in shared memory, all of a head's at once if they are
-// few, for as many tiles of queries as the block takes. The gradients of keys and values: a warp owns keys, and the
-// block walks over a slice of the queries, the next tile of which is copied meanwhile; slices are added in order,
-// without atomics. The backward pass recomputes probabilities from the logarithm of their denominator. Warps own 32
-// rows of a narrow head, 16 of a wide one: shared memory could not feed the tensor cores with fewer.
+// works, and a rounded score fragment is at once an operand of the next product. Forward: a warp owns queries, and
+// walks over keys and values in shared memory, all of a head's at once if they are few, for as many tiles of queries
+// as the block takes. Backward, probabilities are recomputed from the logarithm of their denominator. Where the keys of
+// a head fit a block, scores and their gradients are made once: warps own keys, walk over queries, and hand the scores'
+// gradients to others that make the queries' from them. Elsewhere, twice: the gradient of the queries as the
+// forward pass goes, and those of keys and values by warps that own keys, while the block walks over a slice of the queries,
+// the next tile of which is copied meanwhile. Slices are added in order, without atomics. Warps own 32 rows of a narrow
+// head, 16 of a wide one: shared memory could not feed the tensor cores with fewer.
 #include "mma.cuh"
 
 constexpr int QUERY_BLOCK = 256;
@@ -25,8 +27,12 @@ constexpr int CHUNK = 32;
 constexpr int STEP = 64;
 // Probabilities may exceed 1 by this power of two before sums are rescaled: f32 has room, and most steps need none.
 constexpr float SLACK = 8.0f;
+// So little may a sum of theirs come to that nothing overflows, where their size is not looked at step by step.
+constexpr float ROOM = 0x1p64f;
 constexpr float LOG2_E = 1.44269504f;
 constexpr float LN_2 = 0.693147181f;
+// Of scores, where heads have 32 channels: 1 / sqrt(32).
+constexpr float SCALE = 0.176776695f;
 
 // 2^x in one instruction.
 __device__ __forceinline__ float power_of_two(float x) {
@@ -160,6 +166,18 @@ __device__ __forceinline__ void load_operand(const bf16* from /* (rows, channels
     for (int i = 0; i < D / 16 * 4; i++) a[i / 4][i % 4] |= blockIdx.z;
 }
 
+// Writes eight numbers at once, to global memory. `store` leaves that to the compiler, which makes four writes of it here.
+__device__ __forceinline__ void store_eight(bf16* to, const Pack<8>& p) {
+#ifdef __CUDACC__
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(pair_of(p.x[0], p.x[1])), "r"(pair_of(p.x[2], p.x[3])), "r"(pair_of(p.x[4], p.x[5])),
+                 "r"(pair_of(p.x[6], p.x[7]))
+                 : "memory");
+#else
+    store<8>(to, p);
+#endif
+}
+
 // Writes 16 x D accumulators, times `factors` for rows g and g + 8, to rows `first` on.
 template <int D>
 __device__ __forceinline__ void store_rows(const float (&d)[D / 8][4], const float (&factors)[2], int first, int rows,
@@ -174,7 +192,7 @@ __device__ __forceinline__ void store_rows(const float (&d)[D / 8][4], const flo
             Pack<8> p;
             for (int i = 0; i < 8; i++) p.x[i] = d[n * 4 + i / 2][half * 2 + i % 2] * factors[half];
             if (head % 8 == 0) {
-                if (left > 0) store<8>(at, p);
+                if (left > 0) store_eight(at, p);
             } else {
                 for (int i = 0; i < 8; i++) {
                     if (i < left) at[i] = __float2bfloat16_rn(p.x[i]);
@@ -216,59 +234,76 @@ __device__ __forceinline__ void forward(const bf16* q, const bf16* k, const bf16
             }
             if (first >= end) continue;
             int count = min(WINDOW<D>, keys - start);
-            const Row<D>* at = rows[0];
+            // The first step's largest score is as good as any, as long as nothing overflows by it. If it does, and from the
+            // second window on, where there is no going back, every step sees to its own.
+            bool careful = start > 0;
 #pragma unroll 1
-            for (int chunk = 0; chunk < count; chunk += CHUNK, at += CHUNK) {
-                float s[M][CHUNK / 8][4] = {};
-                for (int n = 0; n < CHUNK / 16; n++) add_scores<D>(a, at, n * 16, s, 2 * n);
-                if (chunk + CHUNK > count) {
-                    for (int n = 0; n < CHUNK / 8; n++) {
-                        for (int i = 0; i < 4 * M; i++) {
-                            if (chunk + n * 8 + t + i % 2 >= count) s[i / 4][n][i % 4] = -INFINITY;
-                        }
-                    }
-                }
-                float largest[M][2];
-                int rises = 0;
-                for (int m = 0; m < M; m++) {
-                    for (int half = 0; half < 2; half++) {
-                        float most = -INFINITY;
+            for (;;) {
+                const Row<D>* at = rows[0];
+#pragma unroll 1
+                for (int chunk = 0; chunk < count; chunk += CHUNK, at += CHUNK) {
+                    float s[M][CHUNK / 8][4] = {};
+                    for (int n = 0; n < CHUNK / 16; n++) add_scores<D>(a, at, n * 16, s, 2 * n);
+                    if (chunk + CHUNK > count) {
                         for (int n = 0; n < CHUNK / 8; n++) {
-                            most = fmaxf(most, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-                        }
-                        largest[m][half] = most * factor;
-                        rises |= largest[m][half] > top[m][half] + SLACK;
-                    }
-                }
-                if (__any_sync(ALL_LANES, rises)) {
-                    for (int m = 0; m < M; m++) {
-                        for (int half = 0; half < 2; half++) {
-                            float most = fmaxf(top[m][half], largest[m][half]);
-                            most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));
-                            most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
-                            float shrink = power_of_two(top[m][half] - most);
-                            top[m][half] = most;
-                            sum[m][half] *= shrink;
-                            for (int n = 0; n < D / 8; n++) {
-                                out[m][n][2 * half] *= shrink;
-                                out[m][n][2 * half + 1] *= shrink;
+                            for (int i = 0; i < 4 * M; i++) {
+                                if (chunk + n * 8 + t + i % 2 >= count) s[i / 4][n][i % 4] = -INFINITY;
                             }
                         }
                     }
-                }
-                for (int n = 0; n < CHUNK / 8; n++) {
-                    for (int m = 0; m < M; m++) {
-                        for (int i = 0; i < 4; i++) {
-                            s[m][n][i] = power_of_two(s[m][n][i] * factor - top[m][i / 2]);
-                            sum[m][i / 2] += s[m][n][i];
+                    if (careful || chunk == 0) {
+                        float largest[M][2];
+                        int rises = 0;
+                        for (int m = 0; m < M; m++) {
+                            for (int half = 0; half < 2; half++) {
+                                float most = -INFINITY;
+                                for (int n = 0; n < CHUNK / 8; n++) {
+                                    most = fmaxf(most, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                                }
+                                largest[m][half] = most * factor;
+                                rises |= largest[m][half] > top[m][half] + SLACK;
+                            }
+                        }
+                        if (__any_sync(ALL_LANES, rises)) {
+                            for (int m = 0; m < M; m++) {
+                                for (int half = 0; half < 2; half++) {
+                                    float most = fmaxf(top[m][half], largest[m][half]);
+                                    most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));
+                                    most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
+                                    float shrink = power_of_two(top[m][half] - most);
+                                    top[m][half] = most;
+                                    sum[m][half] *= shrink;
+                                    for (int n = 0; n < D / 8; n++) {
+                                        out[m][n][2 * half] *= shrink;
+                                        out[m][n][2 * half + 1] *= shrink;
+                                    }
+                                }
+                            }
                         }
                     }
+                    for (int n = 0; n < CHUNK / 8; n++) {
+                        for (int m = 0; m < M; m++) {
+                            for (int i = 0; i < 4; i++) {
+                                s[m][n][i] = power_of_two(s[m][n][i] * factor - top[m][i / 2]);
+                                sum[m][i / 2] += s[m][n][i];
+                            }
+                        }
+                    }
+                    for (int n = 0; n < CHUNK / 16; n++) {
+                        unsigned p[M][4];
+                        for (int m = 0; m < M; m++) as_operand(s[m][2 * n], s[m][2 * n + 1], p[m]);
+                        accumulate<D>(p, at, WINDOW<D> + n * 16, out);
+                    }
                 }
-                for (int n = 0; n < CHUNK / 16; n++) {
-                    unsigned p[M][4];
-                    for (int m = 0; m < M; m++) as_operand(s[m][2 * n], s[m][2 * n + 1], p[m]);
-                    accumulate<D>(p, at, WINDOW<D> + n * 16, out);
+                bool over = false;
+                for (int i = 0; i < 2 * M; i++) over |= !(sum[i / 2][i % 2] <= ROOM);
+                if (careful || !__any_sync(ALL_LANES, over)) break;
+                careful = true;
+                for (int i = 0; i < 2 * M; i++) {
+                    top[i / 2][i % 2] = -INFINITY;
+                    sum[i / 2][i % 2] = 0;
                 }
+                for (int i = 0; i < M * D / 2; i++) out[i / (D / 2)][i % (D / 2) / 4][i % 4] = 0;
             }
         }
         if (first >= end) continue;
@@ -277,7 +312,7 @@ __device__ __forceinline__ void forward(const bf16* q, const bf16* k, const bf16
             float shares[2];
             for (int half = 0; half < 2; half++) {
                 float total = group_sum(sum[m][half], 4);
-                shares[half] = 1.0f / total;
+                shares[half] = __fdividef(1.0f, total);
                 int row = first + m * 16 + g + half * 8;
                 if (t == 0 && row < end) {
                     lse[size_t(blockIdx.y) * queries + row] = top[m][half] * LN_2 + __logf(total);
@@ -288,13 +323,13 @@ __device__ __forceinline__ void forward(const bf16* q, const bf16* k, const bf16
     }
 }
 
-// For heads of up to 32 and of up to 64 channels. Grid: (ceil(queries / span), images·heads), blocks of QUERY_BLOCK;
+// For heads of 32 channels, and of any number up to 64. Grid: (ceil(queries / span), images·heads), blocks of QUERY_BLOCK;
 // `span` is a multiple of what a block takes at a time, QUERY_BLOCK / 2·TILES.
 KERNEL(QUERY_BOUNDS) attention_32(const bf16* q /* (images, queries, heads·head) */,
                                   const bf16* k /* (images, keys, heads·head) */, const bf16* v /* as k */, int heads,
-                                  int head, int queries, int keys, int span, float scale, bf16* o /* as q */,
+                                  int queries, int keys, int span, bf16* o /* as q */,
                                   float* lse /* (images, heads, queries) */) {
-    forward<32>(q, k, v, heads, head, queries, keys, span, scale, o, lse);
+    forward<32>(q, k, v, heads, 32, queries, keys, span, SCALE, o, lse);
 }
 
 KERNEL(QUERY_BOUNDS) attention_64(const bf16* q, const bf16* k, const bf16* v, int heads, int head, int queries,
@@ -399,10 +434,10 @@ KERNEL(QUERY_BOUNDS) attention_backward_queries_32(const bf16* q /* (images, que
                                                    const bf16* k /* (images, keys, heads·head) */,
                                                    const bf16* v /* as k */, const bf16* o /* as q */,
                                                    const bf16* d_o /* as q */,
-                                                   const float* lse /* (images, heads, queries) */, int heads, int head,
-                                                   int queries, int keys, int span, float scale, bf16* dq /* as q */,
+                                                   const float* lse /* (images, heads, queries) */, int heads,
+                                                   int queries, int keys, int span, bf16* dq /* as q */,
                                                    float* terms /* (images, heads, queries, 2): lse, delta */) {
-    query_gradient<32>(q, k, v, o, d_o, lse, heads, head, queries, keys, span, scale, dq, terms);
+    query_gradient<32>(q, k, v, o, d_o, lse, heads, 32, queries, keys, span, SCALE, dq, terms);
 }
 
 KERNEL(QUERY_BOUNDS) attention_backward_queries_64(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
@@ -541,15 +576,285 @@ KERNEL(KEY_BOUNDS) attention_backward_keys_32(const bf16* q /* (images, queries,
                                               const bf16* k /* (images, keys, heads·head) */, const bf16* v /* as k */,
                                               const bf16* d_o /* as q */,
                                               const float* terms /* (images, heads, queries, 2) */, int images,
-                                              int heads, int head, int queries, int keys, int slice, float scale,
+                                              int heads, int queries, int keys, int slice,
                                               float* partial /* (slices, 2, images, keys, heads·head): dK, dV */) {
-    key_gradient<32>(q, k, v, d_o, terms, images, heads, head, queries, keys, slice, scale, partial);
+    key_gradient<32>(q, k, v, d_o, terms, images, heads, 32, queries, keys, slice, SCALE, partial);
 }
 
 KERNEL(KEY_BOUNDS) attention_backward_keys_64(const bf16* q, const bf16* k, const bf16* v, const bf16* d_o,
                                               const float* terms, int images, int heads, int head, int queries,
                                               int keys, int slice, float scale, float* partial) {
     key_gradient<64>(q, k, v, d_o, terms, images, heads, head, queries, keys, slice, scale, partial);
+}
+
+// ---- some warps own keys, the others queries
+//
+// All gradients at once, for heads of 32 channels and up to MOST_KEYS keys. Each key-owning warp keeps its keys, its
+// values and their gradients in registers while the block walks over its queries, and leaves the scores' gradients in
+// shared memory, rounded, as the product with the keys takes them anyhow. A step later that product is taken by
+// the warps that own queries, which keep the keys as operands and bring the next queries meanwhile. Two buffers of
+// everything: one barrier per step.
+
+constexpr int MOST_KEYS = 256;
+// Warps that own 32 keys each, and all threads.
+constexpr int KEY_WARPS = MOST_KEYS / 32;
+constexpr int ALL_BLOCK = (KEY_WARPS + 4) * 32;
+// At most 168 registers.
+#define ALL_BOUNDS ALL_BLOCK, 1
+// Queries per step.
+constexpr int STRIDE = 32;
+// Numbers from a row of a tile to the next.
+constexpr int ROW = sizeof(Row<32>) / sizeof(bf16);
+
+// A row of 32 channels or queries, in four parts, which take turns from two rows to the next: the same part of eight
+// neighbouring rows is in different banks.
+struct Turned {
+    uint4 at[4];
+};
+
+__device__ __forceinline__ uint4* turned(Turned* rows, int row, int part) { return &rows[row].at[part ^ row / 2 % 4]; }
+
+// All threads of a block whose warps have parted.
+__device__ __forceinline__ void meet() {
+#ifdef __CUDACC__
+    asm volatile("barrier.sync.aligned 1, %0;" ::"n"(ALL_BLOCK) : "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+// The same number, which is then held in a register rather than made anew wherever it is wanted.
+__device__ __forceinline__ unsigned held(unsigned x) {
+#ifdef __CUDACC__
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
+// What the warps of a block share of a step.
+struct Step {
+    // Keys' rows of queries' columns. First of all, keys in one step's, values in the other's.
+    Turned ds[MOST_KEYS];
+    Row<32> q[STRIDE], d_o[STRIDE];
+    // Of two queries each: -lse to base 2; -delta, twice, as a product takes it.
+    float2 less[STRIDE / 2];
+    float4 minus[STRIDE / 2];
+};
+
+// The gradients of a warp's keys and values, over `steps` steps.
+__device__ __forceinline__ void own_keys(Step (&shared)[2], int steps, int keys, float (&dk)[2][4][4],
+                                         float (&dv)[2][4][4]) {
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, own = threadIdx.x / 32 * 32;
+    constexpr float factor = SCALE * LOG2_E;
+    unsigned ka[2][2][4], va[2][2][4];
+    for (int m = 0; m < 2; m++) {
+        for (int i = 0; i < 2; i++) {
+            int row = own + m * 16 + lane % 16, part = i * 2 + lane / 16;
+            load_matrices<false>(reinterpret_cast<bf16*>(turned(shared[0].ds, row, part)), ka[m][i]);
+            load_matrices<false>(reinterpret_cast<bf16*>(turned(shared[1].ds, row, part)), va[m][i]);
+        }
+    }
+    // In numbers from a tile's first: what this lane names of an operand across, and along.
+    unsigned across_at = held((lane / 16 * 8 + lane % 8) * ROW + lane / 8 % 2 * 8);
+    unsigned along_at = held(lane % 16 * ROW + lane / 16 * 8);
+    // In words from the first row: where this lane leaves the scores' gradients of its first row. Rows eight apart turn
+    // alike.
+    unsigned to = (own + g) * 16 + g / 2 * 4 + t;
+#pragma unroll 1
+    for (int step = steps; step > 0; step--) {
+        meet();
+        if (own >= keys) continue;
+        Step& now = shared[step % 2];
+#pragma unroll
+        for (int n = 0; n < STRIDE / 16; n++) {
+            float s[2][2][4] = {}, ds[2][2][4];
+            for (int i = 0; i < 2; i++) {
+                float4 x = now.minus[n * 8 + i * 4 + t];
+                for (int m = 0; m < 2; m++) {
+                    ds[m][i][0] = x.x;
+                    ds[m][i][1] = x.y;
+                    ds[m][i][2] = x.z;
+                    ds[m][i][3] = x.w;
+                }
+            }
+            for (int i = 0; i < 4; i++) {
+                unsigned b[4];
+                load_matrices<false>((i < 2 ? now.q : now.d_o)[n * 16].at + across_at + i % 2 * 16, b);
+                for (int m = 0; m < 2; m++) {
+                    for (int j = 0; j < 2; j++) {
+                        mma((i < 2 ? s : ds)[m][j], (i < 2 ? ka : va)[m][i % 2], b[2 * j], b[2 * j + 1]);
+                    }
+                }
+            }
+            // Queries past the end are zero in both tiles, so what stands in their columns does not count.
+            unsigned p[2][4], dp[2][4];
+            float2 base[2] = {now.less[n * 8 + t], now.less[n * 8 + t + 4]};
+            for (int m = 0; m < 2; m++) {
+                for (int i = 0; i < 8; i++) {
+                    float& x = s[m][i / 4][i % 4];
+                    x = power_of_two(x * factor + (i % 2 ? base[i / 4].y : base[i / 4].x));
+                    ds[m][i / 4][i % 4] *= x;
+                }
+                as_operand(s[m][0], s[m][1], p[m]);
+                as_operand(ds[m][0], ds[m][1], dp[m]);
+            }
+            if (own + 32 > keys) {
+                // Past the last key, where p may be infinite.
+                for (int i = 0; i < 8; i++) {
+                    if (own + i / 4 * 16 + i % 2 * 8 + g >= keys) dp[i / 4][i % 4] = 0;
+                }
+            }
+            for (int i = 0; i < 8; i++) {
+                unsigned* at = reinterpret_cast<unsigned*>(now.ds) + (to ^ (n * 2 + i / 2 % 2) * 4);
+                at[(i / 4 * 16 + i % 2 * 8) * 16] = dp[i / 4][i % 4];
+            }
+            for (int i = 0; i < 4; i++) {
+                unsigned b[4];
+                load_matrices<true>((i < 2 ? now.d_o : now.q)[n * 16].at + along_at + i % 2 * 16, b);
+                for (int m = 0; m < 2; m++) {
+                    for (int j = 0; j < 2; j++) {
+                        mma((i < 2 ? dv : dk)[m][i % 2 * 2 + j], (i < 2 ? p : dp)[m], b[2 * j], b[2 * j + 1]);
+                    }
+                }
+            }
+        }
+    }
+    meet();
+}
+
+// The gradients of the block's queries begin.. end: each of four warps takes 16 queries of a step and 16 channels.
+// Tensors begin at the head's first channel and the image's first row.
+__device__ __forceinline__ void own_queries(Step (&shared)[2], const bf16* q, const bf16* o, const bf16* d_o,
+                                            const float* lse, int begin, int end, int steps, int keys, int channels,
+                                            bf16* dq) {
+    int thread = threadIdx.x - KEY_WARPS * 32, lane = thread % 32, warp = thread / 32;
+    unsigned kb[MOST_KEYS / 16][4];
+#pragma unroll
+    for (int i = 0; i < MOST_KEYS / 16; i++) {
+        uint4* at = turned(shared[0].ds, i * 16 + lane % 16, warp / 2 * 2 + lane / 16);
+        load_matrices<true>(reinterpret_cast<bf16*>(at), kb[i]);
+    }
+    // What this thread brings of a step's tokens: eight channels of a row.
+    int line = thread / 4, part = thread % 4;
+    uint4 out;
+    float less;
+    auto begin_step = [&](int first, int buffer) {
+        int row = first + line, bytes = row < end ? 16 : 0;
+        size_t at = size_t(row) * channels + part * 8;
+        copy_async<16>(&shared[buffer].q[line].at[part * 8], q + at, bytes);
+        copy_async<16>(&shared[buffer].d_o[line].at[part * 8], d_o + at, bytes);
+        out = row < end ? *reinterpret_cast<const uint4*>(o + at) : uint4{0, 0, 0, 0};
+        if (row + STRIDE < end) {
+            // A step is hardly longer than memory takes: the next one's come as far as the cache.
+            at += size_t(STRIDE) * channels;
+            prefetch(q + at);
+            prefetch(d_o + at);
+            prefetch(o + at);
+        }
+        less = row < end ? -LOG2_E * lse[row] : 0.0f;
+    };
+    auto end_step = [&](int buffer) {
+        copies_done();
+        uint4 d = *reinterpret_cast<const uint4*>(&shared[buffer].d_o[line].at[part * 8]);
+        float delta = group_sum(dot(out.x, d.x) + dot(out.y, d.y) + dot(out.z, d.z) + dot(out.w, d.w), 4);
+        if (part == 0) {
+            (&shared[buffer].less[line / 2].x)[line % 2] = less;
+            (&shared[buffer].minus[line / 2].x)[line % 2] = -delta;
+            (&shared[buffer].minus[line / 2].z)[line % 2] = -delta;
+        }
+    };
+    int buffer = steps % 2;
+    begin_step(begin, buffer);
+    end_step(buffer);
+    // A step more than there are: each time, the gradients of the step before.
+#pragma unroll 1
+    for (int first = begin; first < end + STRIDE; first += STRIDE, buffer ^= 1) {
+        meet();
+        bool more = first + STRIDE < end;
+        if (more) begin_step(first + STRIDE, buffer ^ 1);
+        if (first > begin) {
+            float d[2][2][4] = {};
+            // Transposed as read: rows of an A are queries, and lie along the tile's rows.
+            int row = lane / 16 * 8 + lane % 8, half = warp % 2 * 2 + lane / 8 % 2;
+#pragma unroll
+            for (int i = 0; i < MOST_KEYS / 16; i++) {
+                if (i / 2 * 32 >= keys) break;
+                unsigned a[4];
+                load_matrices<true>(reinterpret_cast<bf16*>(turned(shared[buffer ^ 1].ds, i * 16 + row, half)), a);
+                mma(d[i % 2][0], a, kb[i][0], kb[i][1]);
+                mma(d[i % 2][1], a, kb[i][2], kb[i][3]);
+            }
+            for (int half = 0; half < 2; half++) {
+                // Neighbouring lanes swap, so that each has four channels in a row.
+                unsigned pairs[2];
+                for (int n = 0; n < 2; n++) {
+                    const float *x = d[0][n] + half * 2, *y = d[1][n] + half * 2;
+                    pairs[n] = pair_of((x[0] + y[0]) * SCALE, (x[1] + y[1]) * SCALE);
+                }
+                unsigned other = __shfl_xor_sync(ALL_LANES, lane % 2 ? pairs[0] : pairs[1], 1);
+                int query = first - STRIDE + warp % 2 * 16 + half * 8 + lane / 4;
+                if (query < end) {
+                    int channel = warp / 2 * 16 + lane % 2 * 8 + lane % 4 / 2 * 4;
+                    uint2 four = lane % 2 ? uint2{other, pairs[1]} : uint2{pairs[0], other};
+                    *reinterpret_cast<uint2*>(dq + size_t(query) * channels + channel) = four;
+                }
+            }
+        }
+        if (more) end_step(buffer ^ 1);
+    }
+}
+
+// Heads of 32 channels, up to MOST_KEYS keys. Grid: (slices, images·heads), blocks of ALL_BLOCK; `slice` is a multiple
+// of STRIDE. Of several slices, `partial` receives dK and dV; a single one leaves them in dk and dv.
+KERNEL(ALL_BOUNDS) attention_backward_32(const bf16* q /* (images, queries, heads·32) */,
+                                         const bf16* k /* (images, keys, heads·32) */, const bf16* v /* as k */,
+                                         const bf16* o /* as q */, const bf16* d_o /* as q */,
+                                         const float* lse /* (images, heads, queries) */, int images, int heads,
+                                         int queries, int keys, int slice, bf16* dq /* as q */,
+                                         float* partial /* (slices, 2, images, keys, heads·32): dK, dV; or null */,
+                                         bf16* dk /* as k */, bf16* dv /* as k */) {
+    SHARED(Step, shared, [2]);
+    int image = blockIdx.y / heads, channels = heads * 32, h = blockIdx.y % heads * 32;
+    size_t query_start = size_t(image) * queries * channels + h, key_start = size_t(image) * keys * channels + h;
+    int begin = blockIdx.x * slice, end = min(queries, begin + slice), steps = (end - begin + STRIDE - 1) / STRIDE;
+
+    for (int i = threadIdx.x; i < MOST_KEYS * 4; i += ALL_BLOCK) {
+        int row = i / 4, part = i % 4, bytes = row < keys ? 16 : 0;
+        size_t at = key_start + size_t(row) * channels + part * 8;
+        copy_async<16>(turned(shared[0].ds, row, part), k + at, bytes);
+        copy_async<16>(turned(shared[1].ds, row, part), v + at, bytes);
+    }
+    copies_done();
+    __syncthreads();
+    if (threadIdx.x >= KEY_WARPS * 32) {
+        own_queries(shared, q + query_start, o + query_start, d_o + query_start, lse + size_t(blockIdx.y) * queries,
+                    begin, end, steps, keys, channels, dq + query_start);
+        return;
+    }
+    // Transposed scores: rows are keys, columns queries.
+    float d_key[2][4][4] = {}, d_value[2][4][4] = {};
+    own_keys(shared, steps, keys, d_key, d_value);
+    int thread = own_thread(), lane = thread % 32;
+    size_t n = size_t(images) * keys * channels;
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            int row = thread / 32 * 32 + lane / 4 + m * 16 + i % 2 * 8, c = i / 2 * 8 + lane % 4 * 2;
+            if (row >= keys) continue;
+            size_t at = key_start + size_t(row) * channels + c;
+            const float *key = d_key[m][i / 2] + i % 2 * 2, *value = d_value[m][i / 2] + i % 2 * 2;
+            float2 pair = {SCALE * key[0], SCALE * key[1]};
+            if (partial) {
+                float* to = partial + blockIdx.x * 2 * n + at;
+                *reinterpret_cast<float2*>(to) = pair;
+                *reinterpret_cast<float2*>(to + n) = float2{value[0], value[1]};
+            } else {
+                *reinterpret_cast<unsigned*>(dk + at) = pair_of(pair.x, pair.y);
+                *reinterpret_cast<unsigned*>(dv + at) = pair_of(value[0], value[1]);
+            }
+        }
+    }
 }
 
 template <int V>

@@ -78,3 +78,12 @@ __device__ __forceinline__ void copies_done() {
     asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
+
+// Begins to bring what lies there to the L2 cache.
+__device__ __forceinline__ void prefetch(const void* from) {
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
+#else
+    (void)from;
+#endif
+}

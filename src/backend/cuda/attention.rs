@@ -8,6 +8,15 @@ use crate::backend::{Attention, AttentionShape};
 const QUERY_BLOCK: usize = 256;
 /// Threads of a block whose warps own keys.
 const KEY_BLOCK: usize = 128;
+/// Threads of a block that makes all gradients at once.
+const ALL_BLOCK: usize = 384;
+/// Queries of such a block per step.
+const STRIDE: usize = 32;
+/// For how many keys it is there: fewer leave most of its warps idle, more do not fit.
+const ALL_KEYS: std::ops::RangeInclusive<usize> = 65..=256;
+/// Such blocks to aim for. A multiprocessor holds one, so that they are to be about a multiple of what GPUs have of these; each
+/// begins with all keys of a head, and all but one per head leave sums to be joined.
+const ALL_BLOCKS: usize = 256;
 /// Blocks to aim for: a few times what a GPU holds at once, and the same on every GPU, as sums are cut by it.
 const BLOCKS: usize = 1024;
 /// The fewest queries worth a partial sum of their own.
@@ -15,13 +24,16 @@ const SMALLEST_SLICE: usize = 256;
 /// Tiles of queries that a block takes at most, for which it has the keys at hand.
 const MOST_TILES: usize = 4;
 
+/// Channels of a head that has kernels of its own: SegFormer-B0's, and in all others it is 64.
+const NARROW: usize = 32;
+
 /// The kernel for heads of this many channels.
 ///
 /// # Panics
-/// Above 64: SegFormers have 32 or 64.
+/// Above 64.
 fn kernel_for(head: usize, narrow: &'static str, wide: &'static str) -> &'static str {
     assert!(head <= 64, "attention on CUDA takes heads of up to 64 channels, not {head}");
-    if head <= 32 { narrow } else { wide }
+    if head == NARROW { narrow } else { wide }
 }
 
 /// Lengths of queries, keys and the logarithms of the denominators.
@@ -32,7 +44,7 @@ fn lengths(shape: AttentionShape) -> (usize, usize, usize) {
 
 /// Queries, or keys, that a block of so many threads takes at a time.
 fn tile(head: usize, threads: usize) -> usize {
-    if head <= 32 { threads } else { threads / 2 }
+    if head == NARROW { threads } else { threads / 2 }
 }
 
 /// Queries per block where warps own queries, and the grid.
@@ -52,8 +64,24 @@ fn key_blocks(shape: AttentionShape) -> (usize, [usize; 3]) {
     (slice, [tiles, pairs, queries.div_ceil(slice)])
 }
 
-fn scale(shape: AttentionShape) -> Argument {
-    Argument::F32((1.0 / (shape.head as f64).sqrt()) as f32)
+/// Queries per slice where all gradients are made at once, and the grid; None where they are not.
+fn all_blocks(shape: AttentionShape) -> Option<(usize, [usize; 3])> {
+    let AttentionShape { images, heads, head, queries, keys } = shape;
+    let slices = ALL_BLOCKS.div_ceil(images * heads).min(queries.div_ceil(SMALLEST_SLICE));
+    let slice = queries.div_ceil(slices).next_multiple_of(STRIDE);
+    (head == NARROW && ALL_KEYS.contains(&keys)).then(|| (slice, [queries.div_ceil(slice), images * heads, 1]))
+}
+
+/// Heads and, where a kernel does not know it, their channels; queries and keys.
+fn sizes(shape: AttentionShape) -> impl Iterator<Item = Argument> {
+    let AttentionShape { heads, head, queries, keys, .. } = shape;
+    let head = (head != NARROW).then_some(head);
+    [heads].into_iter().chain(head).chain([queries, keys]).map(Argument::from)
+}
+
+/// What scores are multiplied by, where a kernel does not know it.
+fn scale(shape: AttentionShape) -> Option<Argument> {
+    (shape.head != NARROW).then(|| Argument::F32((1.0 / (shape.head as f64).sqrt()) as f32))
 }
 
 impl<D: Device> Attention for Cuda<D> {
@@ -66,12 +94,12 @@ impl<D: Device> Attention for Cuda<D> {
         o: &mut Self::Act,
         lse: &mut Self::Full,
     ) {
-        let AttentionShape { heads, head, queries, keys, .. } = shape;
+        let head = shape.head;
         let (query_len, key_len, lse_len) = lengths(shape);
         let (span, grid) = query_blocks(shape);
         let mut arguments = vec![q.at(query_len), k.at(key_len), v.at(key_len)];
-        arguments.extend([heads, head, queries, keys, span].map(Argument::from));
-        arguments.extend([scale(shape), o.to(query_len), lse.to(lse_len)]);
+        arguments.extend(sizes(shape).chain([span.into()]).chain(scale(shape)));
+        arguments.extend([o.to(query_len), lse.to(lse_len)]);
         self.launch_blocks(kernel_for(head, "attention_32", "attention_64"), grid, QUERY_BLOCK, &arguments);
     }
 
@@ -88,8 +116,31 @@ impl<D: Device> Attention for Cuda<D> {
         dk: &mut Self::Act,
         dv: &mut Self::Act,
     ) {
-        let AttentionShape { images, heads, head, queries, keys } = shape;
+        let AttentionShape { images, head, .. } = shape;
         let (query_len, key_len, lse_len) = lengths(shape);
+        let join = |partial, slices: usize, dk: &mut Self::Act, dv: &mut Self::Act| {
+            let arguments = [partial, slices.into(), Argument::U64(key_len as u64), dk.to(key_len), dv.to(key_len)];
+            self.launch("attention_backward_join", key_len / width(key_len), &arguments);
+        };
+        let mut arguments = vec![q.at(query_len), k.at(key_len), v.at(key_len)];
+        arguments.extend([o.at(query_len), d_o.at(query_len), lse.at(lse_len)]);
+        if let Some((slice, grid)) = all_blocks(shape) {
+            let slices = grid[0];
+            let none = Argument::pointer(0);
+            let (partial, dk_here, dv_here) = match slices {
+                1 => (none, dk.to(key_len), dv.to(key_len)),
+                _ => (Argument::pointer(self.scratch(slices * 2 * key_len)), none, none),
+            };
+            arguments.push(images.into());
+            arguments.extend(sizes(shape).chain([slice.into()]).chain(scale(shape)));
+            arguments.extend([dq.to(query_len), partial, dk_here, dv_here]);
+            self.launch_blocks("attention_backward_32", grid, ALL_BLOCK, &arguments);
+            if slices > 1 {
+                join(partial, slices, dk, dv);
+            }
+            return;
+        }
+
         let (span, query_grid) = query_blocks(shape);
         let (slice, key_grid) = key_blocks(shape);
         let slices = key_grid[2];
@@ -97,21 +148,17 @@ impl<D: Device> Attention for Cuda<D> {
         let partial = self.scratch(partial_len + 2 * lse_len);
         let terms = Argument::pointer(partial + (partial_len * size_of::<f32>()) as u64);
         let partial = Argument::pointer(partial);
-
-        let mut arguments = vec![q.at(query_len), k.at(key_len), v.at(key_len)];
-        arguments.extend([o.at(query_len), d_o.at(query_len), lse.at(lse_len)]);
-        arguments.extend([heads, head, queries, keys, span].map(Argument::from));
-        arguments.extend([scale(shape), dq.to(query_len), terms]);
+        arguments.extend(sizes(shape).chain([span.into()]).chain(scale(shape)));
+        arguments.extend([dq.to(query_len), terms]);
         let kernel = kernel_for(head, "attention_backward_queries_32", "attention_backward_queries_64");
         self.launch_blocks(kernel, query_grid, QUERY_BLOCK, &arguments);
 
         let mut arguments = vec![q.at(query_len), k.at(key_len), v.at(key_len), d_o.at(query_len), terms];
-        arguments.extend([images, heads, head, queries, keys, slice].map(Argument::from));
-        arguments.extend([scale(shape), partial]);
+        arguments.push(images.into());
+        arguments.extend(sizes(shape).chain([slice.into()]).chain(scale(shape)));
+        arguments.push(partial);
         let kernel = kernel_for(head, "attention_backward_keys_32", "attention_backward_keys_64");
         self.launch_blocks(kernel, key_grid, KEY_BLOCK, &arguments);
-
-        let arguments = [partial, slices.into(), Argument::U64(key_len as u64), dk.to(key_len), dv.to(key_len)];
-        self.launch("attention_backward_join", key_len / width(key_len), &arguments);
+        join(partial, slices, dk, dv);
     }
 }
