@@ -127,28 +127,12 @@ __device__ __forceinline__ float block_sum(float x) {
 // Channels that a block of column_partials takes: in packs of V, side by side up to a warp.
 template <int V> __device__ __forceinline__ int column_span(int channels) { return min(channels / V, 32) * V; }
 
-// Sums of `term` over rows, per channel, K at a time, by slabs of `slab` rows: grid (ceil(channels / column_span), slabs),
-// blocks of THREADS. term(row, channel, terms) fills terms[K] for V channels from `channel` on; each row and channel is asked
-// for once. What the slabs leave in `partial` is added up, in order, by sum_partials.
-template <int V, int K, class Term>
-__device__ __forceinline__ void column_partials(Term term, int rows, int channels, int slab,
-                                                float* partial /* (slabs, K, channels) */) {
+// The end of column_partials: a block's threads' sums, of `lines` lines of `columns` packs each, to the slab's.
+template <int V, int K>
+__device__ __forceinline__ void store_partials(const Pack<V> (&sums)[K], int channels, float* partial /* (slabs, K, channels) */) {
     SHARED(float, tile, [THREADS * V]);
     int span = column_span<V>(channels), columns = span / V, lines = THREADS / columns;
     int column = threadIdx.x % columns, line = threadIdx.x / columns;
-    int channel = blockIdx.x * span + column * V;
-    int end = min(rows, (int(blockIdx.y) + 1) * slab);
-    Pack<V> sums[K] = {};
-    if (channel < channels && line < lines) {
-#pragma unroll(K < 4 ? 2 : 1)  // more would take too many registers
-        for (int row = blockIdx.y * slab + line; row < end; row += lines) {
-            Pack<V> terms[K];
-            term(row, channel, terms);
-            for (int k = 0; k < K; k++) {
-                for (int i = 0; i < V; i++) sums[k].x[i] += terms[k].x[i];
-            }
-        }
-    }
     for (int k = 0; k < K; k++) {
         if (line < lines) {
             for (int i = 0; i < V; i++) tile[line * span + column * V + i] = sums[k].x[i];
@@ -164,6 +148,30 @@ __device__ __forceinline__ void column_partials(Term term, int rows, int channel
     }
 }
 
+// Sums of `term` over rows, per channel, K at a time, by slabs of `slab` rows: grid (ceil(channels / column_span), slabs),
+// blocks of THREADS. term(row, channel, terms) fills terms[K] for V channels from `channel` on; each row and channel is asked
+// for once. What the slabs leave in `partial` is added up, in order, by sum_partials.
+template <int V, int K, class Term>
+__device__ __forceinline__ void column_partials(Term term, int rows, int channels, int slab,
+                                                float* partial /* (slabs, K, channels) */) {
+    int span = column_span<V>(channels), columns = span / V, lines = THREADS / columns;
+    int column = threadIdx.x % columns, line = threadIdx.x / columns;
+    int channel = blockIdx.x * span + column * V;
+    int end = min(rows, (int(blockIdx.y) + 1) * slab);
+    Pack<V> sums[K] = {};
+    if (channel < channels && line < lines) {
+#pragma unroll(K < 4 ? 2 : 1)  // more would take too many registers
+        for (int row = blockIdx.y * slab + line; row < end; row += lines) {
+            Pack<V> terms[K];
+            term(row, channel, terms);
+            for (int k = 0; k < K; k++) {
+                for (int i = 0; i < V; i++) sums[k].x[i] += terms[k].x[i];
+            }
+        }
+    }
+    store_partials(sums, channels, partial);
+}
+
 // ---- random numbers
 
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw, 2011), as src/random.rs has it.
@@ -171,11 +179,14 @@ struct Dropout {
     unsigned key0, key1, site, step;
     u64 first;   // counter of the first element
     float rate;  // 0: everything is kept
+    // A word's upper 24 bits are a number in [0, 1); what draws less than `rate` is dropped, which is what draws less than this.
+    unsigned threshold;
 
     // The step changes from launch to launch of a graph, so it is read from memory; nobody reads it at rate 0.
     __device__ __forceinline__ Dropout(unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */,
                                        u64 first, float rate)
-        : key0(key0), key1(key1), site(site), step(rate == 0.0f ? 0 : *step), first(first), rate(rate) {}
+        : key0(key0), key1(key1), site(site), step(rate == 0.0f ? 0 : *step), first(first), rate(rate),
+          threshold(unsigned(ceilf(rate * 16777216.0f)) << 8) {}
 
     __device__ __forceinline__ uint4 block(u64 counter) const {
         uint4 c = {unsigned(counter), unsigned(counter >> 32), site, step};
@@ -190,34 +201,57 @@ struct Dropout {
         return c;
     }
 
-    __device__ __forceinline__ float of(unsigned word) const {
-        return float(word >> 8) * (1.0f / 16777216.0f) < rate ? 0.0f : 1.0f / (1.0f - rate);
+    // Whether the element that drew `word` is kept.
+    __device__ __forceinline__ bool keeps(unsigned word) const { return word >= threshold; }
+
+    // What elements starts[i].. starts[i] + V drew; the starts are multiples of V. Nothing is drawn at rate 0, and everything kept.
+    // N at once share the keys of the rounds.
+    template <int V, int N> __device__ __forceinline__ void words(const u64 (&starts)[N], unsigned (&to)[N][V]) const {
+        for (int n = 0; n < N; n++) {
+            for (int i = 0; i < V; i++) to[n][i] = 0;
+        }
+        if (rate == 0.0f) return;
+        if constexpr (V % 4 == 0) {
+            // The same for all threads.
+            unsigned beyond = unsigned(first % 4);
+            unsigned all[N][V + 4];
+            auto draw = [&](int n, int i) {
+                uint4 four = block(first / 4 + starts[n] / 4 + i / 4);
+                all[n][i] = four.x;
+                all[n][i + 1] = four.y;
+                all[n][i + 2] = four.z;
+                all[n][i + 3] = four.w;
+            };
+            for (int n = 0; n < N; n++) {
+                for (int i = 0; i < V; i += 4) draw(n, i);
+            }
+            if (beyond != 0) {
+                for (int n = 0; n < N; n++) {
+                    draw(n, V);
+                    for (int i = 0; i < V + 3; i++) all[n][i] = beyond & 1 ? all[n][i + 1] : all[n][i];
+                    for (int i = 0; i < V; i++) all[n][i] = beyond & 2 ? all[n][i + 2] : all[n][i];
+                }
+            }
+            for (int n = 0; n < N; n++) {
+                for (int i = 0; i < V; i++) to[n][i] = all[n][i];
+            }
+        } else {
+            static_assert(V == 1, "elements come by fours or one by one");
+            for (int n = 0; n < N; n++) {
+                u64 at = first + starts[n];
+                unsigned beyond = unsigned(at % 4);
+                uint4 four = block(at / 4);
+                to[n][0] = beyond == 0 ? four.x : beyond == 1 ? four.y : beyond == 2 ? four.z : four.w;
+            }
+        }
     }
 
     // The factors of elements start.. start + V.
     template <int V> __device__ __forceinline__ Pack<V> factors(u64 start) const {
         Pack<V> p;
-        if (rate == 0.0f) {
-            for (int i = 0; i < V; i++) p.x[i] = 1.0f;
-            return p;
-        }
-        u64 at = first + start;
-        if (V % 4 == 0 && at % 4 == 0) {
-            for (int i = 0; i < V; i += 4) {
-                uint4 words = block((at + i) / 4);
-                p.x[i] = of(words.x);
-                p.x[i + 1] = of(words.y);
-                p.x[i + 2] = of(words.z);
-                p.x[i + 3] = of(words.w);
-            }
-            return p;
-        }
-        uint4 words = block(at / 4);
-        for (int i = 0; i < V; i++, at++) {
-            if (i > 0 && at % 4 == 0) words = block(at / 4);
-            unsigned which = unsigned(at % 4);
-            p.x[i] = of(which == 0 ? words.x : which == 1 ? words.y : which == 2 ? words.z : words.w);
-        }
+        unsigned drawn[1][V];
+        words<V, 1>({start}, drawn);
+        for (int i = 0; i < V; i++) p.x[i] = keeps(drawn[0][i]) ? 1.0f / (1.0f - rate) : 0.0f;
         return p;
     }
 };

@@ -6,8 +6,20 @@
 // classifier's products exist in registers only (classify and what follows); the separate kernels serve other shapes.
 #include "common.cuh"
 #include "interpolate.cuh"
+#include "mma.cuh"
 
 constexpr float EPSILON = 1e-5f;
+
+// 0 for what is below it; a NaN stays.
+__device__ __forceinline__ float relu(float x) {
+#ifdef __CUDACC__
+    float y;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return x < 0.0f ? 0.0f : x;
+#endif
+}
 
 // Joins the moments of `added` rows to those of `count` rows (Chan, Golub, LeVeque, 1979). Threads: channels.
 KERNEL(THREADS) batch_join(const float* moments /* (2, channels): means, squared deviations */, float added, float count,
@@ -120,189 +132,387 @@ KERNEL(THREADS) batch_norm_backward(const bf16* z /* (rows, channels) */, const 
 
 // ---- stages joined
 
-// A stage's contribution to one column of z, from top to bottom: the two lines of the stage that z's current line lies between,
-// each interpolated along x, stay in registers.
-template <int V> struct Contribution {
-    const bf16* left;  // (height, width, channels) of the image at the column's left neighbour, or null
-    int right;         // how much further its right neighbour lies
-    float weight;      // of the right one
-    int height, pitch, low;
-    Pack<V> above, below;
+// Interpolation at these ratios is a product with a constant matrix, so tensor cores do it: a warp takes tiles of 2 lines,
+// 8 columns and 32 channels of z, and the 16 pixels of a tile read 32 pixels of the stages at a half, a quarter and an eighth of z's
+// resolution: 3 · 6, 2 · 4 and 2 · 3. That is 16 x 32 weights times 32 pixels x 8 channels, four times. The weights are products of
+// two numbers of 4 bits, which bf16 holds, so that only the sums are rounded, to f32. Beyond its edge a stage repeats the
+// pixels there, which is what interpolation that ends at its edge amounts to.
+//
+// Lane l = 4·g + t holds of z, per line, channels 8·t.. of the tile's column g, 16 bytes. These are columns 2·t and 2·t + 1 of the
+// four products: column n of product i is channel 8·(n / 2) + 2·i + n % 2. So of a pixel of a stage, lane l needs every
+// second one of channels 8·(g / 2).., and reads all 16 bytes too.
+constexpr int TILE_LINES = 2, TILE_COLUMNS = 8, TILE_CHANNELS = 32;
+// Lines of a picture that a warp takes.
+constexpr int PIECE = 64;
+// Pairs of lines after which the weights repeat.
+constexpr int PHASES = 4;
 
-    __device__ __forceinline__ Contribution(const bf16* x /* (images, height, width, channels) or null */, int height,
-                                            int width, int image, int column, int to_width, int channels, int c)
-        : left(nullptr), height(height), pitch(width * channels), low(-2) {
-        if (x == nullptr) return;
-        Source s = source(column, width, to_width);
-        x += size_t(image) * height * pitch + c;
-        left = x + s.low * channels;
-        right = (s.high - s.low) * channels;
-        weight = s.weight;
-    }
+// Which tiles a warp takes: `side` warps of a block lie side by side along the channels, groups of as many beside each other along
+// the lines. Grid: (ceil(channels / (32·side)), ceil(ceil(width / 8) / (warps / side)), ..).
+struct Place {
+    int warp, side, strips, group, strip;
+    int g, t;
 
-    __device__ __forceinline__ Pack<V> line(int y) const {
-        const bf16* at = left + y * pitch;
-        Pack<V> a = load<V>(at), b = load<V>(at + right);
-        for (int i = 0; i < V; i++) a.x[i] = (1.0f - weight) * a.x[i] + weight * b.x[i];
-        return a;
-    }
+    __device__ __forceinline__ explicit Place(int side)
+        : warp(threadIdx.x / 32), side(side), strips(blockDim.x / 32 / side), group(blockIdx.x * side + warp % side),
+          strip(blockIdx.y * strips + warp / side), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4) {}
 
-    // Adds what stands at line `y` of `to_height`.
-    __device__ __forceinline__ void add(int y, int to_height, Pack<V>& sum) {
-        if (left == nullptr) return;
-        Source s = source(y, height, to_height);
-        if (s.low != low) {
-            above = s.low == low + 1 ? below : line(s.low);
-            below = line(s.high);
-            low = s.low;
-        }
-        for (int i = 0; i < V; i++) sum.x[i] += (1.0f - s.weight) * above.x[i] + s.weight * below.x[i];
+    __device__ __forceinline__ int left() const { return strip * TILE_COLUMNS; }
+    // The first of the channels that the lane holds.
+    __device__ __forceinline__ int channel() const { return group * TILE_CHANNELS + 8 * t; }
+    // The first of the channels of which it brings every second one to the products.
+    __device__ __forceinline__ int brings() const { return group * TILE_CHANNELS + g / 2 * 8; }
+};
+
+// A stage at its resolution; all of the images, or null.
+struct Stage {
+    const bf16* x;
+    int height, width;
+};
+
+__device__ __forceinline__ unsigned word_of(const uint4& raw, int i) {
+    return i == 0 ? raw.x : i == 1 ? raw.y : i == 2 ? raw.z : raw.w;
+}
+
+// The upper or the lower numbers of two pairs, as a pair.
+__device__ __forceinline__ unsigned halves(unsigned first, unsigned second, bool upper) {
+#ifdef __CUDACC__
+    return __byte_perm(first, second, upper ? 0x7632 : 0x5410);
+#else
+    return upper ? first >> 16 | (second & 0xffff0000u) : (first & 0xffffu) | second << 16;
+#endif
+}
+
+// Bilinear weight of a stage's pixel for a pixel of z, along one axis, where neither ends.
+__device__ __forceinline__ float tent(int of, int at, int ratio) {
+    float share = ratio == 2 ? 0.5f : ratio == 4 ? 0.25f : 0.125f, apart = fabsf((float(at) + 0.5f) * share - 0.5f - float(of));
+    return apart < 1.0f ? 1.0f - apart : 0.0f;
+}
+
+// The pixels of the stages that lanes with the same t bring to the products, by slot; relative to the tile's corner in column,
+// for line 2·pair of z. Slots 0 to 3 are rows 2·t, 2·t + 1, 2·t + 8, 2·t + 9 of the first 16, slots 4 to 7 of the others.
+struct Tap {
+    int ratio, row, column;
+
+    // For column `g` of line 2·pair + line.
+    __device__ __forceinline__ float weight(int pair, int line, int g) const {
+        return tent(row, 2 * pair + line, ratio) * tent(column, g, ratio);
     }
 };
 
-// Moments of a set: how many, their mean, the sum of squared deviations from it.
-struct Moments {
-    float count, mean, square;
+__device__ __forceinline__ Tap tap(int slot, int t, int pair) {
+    int quarter = ((pair + 1) >> 1) - 1, eighth = ((pair + 2) >> 2) - 1;
+    if (slot < 3) return {2, pair - 1 + slot, t - 1};
+    if (slot == 3) return {2, pair - 1 + t / 2, 3 + t % 2};
+    if (slot < 6) return {4, quarter + slot - 4, t - 1};
+    if (slot == 6) return {8, eighth + t / 2, t % 2 - 1};
+    if (t < 2) return {2, pair + 1, 3 + t};
+    return {8, eighth + t % 2, 1};
+}
 
-    // Takes in another set (Chan, Golub, LeVeque, 1979).
-    __device__ __forceinline__ void join(float n, float other_mean, float other_square) {
-        if (n == 0.0f) return;
-        float delta = other_mean - mean, share = n / (count + n);
-        mean += delta * share;
-        square += other_square + delta * delta * count * share;
-        count += n;
+// The weights of slots from.. from + 3 as an operand of products.
+__device__ __forceinline__ uint4 tap_weights(int from, int lane, int phase) {
+    int g = lane / 4, t = lane % 4;
+    auto pair = [&](int slot, int line) {
+        return pair_of(tap(slot, t, phase).weight(phase, line, g), tap(slot + 1, t, phase).weight(phase, line, g));
+    };
+    return {pair(from, 0), pair(from, 1), pair(from + 2, 0), pair(from + 2, 1)};
+}
+
+// A tile of z in a warp's registers, as the products leave it.
+struct Tile {
+    float products[4][4];
+
+    // Channel i of the lane's 8.
+    __device__ __forceinline__ float& at(int line, int i) { return products[i / 2][2 * line + i % 2]; }
+
+    __device__ __forceinline__ uint4 rounded(int line) const {
+        unsigned words[4];
+        for (int i = 0; i < 4; i++) words[i] = pair_of(products[i][2 * line], products[i][2 * line + 1]);
+        return {words[0], words[1], words[2], words[3]};
     }
 };
 
-template <int V>
-__device__ void join(bf16* z, const bf16* p, int p_height, int p_width, const bf16* q, int q_height, int q_width,
-                     const bf16* r, int r_height, int r_width, int height, int width, int channels, int piece,
-                     float* partial) {
-    SHARED(float, means, [THREADS * V]);
-    SHARED(float, squares, [THREADS * V]);
-    int span = column_span<V>(channels), columns = span / V, lines = THREADS / columns;
-    int column = threadIdx.x % columns, line = threadIdx.x / columns, c = blockIdx.x * span + column * V;
-    int pieces = (height + piece - 1) / piece, x = blockIdx.y / pieces * lines + line;
-    int first = blockIdx.y % pieces * piece, end = min(height, first + piece), image = blockIdx.z;
-    // Welford's update, which needs no second pass over the rows.
-    Pack<V> mean = {}, square = {};
-    if (c < channels && line < lines && x < width) {
-        Contribution<V> parts[3] = {{p, p_height, p_width, image, x, width, channels, c},
-                                    {q, q_height, q_width, image, x, width, channels, c},
-                                    {r, r_height, r_width, image, x, width, channels, c}};
-        bf16* at = z + ((size_t(image) * height + first) * width + x) * channels + c;
-        size_t pitch = size_t(width) * channels;
-        // Several lines are under way at any time.
-        constexpr int AHEAD = 4;
-        typename Words<V>::type lines_ahead[AHEAD];
-        for (int k = 0; k < AHEAD; k++) {
-            if (first + k < end) lines_ahead[k] = fetch<V>(at + k * pitch);
-        }
-        float count = 0;
-        for (int start = first; start < end; start += AHEAD) {
+// Weights of slots 4 to 7 by phase and lane, the same for all warps; all threads of a block fill them, and a barrier follows.
+typedef uint4 Weights[PHASES][32];
+__device__ __forceinline__ void fill_weights(Weights& weights) {
+    for (int i = threadIdx.x; i < PHASES * 32; i += blockDim.x) weights[i / 32][i % 32] = tap_weights(4, i % 32, i / 32);
+    __syncthreads();
+}
+
+// Two neighbouring lines of a stage, as distances from its first one, on the way down. Beyond its edges a stage repeats them.
+struct Lines {
+    unsigned pitch, last, upper, lower;
+
+    __device__ __forceinline__ Lines(int height, int pitch, int row)
+        : pitch(pitch), last((height - 1) * pitch), upper(max(0, min(row, height - 1)) * pitch),
+          lower(max(0, min(row + 1, height - 1)) * pitch) {}
+
+    __device__ __forceinline__ void advance() {
+        upper = lower;
+        lower = lower == last ? last : lower + pitch;
+    }
+};
+
+// Calls each(y, tile) for the tiles of lines first.. end, from top to bottom, with z and the stages summed. Ratios of the stages
+// are 2, 4 and 8, height and width of z multiples of 8, as is `first`, and channels too: lanes past the last channel repeat
+// the last ones.
+template <class Each>
+__device__ __forceinline__ void walk_tiles(const Place& place, const bf16* z, const bf16* __restrict__ p,
+                                           const bf16* __restrict__ q, const bf16* __restrict__ r, int image, int height,
+                                           int width, int channels, int first, int end, const Weights& weights, Each each) {
+    constexpr int SLOTS = 8;
+    int g = place.g, t = place.t, lane = threadIdx.x % 32;
+    bool upper = g % 2;
+    uint4 constant = tap_weights(0, lane, 0);
+    const unsigned always[4] = {constant.x, constant.y, constant.z, constant.w};
+    // Where a line of the stage begins for the lane.
+    unsigned columns[SLOTS];
 #pragma unroll
-            for (int k = 0; k < AHEAD; k++, at += pitch) {
-                int y = start + k;
-                if (y >= end) break;
-                Pack<V> sum = widen<V>(lines_ahead[k]);
-                if (y + AHEAD < end) lines_ahead[k] = fetch<V>(at + AHEAD * pitch);
-                for (int i = 0; i < 3; i++) parts[i].add(y, height, sum);
-                if (p != nullptr) store(at, sum);
-                if (partial == nullptr) continue;
-                count += 1.0f;
-                float share = 1.0f / count;
-                for (int i = 0; i < V; i++) {
-                    // What is measured is what is stored.
-                    float value = __bfloat162float(__float2bfloat16_rn(sum.x[i])), delta = value - mean.x[i];
-                    mean.x[i] += delta * share;
-                    square.x[i] += delta * (value - mean.x[i]);
+    for (int slot = 0; slot < SLOTS; slot++) {
+        Tap from = tap(slot, t, 0);
+        int column = place.left() / from.ratio + from.column;
+        columns[slot] = unsigned(max(0, min(column, width / from.ratio - 1)) * channels + min(place.brings(), channels - 8));
+    }
+    size_t area = size_t(height) * width * channels;
+    p += image * area / 4;
+    q += image * area / 16;
+    r += image * area / 64;
+    const bf16* mixed = t < 2 ? p : r;
+    int pair = first / 2;
+    Lines halves_at(height / 2, width / 2 * channels, pair), quarters_at(height / 4, width / 4 * channels, (pair + 1) / 2 - 1);
+    Lines eighths_at(height / 8, width / 8 * channels, (pair + 2) / 4 - 1);
+    unsigned before = unsigned(max(pair - 1, 0) * (width / 2 * channels));
+    size_t pitch = size_t(width) * channels;
+    z += image * area + first * pitch + (place.left() + g) * channels + min(place.channel(), channels - 8);
+    uint4 ahead[TILE_LINES] = {fetch<8>(z), fetch<8>(z + pitch)};
+#pragma unroll 1
+    for (int y = first; y < end; y += TILE_LINES, pair++) {
+        Tile tile;
+        for (int l = 0; l < TILE_LINES; l++) {
+            Pack<8> wide = widen<8>(ahead[l]);
+            for (int i = 0; i < 8; i++) tile.at(l, i) = wide.x[i];
+        }
+        z += 2 * pitch;
+        if (y + TILE_LINES < end) {
+            for (int l = 0; l < TILE_LINES; l++) ahead[l] = fetch<8>(z + l * pitch);
+        }
+        const unsigned lines[SLOTS] = {before, halves_at.upper, halves_at.lower, t < 2 ? before : halves_at.upper,
+                                       quarters_at.upper, quarters_at.lower, t < 2 ? eighths_at.upper : eighths_at.lower,
+                                       t < 2 ? halves_at.lower : t == 2 ? eighths_at.upper : eighths_at.lower};
+        uint4 raw[SLOTS];
+        for (int slot = 0; slot < SLOTS; slot++) {
+            raw[slot] = fetch<8>((slot < 4 ? p : slot < 6 ? q : slot == 6 ? r : mixed) + lines[slot] + size_t(columns[slot]));
+        }
+        uint4 varying = weights[pair % PHASES][lane];
+        const unsigned now[4] = {varying.x, varying.y, varying.z, varying.w};
+        for (int i = 0; i < 4; i++) {
+            auto operand = [&](int slot) { return halves(word_of(raw[slot], i), word_of(raw[slot + 1], i), upper); };
+            mma(tile.products[i], always, operand(0), operand(2));
+            mma(tile.products[i], now, operand(4), operand(6));
+        }
+        before = halves_at.upper;
+        halves_at.advance();
+        if (pair % 2 == 0) quarters_at.advance();
+        if (pair % 4 == 1) eighths_at.advance();
+        each(y, tile);
+    }
+}
+
+// The same for stages at any ratio, or null, and any sizes; one number at a time. What lies outside of z is 0.
+template <class Each>
+__device__ __forceinline__ void walk_any(const Place& place, const bf16* z, const Stage (&stages)[3], int image, int height,
+                                         int width, int channels, int first, int end, Each each) {
+    int x = place.left() + place.g;
+    for (int y = first; y < end; y += TILE_LINES) {
+        Tile tile = {};
+#pragma unroll
+        for (int l = 0; l < TILE_LINES; l++) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                int c = place.channel() + i;
+                if (x >= width || y + l >= end || c >= channels) continue;
+                float sum = __bfloat162float(z[((size_t(image) * height + y + l) * width + x) * channels + c]);
+#pragma unroll
+                for (const Stage& stage : stages) {
+                    if (stage.x == nullptr) continue;
+                    Source column = source(x, stage.width, width), line = source(y + l, stage.height, height);
+                    auto across = [&](int row) {
+                        const bf16* at = stage.x + (size_t(image) * stage.height + row) * stage.width * channels + c;
+                        return (1.0f - column.weight) * __bfloat162float(at[column.low * channels]) +
+                               column.weight * __bfloat162float(at[column.high * channels]);
+                    };
+                    sum += (1.0f - line.weight) * across(line.low) + line.weight * across(line.high);
                 }
+                tile.at(l, i) = sum;
             }
         }
+        each(y, tile);
+    }
+}
+
+// Moments of what a warp has seen, per channel. Deviations are taken from a number of the channel itself, which loses nothing
+// however far from 0 the numbers lie.
+struct Moments {
+    Pack<8> shift, sum, square;
+
+    // Takes in numbers `x` of a pixel.
+    __device__ __forceinline__ void take(const Pack<8>& x) {
+        for (int i = 0; i < 8; i++) {
+            float apart = x.x[i] - shift.x[i];
+            sum.x[i] += apart;
+            square.x[i] += apart * apart;
+        }
+    }
+
+    // All lanes of a warp call it; lanes with g = 0 write what `count` pixels left.
+    __device__ __forceinline__ void write(const Place& place, float count, int channels, float* to /* (2, channels) */) {
+        for (int i = 0; i < 8; i++) {
+            for (int other = 4; other < 32; other *= 2) {
+                sum.x[i] += __shfl_xor_sync(ALL_LANES, sum.x[i], other);
+                square.x[i] += __shfl_xor_sync(ALL_LANES, square.x[i], other);
+            }
+            int c = place.channel() + i;
+            if (place.g > 0 || c >= channels) continue;
+            float mean = sum.x[i] / count;
+            to[c] = shift.x[i] + mean;
+            to[channels + c] = relu(square.x[i] - sum.x[i] * mean);
+        }
+    }
+};
+
+// How many lines and columns the numbers of a slab of join_stages come from.
+__device__ __forceinline__ int slab_rows(int slab, int height, int width) {
+    int strips = (width + TILE_COLUMNS - 1) / TILE_COLUMNS, pieces = (height + PIECE - 1) / PIECE;
+    int left = slab % strips * TILE_COLUMNS, first = slab / strips % pieces * PIECE;
+    return min(TILE_COLUMNS, width - left) * min(PIECE, height - first);
+}
+
+// `ANY` stands for stages of any ratio.
+template <bool ANY>
+__device__ __forceinline__ void join(bf16* __restrict__ z, const Stage (&stages)[3], int height, int width, int channels, int side,
+                                     float* __restrict__ partial) {
+    SHARED(Weights, weights, [1]);
+    if constexpr (!ANY) fill_weights(weights[0]);
+    Place place(side);
+    int pieces = (height + PIECE - 1) / PIECE, image = blockIdx.z / pieces, piece = blockIdx.z % pieces;
+    int first = piece * PIECE, end = min(height, first + PIECE), strips = (width + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    if (place.strip >= strips || place.group * TILE_CHANNELS >= channels) return;
+    bool writes = !ANY || stages[0].x != nullptr;
+    Moments moments = {};
+    size_t pitch = size_t(width) * channels;
+    bf16* line = z + (size_t(image) * height + first) * pitch + (place.left() + place.g) * channels + place.channel();
+    auto each = [&](int y, Tile& tile) {
+        for (int l = 0; l < TILE_LINES; l++, line += pitch) {
+            uint4 raw = tile.rounded(l);
+            // What is measured is what is stored.
+            Pack<8> value = widen<8>(raw);
+            if (partial != nullptr && l == 0 && y == first) {
+                // All lanes deviate from the same numbers, so that their sums add up.
+                for (int i = 0; i < 8; i++) moments.shift.x[i] = __shfl_sync(ALL_LANES, value.x[i], place.t);
+            }
+            if constexpr (ANY) {
+                if (place.left() + place.g >= width || y + l >= end) continue;
+                for (int i = 0; writes && i < 8 && place.channel() + i < channels; i++) store<1>(line + i, {value.x[i]});
+            } else if (place.channel() < channels) {
+                *reinterpret_cast<uint4*>(line) = raw;
+            }
+            if (partial != nullptr) moments.take(value);
+        }
+    };
+    if constexpr (ANY) {
+        walk_any(place, z, stages, image, height, width, channels, first, end, each);
+    } else {
+        walk_tiles(place, z, stages[0].x, stages[1].x, stages[2].x, image, height, width, channels, first, end, weights[0], each);
     }
     if (partial == nullptr) return;
-    if (line < lines) {
-        for (int i = 0; i < V; i++) {
-            means[line * span + column * V + i] = mean.x[i];
-            squares[line * span + column * V + i] = square.x[i];
-        }
-    }
-    __syncthreads();
-    int own = blockIdx.x * span + threadIdx.x;
-    if (int(threadIdx.x) < span && own < channels) {
-        Moments all = {};
-        int inside = min(lines, width - int(blockIdx.y) / pieces * lines);
-        for (int l = 0; l < inside; l++) {
-            all.join(float(end - first), means[l * span + threadIdx.x], squares[l * span + threadIdx.x]);
-        }
-        size_t slab = size_t(image) * gridDim.y + blockIdx.y;
-        partial[(slab * 3) * channels + own] = all.count;
-        partial[(slab * 3 + 1) * channels + own] = all.mean;
-        partial[(slab * 3 + 2) * channels + own] = all.square;
-    }
+    int slab = blockIdx.z * strips + place.strip;
+    float count = float(slab_rows(slab, height, width));
+    moments.write(place, count, channels, partial + size_t(slab) * 2 * channels);
 }
 
-// z += stages p, q and r, each interpolated to z's resolution (stages that are null add nothing, from the first one on), and the
-// moments of what a block has seen: as many columns as it has lines of threads, `piece` lines of the picture. Grid:
-// (ceil(channels / column_span<4 or 1>), ceil(width / lines)·ceil(height / piece), images).
-KERNEL(THREADS) join_stages(bf16* z /* (images, height, width, channels) */, const bf16* p /* at its resolution */,
-                            int p_height, int p_width, const bf16* q, int q_height, int q_width, const bf16* r,
-                            int r_height, int r_width, int height, int width, int channels, int piece,
-                            float* partial /* (blocks, 3, channels): counts, means, squared deviations; or null */) {
-    // Three stages' lines take registers: 4 channels a thread rather than 8.
-    channels % 4 == 0 ? join<4>(z, p, p_height, p_width, q, q_height, q_width, r, r_height, r_width, height, width,
-                                channels, piece, partial)
-                      : join<1>(z, p, p_height, p_width, q, q_height, q_width, r, r_height, r_width, height, width,
-                                channels, piece, partial);
+// z += stages p, q and r, each interpolated to z's resolution, and the moments of every piece of 8 columns. The stages are at a half, a
+// quarter and an eighth of it; height and width are multiples of 8, channels too. Grid: (as Place has it, ceil(height / PIECE)·images).
+KERNEL(THREADS, 2) join_stages(bf16* __restrict__ z /* (images, height, width, channels) */,
+                               const bf16* __restrict__ p /* at its resolution */, const bf16* __restrict__ q,
+                               const bf16* __restrict__ r, int height, int width, int channels, int side,
+                               float* __restrict__ partial /* (slabs, 2, channels): means, squared deviations; or null */) {
+    const Stage stages[3] = {{p, 0, 0}, {q, 0, 0}, {r, 0, 0}};
+    join<false>(z, stages, height, width, channels, side, partial);
 }
 
-// Joins the blocks' moments in a fixed order. Grid: ceil(channels / 8).
-KERNEL(THREADS) join_moments(const float* partial /* (slabs, 3, channels) */, int slabs, int channels,
-                             float* moments /* (2, channels): means, squared deviations */) {
-    constexpr int COLUMNS = 8, LINES = THREADS / COLUMNS;
-    SHARED(float, counts, [LINES][COLUMNS]);
-    SHARED(float, means, [LINES][COLUMNS]);
-    SHARED(float, squares, [LINES][COLUMNS]);
-    int column = threadIdx.x % COLUMNS, line = threadIdx.x / COLUMNS, c = blockIdx.x * COLUMNS + column;
-    Moments own = {};
-    if (c < channels) {
-        for (int s = line; s < slabs; s += LINES) {
-            const float* set = partial + size_t(s) * 3 * channels + c;
-            own.join(set[0], set[channels], set[2 * channels]);
-        }
+// The same for stages of any sizes. Stages that are null add nothing, from the first one on.
+KERNEL(THREADS) join_stages_any(bf16* z /* (images, height, width, channels) */, const bf16* p /* at its resolution */,
+                                int p_height, int p_width, const bf16* q, int q_height, int q_width, const bf16* r,
+                                int r_height, int r_width, int height, int width, int channels, int side,
+                                float* partial /* (slabs, 2, channels): means, squared deviations; or null */) {
+    const Stage stages[3] = {{p, p_height, p_width}, {q, q_height, q_width}, {r, r_height, r_width}};
+    join<true>(z, stages, height, width, channels, side, partial);
+}
+
+// ---- slabs to totals
+
+// A block of JOIN_THREADS takes JOIN_COLUMNS channels: enough threads that all it reads is under way at once.
+constexpr int JOIN_THREADS = 1024, JOIN_COLUMNS = 8, JOIN_LINES = JOIN_THREADS / JOIN_COLUMNS;
+
+// Totals of K numbers that a thread has of its channel over all the block's threads that have the same, in a fixed order; thread
+// 32·column of the block receives the column's.
+template <int K> __device__ __forceinline__ void column_totals(float (&own)[K]) {
+    SHARED(float, tile, [K][JOIN_COLUMNS][JOIN_THREADS / 32]);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int k = 0; k < K; k++) {
+        for (int other = JOIN_COLUMNS; other < 32; other *= 2) own[k] += __shfl_xor_sync(ALL_LANES, own[k], other);
+        if (lane < JOIN_COLUMNS) tile[k][lane][warp] = own[k];
     }
-    counts[line][column] = own.count;
-    means[line][column] = own.mean;
-    squares[line][column] = own.square;
     __syncthreads();
-    if (line > 0 || c >= channels) return;
-    Moments all = {};
-    for (int l = 0; l < LINES; l++) all.join(counts[l][column], means[l][column], squares[l][column]);
-    moments[c] = all.mean;
-    moments[channels + c] = all.square;
+    if (warp >= JOIN_COLUMNS) return;
+    for (int k = 0; k < K; k++) own[k] = group_sum(tile[k][warp][lane], 32);
+}
+
+// Joins the moments of slabs. Around a number near all means, sums of deviations and of their squares add up without loss.
+// Grid: ceil(channels / 8).
+KERNEL(JOIN_THREADS) join_moments(const float* __restrict__ partial /* (slabs, 2, channels) */, int slabs, int height, int width,
+                                  int channels, float* __restrict__ moments /* (2, channels): means, squared deviations */) {
+    int column = threadIdx.x % JOIN_COLUMNS, line = threadIdx.x / JOIN_COLUMNS;
+    int c = min(int(blockIdx.x) * JOIN_COLUMNS + column, channels - 1);
+    float shift = partial[c], own[3] = {};
+#pragma unroll 8
+    for (int s = line; s < slabs; s += JOIN_LINES) {
+        const float* set = partial + size_t(s) * 2 * channels + c;
+        float rows = float(slab_rows(s, height, width)), apart = set[0] - shift;
+        own[0] += rows;
+        own[1] += rows * apart;
+        own[2] += set[channels] + rows * apart * apart;
+    }
+    column_totals(own);
+    c = blockIdx.x * JOIN_COLUMNS + threadIdx.x / 32;
+    if (threadIdx.x % 32 > 0 || threadIdx.x / 32 >= JOIN_COLUMNS || c >= channels) return;
+    float mean = own[1] / own[0];
+    moments[c] = partial[c] + mean;
+    moments[channels + c] = relu(own[2] - own[1] * mean);
 }
 
 // ---- two classes, up to 256 channels in packs of 8
 
 constexpr int CLASSES = 2;
 
-// What stands before the classifier, for V channels: relu(slope·z + offset), and the classifier's weights.
-template <int V> struct ColumnsOf {
-    Pack<V> slope, offset, weights[CLASSES];
+// What stands before the classifier, for 8 channels: relu(slope·z + offset), and the classifier's weights.
+struct Columns {
+    Pack<8> slope, offset, weights[CLASSES];
 
-    __device__ __forceinline__ ColumnsOf(const float* stats, const float* gamma, const float* beta, const bf16* w,
+    __device__ __forceinline__ Columns(const float* stats, const float* gamma, const float* beta, const bf16* w,
                                        int channels, int c) {
-        Pack<V> mean = load<V>(stats + c), scale = load<V>(stats + channels + c);
-        Pack<V> g = load<V>(gamma + c), b = load<V>(beta + c);
-        for (int i = 0; i < V; i++) {
+        Pack<8> mean = load<8>(stats + c), scale = load<8>(stats + channels + c);
+        Pack<8> g = load<8>(gamma + c), b = load<8>(beta + c);
+        for (int i = 0; i < 8; i++) {
             slope.x[i] = scale.x[i] * g.x[i];
             offset.x[i] = b.x[i] - mean.x[i] * slope.x[i];
         }
-        for (int l = 0; l < CLASSES; l++) weights[l] = load<V>(w + l * channels + c);
+        for (int l = 0; l < CLASSES; l++) weights[l] = load<8>(w + l * channels + c);
     }
 
     // Before the ReLU.
-    __device__ __forceinline__ float before(const Pack<V>& z, int i) const { return z.x[i] * slope.x[i] + offset.x[i]; }
+    __device__ __forceinline__ float before(float z, int i) const { return z * slope.x[i] + offset.x[i]; }
 
     // The gradient after BatchNorm of channel i: through classifier, dropout and ReLU.
     __device__ __forceinline__ float back(const float (&d)[CLASSES], float factor, int i) const {
@@ -311,7 +521,6 @@ template <int V> struct ColumnsOf {
         return sum * factor;
     }
 };
-typedef ColumnsOf<8> Columns;
 
 __device__ __forceinline__ void load_classes(const bf16* from, float (&to)[CLASSES]) {
     unsigned pair = *reinterpret_cast<const unsigned*>(from);
@@ -319,95 +528,166 @@ __device__ __forceinline__ void load_classes(const bf16* from, float (&to)[CLASS
     to[1] = __uint_as_float(pair & 0xffff0000u);
 }
 
-// logits = classifier(dropout(relu(batch_norm(z)))); a bit of `passed` tells whether ReLU and dropout let its channel through,
-// so that the way back draws no random numbers. A group of channels / 8 lanes, a power of two, takes `each` rows in a row.
-// Threads: ceil(rows / each)·channels / 8.
-KERNEL(THREADS) classify(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
-                         const float* gamma /* (channels) */, const float* beta /* (channels) */, unsigned key0,
-                         unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first, float rate,
-                         const bf16* w /* (2, channels) */, const bf16* bias /* (2) */, int rows, int channels, int each,
-                         unsigned char* passed /* (rows, channels / 8) or null */, bf16* logits /* (rows, 2) */) {
-    Dropout drop(key0, key1, site, step, first, rate);
-    int lanes = channels / 8, c = threadIdx.x % lanes * 8;
-    size_t start = thread_number() / lanes * each;
+// Sums of 4 numbers each over `lanes` neighbouring lanes, a power of two from 4 on: a lane receives that of number
+// lane / (lanes / 4) of its group. Lanes exchange halves of what they have, so that 6 shuffles of a warp do for all 4, and 3
+// where they go among 4 lanes.
+__device__ __forceinline__ float group_sums(const float (&x)[4], int lanes) {
+    float two[2];
+    int apart = lanes / 2;
+    bool upper = threadIdx.x & apart;
+    for (int i = 0; i < 2; i++) {
+        two[i] = (upper ? x[i + 2] : x[i]) + __shfl_xor_sync(ALL_LANES, upper ? x[i] : x[i + 2], apart);
+    }
+    apart /= 2;
+    upper = threadIdx.x & apart;
+    float one = (upper ? two[1] : two[0]) + __shfl_xor_sync(ALL_LANES, upper ? two[0] : two[1], apart);
+    return group_sum(one, apart);
+}
+
+// The rows of a group of lanes; WIDE stands for 256 channels, a warp's.
+template <bool WIDE>
+__device__ __forceinline__ void classify_rows(const bf16* __restrict__ z, const float* __restrict__ stats,
+                                              const float* __restrict__ gamma, const float* __restrict__ beta, Dropout drop,
+                                              const bf16* __restrict__ w, const bf16* __restrict__ bias, int rows, int channels,
+                                              int each, unsigned char* __restrict__ passed, bf16* __restrict__ logits) {
+    // Rows whose sums are exchanged at once, and that are under way.
+    constexpr int AT_ONCE = WIDE ? 2 : 1;
+    if (WIDE) channels = 256;
+    int lanes = channels / 8, lane = threadIdx.x % lanes, c = lane * 8;
+    int start = (int(blockIdx.x) * (THREADS / lanes) + int(threadIdx.x) / lanes) * each;
     Columns columns(stats, gamma, beta, w, channels, c);
+    for (int l = 0; l < CLASSES; l++) {
+        for (int i = 0; i < 8; i++) columns.weights[l].x[i] *= 1.0f / (1.0f - drop.rate);
+    }
     float shift[CLASSES];
     load_classes(bias, shift);
-    for (int k = 0; k < each; k++) {
-        size_t row = start + k;
-        float sums[CLASSES] = {};
-        // Groups past the last row take part in the sums, with nothing.
-        if (row < size_t(rows)) {
-            Pack<8> p = load<8>(z + row * channels + c), f = drop.factors<8>(row * channels + c);
+    // Rows past the last one repeat it, for nothing: all of a warp goes the same way.
+    auto element = [&](int row) { return size_t(min(row, rows - 1)) * channels + c; };
+    uint4 ahead[AT_ONCE];
+    for (int a = 0; a < AT_ONCE; a++) ahead[a] = fetch<8>(z + element(start + a));
+    for (int k = 0; k < each; k += AT_ONCE) {
+        float terms[AT_ONCE * CLASSES] = {};
+        u64 starts[AT_ONCE];
+        for (int a = 0; a < AT_ONCE; a++) starts[a] = element(start + k + a);
+        unsigned words[AT_ONCE][8];
+        drop.words(starts, words);
+#pragma unroll
+        for (int a = 0; a < AT_ONCE; a++) {
+            int row = start + k + a;
             unsigned bits = 0;
+            Pack<8> p = widen<8>(ahead[a]);
+            if (k + AT_ONCE < each) ahead[a] = fetch<8>(z + element(row + AT_ONCE));
             for (int i = 0; i < 8; i++) {
-                float before = columns.before(p, i);
+                float before = columns.before(p.x[i], i);
                 // Written so that a NaN passes through and shows in the loss.
-                float a = (before < 0.0f ? 0.0f : before) * f.x[i];
-                if (a > 0.0f) bits |= 1u << i;
-                for (int l = 0; l < CLASSES; l++) sums[l] += a * columns.weights[l].x[i];
+                if (before <= 0.0f || !drop.keeps(words[a][i])) continue;
+                bits |= 1u << i;
+                for (int l = 0; l < CLASSES; l++) terms[a * CLASSES + l] += before * columns.weights[l].x[i];
             }
-            if (passed != nullptr) passed[(row * channels + c) / 8] = (unsigned char)bits;
+            if (passed != nullptr && row < rows) passed[size_t(row) * lanes + lane] = (unsigned char)bits;
         }
-        for (int l = 0; l < CLASSES; l++) sums[l] = group_sum(sums[l], lanes);
-        if (c == 0 && row < size_t(rows)) {
-            *reinterpret_cast<unsigned*>(logits + row * CLASSES) = pair_of(sums[0] + shift[0], sums[1] + shift[1]);
+        if constexpr (WIDE) {
+            int number = lane / 8, row = start + k + number / CLASSES;
+            float total = group_sums(terms, 32) + (number % CLASSES ? shift[1] : shift[0]);
+            if (lane % 8 == 0 && row < rows) logits[size_t(row) * CLASSES + number % CLASSES] = __float2bfloat16_rn(total);
+        } else {
+            for (int l = 0; l < CLASSES; l++) {
+                float total = group_sum(terms[l], lanes) + shift[l];
+                if (lane == 0 && start + k < rows) logits[size_t(start + k) * CLASSES + l] = __float2bfloat16_rn(total);
+            }
         }
     }
+}
+
+// logits = classifier(dropout(relu(batch_norm(z)))); a bit of `passed` tells whether ReLU and dropout let its channel through,
+// so that the way back draws no random numbers. A group of channels / 8 lanes, a power of two, takes `each` rows in a row, a
+// multiple of 2. Threads: ceil(rows / each)·channels / 8.
+KERNEL(THREADS, 3) classify(const bf16* __restrict__ z /* (rows, channels) */, const float* __restrict__ stats /* (2, channels) */,
+                            const float* __restrict__ gamma /* (channels) */, const float* __restrict__ beta /* (channels) */,
+                            unsigned key0, unsigned key1, unsigned site, const unsigned* __restrict__ step /* (1) */, u64 first,
+                            float rate, const bf16* __restrict__ w /* (2, channels) */, const bf16* __restrict__ bias /* (2) */,
+                            int rows, int channels, int each,
+                            unsigned char* __restrict__ passed /* (rows, channels / 8) or null */,
+                            bf16* __restrict__ logits /* (rows, 2) */) {
+    Dropout drop(key0, key1, site, step, first, rate);
+    channels == 256 ? classify_rows<true>(z, stats, gamma, beta, drop, w, bias, rows, channels, each, passed, logits)
+                    : classify_rows<false>(z, stats, gamma, beta, drop, w, bias, rows, channels, each, passed, logits);
 }
 
 // Per channel and class, over the rows that pass ReLU and dropout: the sums of dlogit and of dlogit·normalised z, both times
 // the dropout's factor, which is `kept` for all of them. Everything else follows from them (classify_sums). Grid: as
 // column_partials has it.
-KERNEL(THREADS) classify_backward(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
-                                  const unsigned char* passed /* (rows, channels / 8) */, float kept,
-                                  const bf16* dlogits /* (rows, 2) */, int rows, int channels, int slab,
-                                  float* partial /* (slabs, 2, 2, channels) */) {
-    int span = column_span<8>(channels), own = min(int(blockIdx.x) * span + int(threadIdx.x) % (span / 8) * 8, channels - 8);
-    Pack<8> mean = load<8>(stats + own), scale = load<8>(stats + channels + own);
-    auto term = [&](int row, int c, Pack<8>(&terms)[2 * CLASSES]) {
-        size_t at = size_t(row) * channels + c;
-        Pack<8> p = load<8>(z + at);
-        unsigned bits = passed[at / 8];
-        float d[CLASSES];
-        load_classes(dlogits + size_t(row) * CLASSES, d);
-        for (int i = 0; i < 8; i++) {
-            float factor = bits >> i & 1 ? kept : 0.0f;
-            float normalised = (p.x[i] - mean.x[i]) * scale.x[i];
-            for (int l = 0; l < CLASSES; l++) {
-                terms[l].x[i] = d[l] * factor;
-                terms[CLASSES + l].x[i] = d[l] * factor * normalised;
+KERNEL(THREADS, 3) classify_backward(const bf16* __restrict__ z /* (rows, channels) */,
+                                     const float* __restrict__ stats /* (2, channels) */,
+                                     const unsigned char* __restrict__ passed /* (rows, channels / 8) */, float kept,
+                                     const bf16* __restrict__ dlogits /* (rows, 2) */, int rows, int channels, int slab,
+                                     float* __restrict__ partial /* (slabs, 2, 2, channels) */) {
+    // A row under way. Several are, as little is done with each.
+    struct Row {
+        uint4 z;
+        unsigned bits, d;
+    };
+    constexpr int AHEAD = 2;
+    int columns = channels / 8, lines = THREADS / columns, column = threadIdx.x % columns;
+    int first = blockIdx.y * slab + threadIdx.x / columns, end = min(rows, (int(blockIdx.y) + 1) * slab);
+    Pack<8> mean = load<8>(stats + column * 8);
+    Pack<8> sums[2 * CLASSES] = {};
+    auto read = [&](int row) {
+        size_t at = size_t(row) * columns + column;
+        return Row{fetch<8>(z + at * 8), passed[at], *reinterpret_cast<const unsigned*>(dlogits + size_t(row) * CLASSES)};
+    };
+    Row ahead[AHEAD];
+    for (int a = 0; a < AHEAD; a++) ahead[a] = read(min(first + a * lines, rows - 1));
+    for (int start = first; start < end; start += AHEAD * lines) {
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            int row = start + a * lines;
+            Row own = ahead[a];
+            if (row + AHEAD * lines < end) ahead[a] = read(row + AHEAD * lines);
+            if (row >= end) break;
+            Pack<8> p = widen<8>(own.z);
+            float d[CLASSES] = {__uint_as_float(own.d << 16), __uint_as_float(own.d & 0xffff0000u)};
+            for (int i = 0; i < 8; i++) {
+                if (!(own.bits >> i & 1)) continue;
+                float apart = p.x[i] - mean.x[i];
+                for (int l = 0; l < CLASSES; l++) {
+                    sums[l].x[i] += d[l];
+                    sums[CLASSES + l].x[i] += d[l] * apart;
+                }
             }
         }
-    };
-    column_partials<8, 2 * CLASSES>(term, rows, channels, slab, partial);
+    }
+    Pack<8> scale = load<8>(stats + channels + column * 8);
+    for (int l = 0; l < CLASSES; l++) {
+        for (int i = 0; i < 8; i++) {
+            sums[l].x[i] *= kept;
+            sums[CLASSES + l].x[i] *= kept * scale.x[i];
+        }
+    }
+    store_partials(sums, channels, partial);
 }
 
 // Joins the slabs: adds the gradient of the classifier's weights, if asked, and writes those of beta and gamma.
-// Grid: ceil(channels / 32).
-KERNEL(THREADS) classify_sums(const float* partial /* (slabs, 2, 2, channels) */, int slabs, int channels,
-                              const float* gamma /* (channels) */, const float* beta /* (channels) */,
-                              const bf16* w /* (2, channels) */, float* dw /* (2, channels) or null */,
-                              float* sums /* (2, channels): beta's, gamma's gradient */) {
-    constexpr int LINES = THREADS / 32, KINDS = 2 * CLASSES;
-    SHARED(float, tile, [LINES][KINDS][32]);
-    int lane = threadIdx.x % 32, line = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
+// Grid: ceil(channels / 8).
+KERNEL(JOIN_THREADS) classify_sums(const float* __restrict__ partial /* (slabs, 2, 2, channels) */, int slabs, int channels,
+                                   const float* __restrict__ gamma /* (channels) */,
+                                   const float* __restrict__ beta /* (channels) */, const bf16* __restrict__ w /* (2, channels) */,
+                                   float* __restrict__ dw /* (2, channels) or null */,
+                                   float* __restrict__ sums /* (2, channels): beta's, gamma's gradient */) {
+    constexpr int KINDS = 2 * CLASSES;
+    int column = threadIdx.x % JOIN_COLUMNS, line = threadIdx.x / JOIN_COLUMNS;
+    int c = min(int(blockIdx.x) * JOIN_COLUMNS + column, channels - 1);
     float own[KINDS] = {};
-    if (c < channels) {
-        for (int s = line; s < slabs; s += LINES) {
-            for (int k = 0; k < KINDS; k++) own[k] += partial[(size_t(s) * KINDS + k) * channels + c];
-        }
+#pragma unroll 8
+    for (int s = line; s < slabs; s += JOIN_LINES) {
+        for (int k = 0; k < KINDS; k++) own[k] += partial[(size_t(s) * KINDS + k) * channels + c];
     }
-    for (int k = 0; k < KINDS; k++) tile[line][k][lane] = own[k];
-    __syncthreads();
-    if (line > 0 || c >= channels) return;
+    column_totals(own);
+    c = blockIdx.x * JOIN_COLUMNS + threadIdx.x / 32;
+    if (threadIdx.x % 32 > 0 || threadIdx.x / 32 >= JOIN_COLUMNS || c >= channels) return;
     float shift = 0, along = 0;
     for (int l = 0; l < CLASSES; l++) {
-        float plain = 0, normalised = 0, weight = __bfloat162float(w[l * channels + c]);
-        for (int i = 0; i < LINES; i++) {
-            plain += tile[i][l][lane];
-            normalised += tile[i][CLASSES + l][lane];
-        }
+        float plain = own[l], normalised = own[CLASSES + l], weight = __bfloat162float(w[l * channels + c]);
         // The activation is gamma·normalised + beta where it passes.
         if (dw != nullptr) dw[l * channels + c] += gamma[c] * normalised + beta[c] * plain;
         shift += weight * plain;
@@ -455,184 +735,215 @@ KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, co
 
 // ---- evaluation: from the stages to the logits
 
-// Lines of a picture that a block of classify_stages takes, and how many it makes at a time.
-constexpr int PIECE = 64, AT_ONCE = 4;
-
-// Sums of 8 numbers each over `lanes` neighbouring lanes, a power of two from 8 on: a lane receives that of number
-// lane / (lanes / 8) of its group. Lanes exchange halves of what they have, so that 9 shuffles of a warp do for all 8.
-__device__ __forceinline__ float group_sums(const float (&x)[8], int lanes) {
-    float four[4], two[2], one;
-    int apart = lanes / 2;
-    bool upper = threadIdx.x & apart;
-    for (int i = 0; i < 4; i++) {
-        four[i] = (upper ? x[i + 4] : x[i]) + __shfl_xor_sync(ALL_LANES, upper ? x[i] : x[i + 4], apart);
-    }
-    apart /= 2;
-    upper = threadIdx.x & apart;
-    for (int i = 0; i < 2; i++) {
-        two[i] = (upper ? four[i + 2] : four[i]) + __shfl_xor_sync(ALL_LANES, upper ? four[i] : four[i + 2], apart);
-    }
-    apart /= 2;
-    upper = threadIdx.x & apart;
-    one = (upper ? two[1] : two[0]) + __shfl_xor_sync(ALL_LANES, upper ? two[0] : two[1], apart);
-    return group_sum(one, apart);
+// Four numbers of shared memory that the compiler must not keep in registers from one time to the next.
+__device__ __forceinline__ Pack<4> read_again(const float4* from) {
+#ifdef __CUDACC__
+    Pack<4> p;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(p.x[0]), "=f"(p.x[1]), "=f"(p.x[2]), "=f"(p.x[3])
+                 : "r"(unsigned(__cvta_generic_to_shared(from))));
+    return p;
+#else
+    return {from->x, from->y, from->z, from->w};
+#endif
 }
 
-// logits = classifier(relu(batch_norm(z + stages p, q and r, each interpolated to z's resolution))), where stages that are null
-// add nothing. Walks down columns as join_stages does, a column's channels side by side in a block; there are 32 to 256 of
-// them, a power of two. Grid: (ceil(width / (4·THREADS / channels))·ceil(height / PIECE), images).
-KERNEL(THREADS) classify_stages(const bf16* z /* (images, height, width, channels) */, const bf16* p /* at its resolution */,
-                                int p_height, int p_width, const bf16* q, int q_height, int q_width, const bf16* r,
-                                int r_height, int r_width, int height, int width, int channels,
-                                const float* stats /* (2, channels) */, const float* gamma /* (channels) */,
-                                const float* beta /* (channels) */, const bf16* w /* (2, channels) */,
-                                const bf16* bias /* (2) */, bf16* logits /* (images, height, width, 2) */) {
-    constexpr int V = 4;
-    // By group of lanes: a column's channels are one group's, or two groups'.
-    SHARED(float, sums, [THREADS / 8][PIECE][CLASSES]);
-    int columns = channels / V, lanes = min(columns, 32), side_by_side = THREADS / columns;
-    int c = threadIdx.x % columns * V, group = threadIdx.x / lanes, number = threadIdx.x % lanes / (lanes / 8);
-    bool writes = threadIdx.x % (lanes / 8) == 0;
-    int pieces = (height + PIECE - 1) / PIECE, left = blockIdx.x / pieces * side_by_side;
-    int first = blockIdx.x % pieces * PIECE, end = min(height, first + PIECE), image = blockIdx.y;
-    // Threads past the last column repeat it, for nothing.
-    int x = min(left + int(threadIdx.x) / columns, width - 1);
-    ColumnsOf<V> head(stats, gamma, beta, w, channels, c);
-    Contribution<V> parts[3] = {{p, p_height, p_width, image, x, width, channels, c},
-                                {q, q_height, q_width, image, x, width, channels, c},
-                                {r, r_height, r_width, image, x, width, channels, c}};
-    const bf16* at = z + ((size_t(image) * height + first) * width + x) * channels + c;
-    size_t pitch = size_t(width) * channels;
-    typename Words<V>::type lines_ahead[AT_ONCE];
-    for (int k = 0; k < AT_ONCE; k++) {
-        if (first + k < end) lines_ahead[k] = fetch<V>(at + k * pitch);
-    }
-    for (int start = first; start < end; start += AT_ONCE) {
-        float terms[AT_ONCE * CLASSES] = {};
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; k++, at += pitch) {
-            int y = start + k;
-            if (y >= end) continue;
-            Pack<V> sum = widen<V>(lines_ahead[k]);
-            if (y + AT_ONCE < end) lines_ahead[k] = fetch<V>(at + AT_ONCE * pitch);
-            for (int i = 0; i < 3; i++) parts[i].add(y, height, sum);
-            for (int i = 0; i < V; i++) {
-                float before = head.before(sum, i), a = before < 0.0f ? 0.0f : before;
-                for (int l = 0; l < CLASSES; l++) terms[k * CLASSES + l] += a * head.weights[l].x[i];
-            }
+template <bool ANY>
+__device__ __forceinline__ void classify_tiles(const bf16* __restrict__ z, const Stage (&stages)[3], int height, int width, int channels,
+                                               int side, const float* __restrict__ stats, const float* __restrict__ gamma,
+                                               const float* __restrict__ beta, const bf16* __restrict__ w,
+                                               const bf16* __restrict__ bias, bf16* __restrict__ logits) {
+    SHARED(Weights, weights, [1]);
+    // Of each warp's channels.
+    SHARED(float, sums, [THREADS / 32][PIECE][TILE_COLUMNS][CLASSES]);
+    // What stands before the classifier, by warp: it would take registers that loads under way need.
+    SHARED(float4, head, [THREADS / 32][TILE_CHANNELS / 4][2 + CLASSES]);
+    Place place(side);
+    if (place.g == 0) {
+        Columns own(stats, gamma, beta, w, channels, place.channel());
+        for (int i = 0; i < 2; i++) {
+            auto four = [&](const Pack<8>& x) { return float4{x.x[4 * i], x.x[4 * i + 1], x.x[4 * i + 2], x.x[4 * i + 3]}; };
+            float4* to = head[place.warp][2 * place.t + i];
+            to[0] = four(own.slope);
+            to[1] = four(own.offset);
+            for (int k = 0; k < CLASSES; k++) to[2 + k] = four(own.weights[k]);
         }
-        float total = group_sums(terms, lanes);
-        if (writes) sums[group][start - first + number / CLASSES][number % CLASSES] = total;
+    }
+    if constexpr (ANY) __syncthreads();
+    else fill_weights(weights[0]);
+    int pieces = (height + PIECE - 1) / PIECE, image = blockIdx.z / pieces;
+    int first = blockIdx.z % pieces * PIECE, end = min(height, first + PIECE);
+    if (place.left() < width) {
+        auto each = [&](int y, Tile& tile) {
+            float terms[TILE_LINES * CLASSES] = {};
+            for (int i = 0; i < 8; i += 4) {
+                Pack<4> own[2 + CLASSES];
+                for (int k = 0; k < 2 + CLASSES; k++) own[k] = read_again(head[place.warp][2 * place.t + i / 4] + k);
+                for (int l = 0; l < TILE_LINES; l++) {
+                    for (int j = 0; j < 4; j++) {
+                        float a = relu(tile.at(l, i + j) * own[0].x[j] + own[1].x[j]);
+                        for (int k = 0; k < CLASSES; k++) terms[l * CLASSES + k] += a * own[2 + k].x[j];
+                    }
+                }
+            }
+            float total = group_sums(terms, 4);
+            sums[place.warp][y - first + place.t / CLASSES][place.g][place.t % CLASSES] = total;
+        };
+        if constexpr (ANY) {
+            walk_any(place, z, stages, image, height, width, channels, first, end, each);
+        } else {
+            walk_tiles(place, z, stages[0].x, stages[1].x, stages[2].x, image, height, width, channels, first, end, weights[0], each);
+        }
     }
     __syncthreads();
     float shift[CLASSES];
     load_classes(bias, shift);
-    for (int i = threadIdx.x; i < side_by_side * (end - first); i += THREADS) {
-        int own = i % side_by_side, y = i / side_by_side, groups = columns / lanes;
-        if (left + own >= width) continue;
+    int columns = place.strips * TILE_COLUMNS;
+    for (int i = threadIdx.x; i < columns * (end - first); i += blockDim.x) {
+        int column = i % columns, y = i / columns, x = blockIdx.y * columns + column;
+        if (x >= width) continue;
         float total[CLASSES] = {};
-        for (int g = 0; g < groups; g++) {
-            for (int l = 0; l < CLASSES; l++) total[l] += sums[own * groups + g][y][l];
+        for (int s = 0; s < side; s++) {
+            for (int k = 0; k < CLASSES; k++) {
+                total[k] += sums[column / TILE_COLUMNS * side + s][y][column % TILE_COLUMNS][k];
+            }
         }
-        size_t token = (size_t(image) * height + first + y) * width + left + own;
+        size_t token = (size_t(image) * height + first + y) * width + x;
         *reinterpret_cast<unsigned*>(logits + token * CLASSES) = pair_of(total[0] + shift[0], total[1] + shift[1]);
     }
 }
 
+// logits = classifier(relu(batch_norm(z + stages p, q and r, each interpolated to z's resolution))). Sizes and grid are as
+// join_stages has them, but channels are 32 to 256, a power of two, and `side` is channels / 32.
+KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ z /* (images, height, width, channels) */,
+                                   const bf16* __restrict__ p /* at its resolution */, const bf16* __restrict__ q,
+                                   const bf16* __restrict__ r, int height, int width, int channels, int side,
+                                   const float* __restrict__ stats /* (2, channels) */,
+                                   const float* __restrict__ gamma /* (channels) */,
+                                   const float* __restrict__ beta /* (channels) */,
+                                   const bf16* __restrict__ w /* (2, channels) */, const bf16* __restrict__ bias /* (2) */,
+                                   bf16* __restrict__ logits /* (images, height, width, 2) */) {
+    const Stage stages[3] = {{p, 0, 0}, {q, 0, 0}, {r, 0, 0}};
+    classify_tiles<false>(z, stages, height, width, channels, side, stats, gamma, beta, w, bias, logits);
+}
+
+// The same for stages of any sizes, or null.
+KERNEL(THREADS) classify_stages_any(const bf16* z /* (images, height, width, channels) */,
+                                    const bf16* p /* at its resolution */, int p_height, int p_width, const bf16* q,
+                                    int q_height, int q_width, const bf16* r, int r_height, int r_width, int height, int width,
+                                    int channels, int side, const float* stats /* (2, channels) */,
+                                    const float* gamma /* (channels) */, const float* beta /* (channels) */,
+                                    const bf16* w /* (2, channels) */, const bf16* bias /* (2) */,
+                                    bf16* logits /* (images, height, width, 2) */) {
+    const Stage stages[3] = {{p, p_height, p_width}, {q, q_height, q_width}, {r, r_height, r_width}};
+    classify_tiles<true>(z, stages, height, width, channels, side, stats, gamma, beta, w, bias, logits);
+}
+
 // ---- the way back to the stages
 
-// Threads of split_stages: a strip of columns with a halo, by packs of 4 channels.
-constexpr int STRIP = 32, HALO = 4, STRIP_COLUMNS = STRIP + 2 * HALO, PACK = 4, STRIP_PACKS = 8;
-constexpr int STRIP_THREADS = STRIP_COLUMNS * STRIP_PACKS;
+// The transpose is a product with constant weights as well: a warp walks down 8 columns and 32 channels of dz, and with every
+// line sums what it and 4 columns on either side give to the 4, 2 and 1 pixels of the stages that lie there. Two lines of
+// each stage are under way at any time, at even and at odd rows: 16 rows of weights with the 16 columns. Beyond an edge of
+// dz lie its columns mirrored, which gives the edge's pixels of the stages what is theirs.
+constexpr int SPLIT_COLUMNS = 16, SPLIT_PERIOD = 16;
 
-// The way of one column of dz to a stage of 1 / R the resolution: lines are summed as they come, and a line of the stage is
-// complete when dz's lines lie below it.
-template <int R> struct Collected {
-    Pack<PACK> current, next;
+// The weights of row g, for even and odd lines of its stage, of columns that lane t brings: 4·s + t - 4 from the strip's left.
+__device__ __forceinline__ uint4 split_weights(int lane, int y) {
+    int g = lane / 4, t = lane % 4, ratio = g < 4 ? 2 : g < 6 ? 4 : 8, column = g < 4 ? g : g < 6 ? g - 4 : 0;
+    int above = (2 * y + 1 + ratio) / (2 * ratio) - 1;  // the stage's line above line y, from -1 on
+    float weight = g < 7 ? tent(above, y, ratio) : 0.0f, next = g < 7 ? 1.0f - weight : 0.0f;
+    float even = above % 2 == 0 ? weight : next, odd = above % 2 == 0 ? next : weight, across[4];
+    for (int s = 0; s < 4; s++) across[s] = tent(column, 4 * s + t - 4, ratio);
+    return {pair_of(across[0] * even, across[1] * even), pair_of(across[0] * odd, across[1] * odd),
+            pair_of(across[2] * even, across[3] * even), pair_of(across[2] * odd, across[3] * odd)};
+}
 
-    // Takes line `y` in.
-    __device__ __forceinline__ void take(const Pack<PACK>& d, int y, int height) {
-        Source s = source(y, height / R, height);
-        float upper = s.high == s.low ? 1.0f : 1.0f - s.weight, lower = s.high == s.low ? 0.0f : s.weight;
-        for (int i = 0; i < PACK; i++) {
-            current.x[i] += upper * d.x[i];
-            next.x[i] += lower * d.x[i];
+// The sums of a warp on the way to the stages: of row g of the weights, even lines in the first two numbers of each product.
+struct Split {
+    float products[4][4];
+
+    // Writes the line that is complete, and begins the next but one in its place.
+    template <int ODD> __device__ __forceinline__ void write(bf16* to) {
+        unsigned words[4];
+        for (int i = 0; i < 4; i++) {
+            words[i] = pair_of(products[i][2 * ODD], products[i][2 * ODD + 1]);
+            products[i][2 * ODD] = products[i][2 * ODD + 1] = 0.0f;
         }
+        *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
     }
 
-    // The stage's line that is complete after line `y`, or -1.
-    static __device__ __forceinline__ int complete(int y, int height) {
-        if (y + 1 == height) return height / R - 1;
-        int past = y + 1 - R / 2;
-        return past >= R && past % R == 0 ? past / R - 1 : -1;
-    }
-
-    // Sums the strip's columns to the stage's line `line` of `height / R`. All threads of the block call it.
-    __device__ __forceinline__ void emit(int line, float (*tile)[STRIP_PACKS * PACK], int strip, int c, int width, int channels,
-                                         bf16* dx /* (height / R, width / R, channels) of the image */) {
-        int column = threadIdx.x / STRIP_PACKS, pack = threadIdx.x % STRIP_PACKS * PACK;
-        for (int i = 0; i < PACK; i++) {
-            tile[column][pack + i] = current.x[i];
-            current.x[i] = next.x[i];
-            next.x[i] = 0.0f;
-        }
-        __syncthreads();
-        int x = strip / R + column;
-        if (column < STRIP / R && x < width / R && c < channels) {
-            Pack<PACK> sum = {};
-            int first = R * x - R / 2;
-            for (int i = 0; i < 2 * R; i++) {
-                if (first + i < 0 || first + i >= width) continue;
-                float weight = weight_of(source(first + i, width / R, width), x);
-                const float* from = &tile[first + i - strip + HALO][pack];
-                for (int j = 0; j < PACK; j++) sum.x[j] += weight * from[j];
+    // Adds odd lines to even ones: a stage repeats its edge, so what goes to a line beyond it is the edge's.
+    __device__ __forceinline__ void fold() {
+        for (int i = 0; i < 4; i++) {
+            for (int e = 0; e < 2; e++) {
+                products[i][e] += products[i][2 + e];
+                products[i][2 + e] = 0.0f;
             }
-            store(dx + (size_t(line) * (width / R) + x) * channels + c, sum);
         }
-        // No barrier: the next line goes to the other tile, and its barrier comes before this one is written again.
     }
 };
 
-// The transpose of joining stages at a half, a quarter and an eighth of dz's resolution, in one pass over dz. Height and width
-// are multiples of 8, channels of 8. Grid: (ceil(channels / 32), ceil(width / STRIP), images), blocks of STRIP_THREADS.
-KERNEL(STRIP_THREADS, 2) split_stages(const bf16* dz /* (images, height, width, channels) */, int height, int width,
-                                   int channels, bf16* p /* (images, height / 2, width / 2, channels) */,
-                                   bf16* q /* (images, height / 4, width / 4, channels) */,
-                                   bf16* r /* (images, height / 8, width / 8, channels) */) {
-    SHARED(float, tiles, [2][STRIP_COLUMNS][STRIP_PACKS * PACK]);
-    int emitted = 0;
-    int c = blockIdx.x * STRIP_PACKS * PACK + threadIdx.x % STRIP_PACKS * PACK, strip = blockIdx.y * STRIP;
-    int x = strip - HALO + int(threadIdx.x) / STRIP_PACKS;
-    bool inside = x >= 0 && x < width && c < channels;
+// The transpose of joining stages at a half, a quarter and an eighth of dz's resolution, in one pass over dz. Height, width
+// and channels are multiples of 8. Grid: (as Place has it, images).
+KERNEL(THREADS, 3) split_stages(const bf16* __restrict__ dz /* (images, height, width, channels) */, int height, int width,
+                                int channels, int side, bf16* __restrict__ p /* (images, height / 2, width / 2, channels) */,
+                                bf16* __restrict__ q /* (images, height / 4, width / 4, channels) */,
+                                bf16* __restrict__ r /* (images, height / 8, width / 8, channels) */) {
+    constexpr int AHEAD = 2, LINES = 8;
+    SHARED(uint4, weights, [SPLIT_PERIOD][32]);
+    for (int i = threadIdx.x; i < SPLIT_PERIOD * 32; i += blockDim.x) weights[i / 32][i % 32] = split_weights(i % 32, i / 32);
+    __syncthreads();
+    Place place(side);
+    if (place.left() >= width || place.group * TILE_CHANNELS >= channels) return;
+    int g = place.g, t = place.t, lane = threadIdx.x % 32, c = place.channel();
+    bool upper = g % 2;
     size_t image = blockIdx.z, area = size_t(height) * width * channels, pitch = size_t(width) * channels;
-    dz += image * area + size_t(max(x, 0)) * channels + c;
-    p += image * (area / 4);
-    q += image * (area / 16);
-    r += image * (area / 64);
-    Collected<2> halves = {};
-    Collected<4> quarters = {};
-    Collected<8> eighths = {};
-    constexpr int AHEAD = 2;
-    typename Words<PACK>::type lines_ahead[AHEAD] = {};
+    unsigned columns[4];
+    for (int s = 0; s < 4; s++) {
+        int x = place.left() + 4 * s + t - 4;
+        x = x < 0 ? -1 - x : x >= width ? 2 * width - 1 - x : x;
+        columns[s] = unsigned(x * channels + min(place.brings(), channels - 8));
+    }
+    dz += image * area;
+    // Where the lane's pixel of its stage lies, whose lines it writes.
+    int ratio = g < 4 ? 2 : g < 6 ? 4 : 8, own = place.left() / ratio + (g < 4 ? g : g < 6 ? g - 4 : 0);
+    bool halves_line = g < 4 && c < channels, quarters_line = g / 2 == 2 && c < channels, eighths_line = g == 6 && c < channels;
+    bf16* to = (g < 4 ? p : g < 6 ? q : r) + image * (area / (ratio * ratio)) + size_t(own) * channels + c;
+    size_t to_pitch = pitch / ratio;
+    uint4 ahead[AHEAD][4];
     for (int k = 0; k < AHEAD; k++) {
-        if (inside && k < height) lines_ahead[k] = fetch<PACK>(dz + k * pitch);
+        for (int s = 0; s < 4; s++) ahead[k][s] = fetch<8>(dz + k * pitch + columns[s]);
     }
-    for (int start = 0; start < height; start += AHEAD) {
+    Split split = {};
+    for (int start = 0; start < height; start += LINES) {
 #pragma unroll
-      for (int k = 0; k < AHEAD; k++) {
-        int y = start + k;
-        if (y >= height) break;
-        Pack<PACK> d = widen<PACK>(lines_ahead[k]);
-        if (inside && y + AHEAD < height) lines_ahead[k] = fetch<PACK>(dz + (y + AHEAD) * pitch);
-        halves.take(d, y, height);
-        quarters.take(d, y, height);
-        eighths.take(d, y, height);
-        int line = Collected<2>::complete(y, height);
-        if (line >= 0) halves.emit(line, tiles[emitted++ % 2], strip, c, width, channels, p);
-        line = Collected<4>::complete(y, height);
-        if (line >= 0) quarters.emit(line, tiles[emitted++ % 2], strip, c, width, channels, q);
-        line = Collected<8>::complete(y, height);
-        if (line >= 0) eighths.emit(line, tiles[emitted++ % 2], strip, c, width, channels, r);
-      }
+        for (int k = 0; k < LINES; k++) {
+            int y = start + k;
+            uint4 (&raw)[4] = ahead[k % AHEAD];
+            uint4 varying = weights[y % SPLIT_PERIOD][lane];
+            const unsigned now[4] = {varying.x, varying.y, varying.z, varying.w};
+            for (int i = 0; i < 4; i++) {
+                auto operand = [&](int s) { return halves(word_of(raw[s], i), word_of(raw[s + 1], i), upper); };
+                mma(split.products[i], now, operand(0), operand(2));
+            }
+            if (y + AHEAD < height) {
+                for (int s = 0; s < 4; s++) raw[s] = fetch<8>(dz + (y + AHEAD) * pitch + columns[s]);
+            }
+            // A line of a stage is complete when the cell below it is; before the first, it lies beyond the edge.
+            bool complete = k % 2 == 0 ? halves_line : k % 4 == 1 ? quarters_line : k == 3 && eighths_line;
+            if (k == 7 || !complete) continue;
+            int line = k % 2 == 0 ? y / 2 - 1 : k % 4 == 1 ? (y - 1) / 4 - 1 : (y - 3) / 8 - 1;
+            if (line < 0) {
+                split.fold();
+            } else if (k == 3 ? line % 2 == 0 : k == 2 || k == 6 || k == 5) {
+                split.write<0>(to + line * to_pitch);
+            } else {
+                split.write<1>(to + line * to_pitch);
+            }
+        }
     }
+    if (g == 7 || c >= channels) return;
+    // What lies beyond the lower edge is the last line's, which may be an odd one.
+    split.fold();
+    split.write<0>(to + (height / ratio - 1) * to_pitch);
 }

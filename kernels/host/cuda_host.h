@@ -213,6 +213,7 @@ inline void __syncthreads(HOST_LINE) { host::block_barrier(line); }
 template <class T> T __shfl_xor_sync(unsigned, T value, int with, HOST_LINE) {
     return host::shuffle(value, host::lane() ^ with, line);
 }
+template <class T> T __shfl_sync(unsigned, T value, int from, HOST_LINE) { return host::shuffle(value, from, line); }
 inline int __any_sync(unsigned, int predicate, HOST_LINE) { return host::any(predicate, line); }
 inline unsigned atomicAdd(unsigned* to, unsigned value) { return std::exchange(*to, *to + value); }
 inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {

@@ -9,16 +9,46 @@ use crate::backend::{
 
 /// Stages that one launch joins.
 const PARTS: usize = 3;
-/// Lines of a picture that a block joins; `PIECE` of `classify_stages`.
+/// Lines of a picture that a warp joins.
 const PIECE: usize = 64;
-/// Columns that a block of `split_stages` takes, and its threads.
-const STRIP: (usize, usize) = (32, 320);
-/// Rows that a thread of the fused classifier takes.
-const EACH: usize = 8;
+/// Columns and channels of a tile of a warp.
+const TILE: (usize, usize) = (8, 32);
+/// Warps of a block that lie side by side along the channels, at most: where whole tokens are read at once, and where neighbouring
+/// strips read the same columns.
+const SIDES: (usize, usize) = (8, 4);
+/// Threads of a block of `join_moments` and `classify_sums`, and the channels that it takes.
+const TOTALS: (usize, usize) = (1024, 8);
+/// Rows that a thread of the fused classifier takes, forward and on the way back to z.
+const EACH: (usize, usize) = (16, 8);
 
 /// Whether the fused kernels serve these sizes.
 fn fuses(channels: usize, labels: usize) -> bool {
     labels == 2 && channels <= 256 && channels.is_multiple_of(8) && (channels / 8).is_power_of_two()
+}
+
+/// How kernels that walk tiles share `(width, channels)` among warps: how many lie side by side along the channels, threads of a block,
+/// and the blocks along channels and width.
+fn share(width: usize, channels: usize, widest: usize) -> (usize, usize, [usize; 2]) {
+    let groups = channels.div_ceil(TILE.1);
+    let side = groups.min(widest);
+    let strips = THREADS / 32 / side;
+    (side, 32 * side * strips, [groups.div_ceil(side), width.div_ceil(TILE.0).div_ceil(strips)])
+}
+
+/// Whether `parts` are at a half, a quarter and an eighth of `to`, in sizes that the kernels of tiles take.
+fn halves(parts: &[Grid], to: Grid, channels: usize) -> bool {
+    let at = |ratio| Grid { images: to.images, height: to.height / ratio, width: to.width / ratio };
+    [to.height, to.width, channels].iter().all(|size| size.is_multiple_of(8)) && parts == [at(2), at(4), at(8)]
+}
+
+/// The sizes of `parts`.
+fn grids<T>(parts: &[(T, Grid)]) -> Vec<Grid> {
+    parts.iter().map(|(_, grid)| *grid).collect()
+}
+
+/// Stages at fixed ratios as the arguments of a kernel that interpolates them.
+fn exact_stages<D: Device>(parts: &[(&<Cuda<D> as Memory>::Act, Grid)], channels: usize) -> Vec<Argument> {
+    parts.iter().map(|(part, from)| part.at(from.rows() * channels)).collect()
 }
 
 /// Up to [`PARTS`] stages as the arguments of a kernel that interpolates them.
@@ -58,20 +88,22 @@ impl<D: Device> Cuda<D> {
         channels: usize,
         moments: Option<&mut <Self as Memory>::Full>,
     ) {
-        let pack = if channels.is_multiple_of(4) { 4 } else { 1 };
-        let columns = (channels / pack).min(32);
-        let lines = THREADS / columns;
-        let grid = [channels.div_ceil(columns * pack), to.width.div_ceil(lines) * to.height.div_ceil(PIECE), to.images];
-        let slabs = grid[1] * grid[2];
-        let partial = moments.as_ref().map_or(0, |_| self.scratch(slabs * 3 * channels));
+        let (side, threads, [across, along]) = share(to.width, channels, SIDES.0);
+        let pieces = to.images * to.height.div_ceil(PIECE);
+        let slabs = pieces * to.width.div_ceil(TILE.0);
+        let partial = moments.as_ref().map_or(0, |_| self.scratch(slabs * 2 * channels));
+        let exact = halves(&grids(parts), to, channels);
         let mut arguments = vec![z];
-        arguments.extend(stages::<D>(parts, channels));
-        arguments.extend([to.height, to.width, channels, PIECE].map(Argument::from));
+        arguments.extend(if exact { exact_stages::<D>(parts, channels) } else { stages::<D>(parts, channels) });
+        arguments.extend([to.height, to.width, channels, side].map(Argument::from));
         arguments.push(Argument::pointer(partial));
-        self.launch_blocks("join_stages", grid, THREADS, &arguments);
+        let kernel = if exact { "join_stages" } else { "join_stages_any" };
+        self.launch_blocks(kernel, [across, along, pieces], threads, &arguments);
         if let Some(moments) = moments {
-            let arguments = [Argument::pointer(partial), slabs.into(), channels.into(), moments.to(2 * channels)];
-            self.launch_blocks("join_moments", [channels.div_ceil(8), 1, 1], THREADS, &arguments);
+            let mut arguments = vec![Argument::pointer(partial)];
+            arguments.extend([slabs, to.height, to.width, channels].map(Argument::from));
+            arguments.push(moments.to(2 * channels));
+            self.launch_blocks("join_moments", [channels.div_ceil(TOTALS.1), 1, 1], TOTALS.0, &arguments);
         }
     }
 }
@@ -113,27 +145,26 @@ impl<D: Device> Head for Cuda<D> {
         if !fuses(channels, classifier.labels) || channels < 32 || parts.len() > PARTS {
             return classify_stages_plainly(self, parts, to, channels, z, norm, classifier, room, logits);
         }
+        let (side, threads, [across, along]) = share(to.width, channels, SIDES.0);
+        let exact = halves(&grids(parts), to, channels);
         let mut arguments = vec![z.at(to.rows() * channels)];
-        arguments.extend(stages::<D>(parts, channels));
-        arguments.extend([to.height, to.width, channels].map(Argument::from));
+        arguments.extend(if exact { exact_stages::<D>(parts, channels) } else { stages::<D>(parts, channels) });
+        arguments.extend([to.height, to.width, channels, side].map(Argument::from));
         arguments.extend(view::<D>(&norm, channels));
         arguments.extend([classifier.weight.at(2 * channels), classifier.bias.at(2), logits.to(2 * to.rows())]);
-        let columns = to.width.div_ceil(4 * THREADS / channels);
-        self.launch_blocks("classify_stages", [columns * to.height.div_ceil(PIECE), to.images, 1], THREADS, &arguments);
+        let kernel = if exact { "classify_stages" } else { "classify_stages_any" };
+        self.launch_blocks(kernel, [across, along, to.images * to.height.div_ceil(PIECE)], threads, &arguments);
     }
 
     fn split_stages(&self, dz: &Self::Act, from: Grid, channels: usize, parts: &mut [(&mut Self::Act, Grid)]) {
-        let at = |ratio| Grid { images: from.images, height: from.height / ratio, width: from.width / ratio };
-        let divides = from.height.is_multiple_of(8) && from.width.is_multiple_of(8) && channels.is_multiple_of(8);
+        let exact = halves(&grids(parts), from, channels);
         match parts {
-            [(p, half), (q, quarter), (r, eighth)]
-                if divides && [*half, *quarter, *eighth] == [at(2), at(4), at(8)] =>
-            {
-                let sizes = [from.height, from.width, channels].map(Argument::from);
-                let out = [(p, half), (q, quarter), (r, eighth)].map(|(x, grid)| x.to(grid.rows() * channels));
-                let arguments = [dz.at(from.rows() * channels), sizes[0], sizes[1], sizes[2], out[0], out[1], out[2]];
-                let grid = [channels.div_ceil(32), from.width.div_ceil(STRIP.0), from.images];
-                self.launch_blocks("split_stages", grid, STRIP.1, &arguments);
+            [(p, half), (q, quarter), (r, eighth)] if exact => {
+                let (side, threads, [across, along]) = share(from.width, channels, SIDES.1);
+                let mut arguments = vec![dz.at(from.rows() * channels)];
+                arguments.extend([from.height, from.width, channels, side].map(Argument::from));
+                arguments.extend([(p, half), (q, quarter), (r, eighth)].map(|(x, grid)| x.to(grid.rows() * channels)));
+                self.launch_blocks("split_stages", [across, along, from.images], threads, &arguments);
             }
             _ => split_stages_plainly(self, dz, from, channels, parts),
         }
@@ -151,10 +182,10 @@ impl<D: Device> Head for Cuda<D> {
         let HeadPass { rows, channels, classifier, .. } = head;
         let mut arguments = self.read(&head);
         arguments.extend([classifier.weight.at(2 * channels), classifier.bias.at(2)]);
-        arguments.extend([rows, channels, EACH].map(Argument::from));
+        arguments.extend([rows, channels, EACH.0].map(Argument::from));
         let passed = if passed.len() > 0 { passed.to(bits(rows, channels)) } else { Argument::pointer(0) };
         arguments.extend([passed, logits.to(2 * rows)]);
-        self.launch("classify", rows.div_ceil(EACH) * channels / 8, &arguments);
+        self.launch("classify", rows.div_ceil(EACH.0) * channels / 8, &arguments);
     }
 
     fn classify_backward(
@@ -182,7 +213,7 @@ impl<D: Device> Head for Cuda<D> {
         let weights = weight_gradient.map_or(Argument::pointer(0), |dw| dw.both(2 * channels));
         let (weight, sums) = (classifier.weight.at(2 * channels), sums.to(2 * channels));
         let arguments = [partial, slabs.into(), channels.into(), gamma, beta, weight, weights, sums];
-        self.launch_blocks("classify_sums", [channels.div_ceil(32), 1, 1], THREADS, &arguments);
+        self.launch_blocks("classify_sums", [channels.div_ceil(TOTALS.1), 1, 1], TOTALS.0, &arguments);
     }
 
     fn classify_backward_input(
@@ -203,9 +234,9 @@ impl<D: Device> Head for Cuda<D> {
         arguments.extend([passed.at(bits(rows, channels)), kept(drop)]);
         let share = Argument::F32((1.0 / batch_rows as f64) as f32);
         arguments.extend([classifier.weight.at(2 * channels), dlogits.at(2 * rows), total.at(2 * channels), share]);
-        arguments.extend([rows, channels, EACH].map(Argument::from));
+        arguments.extend([rows, channels, EACH.1].map(Argument::from));
         arguments.push(dz.to(rows * channels));
-        self.launch("classify_backward_input", rows.div_ceil(EACH) * channels / 8, &arguments);
+        self.launch("classify_backward_input", rows.div_ceil(EACH.1) * channels / 8, &arguments);
     }
 
     /// Nothing is added: reading dz again would bring rounding alone.
