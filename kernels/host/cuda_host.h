@@ -214,6 +214,13 @@ template <class T> T __shfl_xor_sync(unsigned, T value, int with, HOST_LINE) {
     return host::shuffle(value, host::lane() ^ with, line);
 }
 template <class T> T __shfl_sync(unsigned, T value, int from, HOST_LINE) { return host::shuffle(value, from, line); }
+template <class T> T __shfl_up_sync(unsigned, T value, int by, HOST_LINE) {
+    return host::shuffle(value, host::lane() < by ? host::lane() : host::lane() - by, line);
+}
+template <class T> T __shfl_down_sync(unsigned, T value, int by, HOST_LINE) {
+    return host::shuffle(value, host::lane() + by > 31 ? host::lane() : host::lane() + by, line);
+}
+inline void __syncwarp(HOST_LINE) { host::any(0, line); }
 inline int __any_sync(unsigned, int predicate, HOST_LINE) { return host::any(predicate, line); }
 inline unsigned atomicAdd(unsigned* to, unsigned value) { return std::exchange(*to, *to + value); }
 inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {

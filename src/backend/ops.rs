@@ -13,6 +13,7 @@ pub trait Backend:
     + EmbedPixels
     + Attention
     + Depthwise
+    + MixFfnBackward
     + Residual
     + Resize
     + Head
@@ -30,6 +31,7 @@ impl<B> Backend for B where
         + EmbedPixels
         + Attention
         + Depthwise
+        + MixFfnBackward
         + Residual
         + Resize
         + Head
@@ -354,6 +356,52 @@ pub trait Depthwise: Linear {
         dw: Option<&mut Self::Full>,
         shift: Option<&mut Self::Full>,
     );
+}
+
+/// Weights of a Mix-FFN between its LayerNorm and its residual.
+pub struct MixFfnWeights<'a, B: Memory> {
+    /// `(hidden, channels)`
+    pub expand: &'a B::Act,
+    /// Depth-wise, `(9, hidden)`.
+    pub mix: &'a B::Full,
+    /// Of the depth-wise convolution, `(hidden)`.
+    pub mix_bias: &'a B::Full,
+    /// `(channels, hidden)`
+    pub contract: &'a B::Act,
+}
+
+/// What the gradients of a Mix-FFN's weights need.
+pub struct MixFfnParts<'a, B: Memory> {
+    /// Receives the contraction's input, `(tokens, hidden)`.
+    pub g: Option<&'a mut B::Act>,
+    /// Receives the gradient of the expansion's output, `(tokens, hidden)`.
+    pub dh: Option<&'a mut B::Act>,
+    /// The gradients of the depth-wise weights, of their bias, and of the expansion's bias are added.
+    pub sums: Option<[&'a mut B::Full; 3]>,
+}
+
+/// The way back through a Mix-FFN as one operation, on a device where moving the hidden tensors is what takes the time.
+pub trait MixFfnBackward: Depthwise {
+    /// Whether [`MixFfnBackward::mix_ffn_backward`] does this shape.
+    fn joins_mix_ffn_backward(&self, _grid: Grid, _channels: usize, _hidden: usize) -> bool {
+        false
+    }
+    /// From `d`, the gradient of the contraction's output, and `h`, the expansion's output, to `dx`, the gradient of the
+    /// expansion's input; `d` and `dx` are `(tokens, channels)`. The same as [`Linear::linear_backward_input`],
+    /// [`Depthwise::depthwise_gelu_backward`], [`Depthwise::depthwise_backward`] and [`Linear::linear_backward_input`].
+    fn mix_ffn_backward(
+        &self,
+        _d: &Self::Act,
+        _h: &Self::Act,
+        _weights: MixFfnWeights<'_, Self>,
+        _grid: Grid,
+        _channels: usize,
+        _hidden: usize,
+        _dx: &mut Self::Act,
+        _parts: MixFfnParts<'_, Self>,
+    ) {
+        unreachable!("a backend that joins operations has the joint one");
+    }
 }
 
 /// Additions along the residual stream, with stochastic depth (Huang et al., 2016).

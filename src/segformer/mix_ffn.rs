@@ -4,7 +4,7 @@ use super::affine::Affine;
 use super::model::{Pass, Scratch};
 use super::norm::{Branch, Front, Joint, Norm, Normed};
 use super::tensors::{Gradients, Id};
-use crate::backend::{Backend, Dropout, Grid};
+use crate::backend::{Backend, Dropout, Grid, MixFfnParts, MixFfnWeights};
 
 /// The layer.
 pub struct MixFfn {
@@ -82,19 +82,48 @@ impl MixFfn {
         let expand_trains = self.expand.trains(gradients);
         let below = self.input_gradient || gradients.get(self.norm.gamma).is_some();
 
-        // Back through the contraction and the convolution; the contraction's input is recomputed on the way.
-        self.contract.backward_input(pass, branch, rows, du, false, side);
         let (w, b) = (pass.tensors.value(self.mix_weight), pass.tensors.value(self.mix_bias));
-        let (g, db) = (contract_trains.then_some(&mut *other), gradients.get_mut(self.mix_bias));
-        backend.depthwise_gelu_backward(&acts.h, w, b, grid, self.hidden, du, g, db);
-        if contract_trains {
-            self.contract.backward_weights(pass, other, branch, rows, gradients, side);
-        }
+        let wanted = [Some(self.mix_weight), Some(self.mix_bias), self.expand.bias];
+        let wanted = wanted.map(|id| id.filter(|&id| gradients.get(id).is_some()));
+        let all_or_none = wanted.iter().all(|id| id.is_some() == wanted[0].is_some());
+        let joint = below
+            && all_or_none
+            && self.expand.side.is_none()
+            && self.contract.side.is_none()
+            && backend.joins_mix_ffn_backward(grid, self.channels, self.hidden);
         let dh = other;
-        let wanted = (below || expand_trains).then_some(&mut *dh);
-        let mut each = gradients.each();
-        let (dw, shift) = (each.take(self.mix_weight), self.expand.bias.and_then(|id| each.take(id)));
-        backend.depthwise_backward(du, &acts.h, w, grid, self.hidden, wanted, dw, shift);
+        if joint {
+            let weights = MixFfnWeights {
+                expand: pass.tensors.product(self.expand.weight),
+                mix: w,
+                mix_bias: b,
+                contract: pass.tensors.product(self.contract.weight),
+            };
+            let mut each = gradients.each();
+            let sums = match wanted.map(|id| id.and_then(|id| each.take(id))) {
+                [Some(dw), Some(db), Some(shift)] => Some([dw, db, shift]),
+                _ => None,
+            };
+            let g = contract_trains.then_some(&mut *du);
+            let parts = MixFfnParts { g, dh: expand_trains.then_some(&mut *dh), sums };
+            backend.mix_ffn_backward(branch, &acts.h, weights, grid, self.channels, self.hidden, t1, parts);
+            if contract_trains {
+                self.contract.backward_weights(pass, du, branch, rows, gradients, side);
+            }
+        } else {
+            // Back through the contraction and the convolution; the contraction's input is recomputed on the way, where dh
+            // will be.
+            self.contract.backward_input(pass, branch, rows, du, false, side);
+            let (g, db) = (contract_trains.then_some(&mut *dh), gradients.get_mut(self.mix_bias));
+            backend.depthwise_gelu_backward(&acts.h, w, b, grid, self.hidden, du, g, db);
+            if contract_trains {
+                self.contract.backward_weights(pass, dh, branch, rows, gradients, side);
+            }
+            let wanted = (below || expand_trains).then_some(&mut *dh);
+            let mut each = gradients.each();
+            let (dw, shift) = (each.take(self.mix_weight), self.expand.bias.and_then(|id| each.take(id)));
+            backend.depthwise_backward(du, &acts.h, w, grid, self.hidden, wanted, dw, shift);
+        }
 
         // The expansion and the LayerNorm.
         if expand_trains {
@@ -108,7 +137,9 @@ impl MixFfn {
             self.expand.backward_weights(pass, normed, dh, rows, gradients, side);
         }
         if below {
-            self.expand.backward_input(pass, dh, rows, t1, false, side);
+            if !joint {
+                self.expand.backward_input(pass, dh, rows, t1, false, side);
+            }
             let dx = self.input_gradient.then_some((d, true));
             self.norm.backward(pass, t1, x, &normed.stats, rows, gradients, dx, Front::branch(before, grid, t0));
         }

@@ -12,7 +12,8 @@ use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
     AdamW, AttentionShape, Backend, Base, BatchNormView, Classifier, Dropout, Grid, Head as _, HeadPass, InFront,
-    Loss as _, Memory, Moving, Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
+    Loss as _, Memory, MixFfnParts, MixFfnWeights, Moving, Patches as _, Product, Sample, Scaled, SmallProduct,
+    Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -430,6 +431,87 @@ case!(
         (1, 129, 2, 9),
         (2, 64, 1, 2),
         (3, 9, 8, 130)
+    ]
+);
+
+/// By the joint operation where there is one, else by those that it joins.
+fn mix_ffn_backward<B: Backend>(
+    backend: &B,
+    (d, h): (&B::Act, &B::Act),
+    weights: MixFfnWeights<'_, B>,
+    grid: Grid,
+    (channels, hidden): (usize, usize),
+    dx: &mut B::Act,
+    parts: MixFfnParts<'_, B>,
+) {
+    if backend.joins_mix_ffn_backward(grid, channels, hidden) {
+        backend.mix_ffn_backward(d, h, weights, grid, channels, hidden, dx, parts);
+        return;
+    }
+    let MixFfnParts { g, dh, sums } = parts;
+    let rows = grid.rows();
+    let [mut du, mut room] = [(); 2].map(|()| backend.act(rows * hidden));
+    let dh = dh.unwrap_or(&mut room);
+    let contract = Product { rows, inputs: hidden, outputs: channels };
+    backend.linear_backward_input(d, weights.contract, contract, &mut du, false);
+    let [dw, db, shift] = sums.map_or([None, None, None], |sums| sums.map(Some));
+    backend.depthwise_gelu_backward(h, weights.mix, weights.mix_bias, grid, hidden, &mut du, g, db);
+    backend.depthwise_backward(&du, h, weights.mix, grid, hidden, Some(&mut *dh), dw, shift);
+    backend.linear_backward_input(dh, weights.expand, Product { rows, inputs: channels, outputs: hidden }, dx, false);
+}
+
+case!(
+    mix_ffn_backwards,
+    MixFfnBackward { images: usize, height: usize, width: usize, channels: usize },
+    |self, lab| {
+        let (grid, channels) = (Grid { images: self.images, height: self.height, width: self.width }, self.channels);
+        let hidden = 4 * channels;
+        let (n, wide) = (grid.rows() * channels, grid.rows() * hidden);
+        let (d, h, w, b) = (lab.act(n, 1), lab.act(wide, 2), lab.full(9 * hidden, 3), lab.full(hidden, 4));
+        let (w1, w2) = (lab.act(hidden * channels, 5), lab.act(hidden * channels, 6));
+        let [mut dx, mut dx_all, mut dx_products, mut dx_sums] = [7, 8, 9, 10].map(|site| lab.act(n, site));
+        let [mut g, mut dh, mut g_products, mut dh_products] = [11, 12, 13, 14].map(|site| lab.act(wide, site));
+        let mut sums = [(9, 15), (1, 16), (1, 17)].map(|(kinds, site)| lab.full(kinds * hidden, site));
+        let mut sums_alone = [(9, 15), (1, 16), (1, 17)].map(|(kinds, site)| lab.full(kinds * hidden, site));
+        let run = |dx: &mut B::Act, parts| {
+            let weights = MixFfnWeights { expand: &w1, mix: &w, mix_bias: &b, contract: &w2 };
+            mix_ffn_backward(lab.0, (&d, &h), weights, grid, (channels, hidden), dx, parts);
+        };
+        run(&mut dx, MixFfnParts { g: None, dh: None, sums: None });
+        let parts = MixFfnParts { g: Some(&mut g), dh: Some(&mut dh), sums: Some(sums.each_mut()) };
+        run(&mut dx_all, parts);
+        run(&mut dx_products, MixFfnParts { g: Some(&mut g_products), dh: Some(&mut dh_products), sums: None });
+        run(&mut dx_sums, MixFfnParts { g: None, dh: None, sums: Some(sums_alone.each_mut()) });
+        let [dw, db, shift] = &sums;
+        let [dw_alone, db_alone, shift_alone] = &sums_alone;
+        // The gradient behind the GELU is rounded; dh and dw are summed from that before it, which is rounded too, and dx from
+        // dh.
+        vec![
+            lab.read("dx", &dx, n, 1.0, 1.0),
+            lab.read("dx with all", &dx_all, n, 1.0, 1.0),
+            lab.read("dx with products", &dx_products, n, 1.0, 1.0),
+            lab.read("dx with sums", &dx_sums, n, 1.0, 1.0),
+            lab.read("g", &g, wide, 1.0, 0.0),
+            lab.read("g with products", &g_products, wide, 1.0, 0.0),
+            lab.read("dh", &dh, wide, 1.0, 1.0),
+            lab.read("dh with products", &dh_products, wide, 1.0, 1.0),
+            Output { summed: 1.0, ..lab.read_full("dw", dw, 9 * hidden) },
+            Output { summed: 1.0, ..lab.read_full("dw alone", dw_alone, 9 * hidden) },
+            Output { summed: 1.0, ..lab.read_full("db", db, hidden) },
+            Output { summed: 1.0, ..lab.read_full("db alone", db_alone, hidden) },
+            Output { summed: 4.0, ..lab.read_full("shift", shift, hidden) },
+            Output { summed: 4.0, ..lab.read_full("shift alone", shift_alone, hidden) },
+        ]
+    },
+    [
+        (1, 1, 1, 32),
+        (3, 5, 7, 32),
+        (1, 16, 16, 64),
+        (2, 33, 20, 32),
+        (3, 5, 7, 64),
+        (1, 3, 61, 64),
+        (5, 2, 1, 32),
+        (2, 40, 15, 64)
     ]
 );
 

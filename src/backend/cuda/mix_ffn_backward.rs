@@ -1,0 +1,98 @@
+//! The way back through a Mix-FFN as one kernel.
+
+use super::memory::ColumnSums;
+use super::{Argument, Cuda, Device};
+use crate::backend::{Grid, MixFfnBackward, MixFfnParts, MixFfnWeights};
+
+/// Threads of a block; hidden channels that it works on at a time; sums per hidden channel. As in the kernels.
+const BLOCK: usize = 512;
+const CHUNK: usize = 128;
+const KINDS: usize = 9 + 1 + 1;
+/// Multiprocessors that blocks are shared out to, one at a time: an H100's. A fixed number, so that sums do not depend on the
+/// device.
+const MULTIPROCESSORS: usize = 132;
+/// What a block costs besides its rows, in rows: it reads two more on each side.
+const EXTRA_ROWS: usize = 3;
+
+/// How a launch divides its tokens.
+struct Division {
+    /// Columns of a strip that are put out.
+    outputs: usize,
+    /// Blocks side by side, and on top of each other.
+    blocks: [usize; 2],
+    /// Rows of a block.
+    rows: usize,
+}
+
+impl Division {
+    /// The columns of all images lie side by side, with one between images.
+    fn new(grid: Grid, outputs: usize) -> Self {
+        let strips = (grid.images * (grid.width + 1) - 1).div_ceil(outputs);
+        let rows = |segments| grid.height.div_ceil(segments);
+        let cost = |&segments: &usize| (strips * segments).div_ceil(MULTIPROCESSORS) * (rows(segments) + EXTRA_ROWS);
+        let rows = rows((1..=grid.height).min_by_key(cost).unwrap_or(1));
+        Self { outputs, blocks: [strips, grid.height.div_ceil(rows)], rows }
+    }
+}
+
+impl<D: Device> MixFfnBackward for Cuda<D> {
+    fn joins_mix_ffn_backward(&self, grid: Grid, channels: usize, hidden: usize) -> bool {
+        // Kernels count numbers in 32 bits.
+        [32, 64].contains(&channels) && hidden == 4 * channels && grid.rows() * hidden <= 1 << 31
+    }
+
+    fn mix_ffn_backward(
+        &self,
+        d: &Self::Act,
+        h: &Self::Act,
+        weights: MixFfnWeights<'_, Self>,
+        grid: Grid,
+        channels: usize,
+        hidden: usize,
+        dx: &mut Self::Act,
+        MixFfnParts { g, dh, sums }: MixFfnParts<'_, Self>,
+    ) {
+        let (tokens, wide) = (grid.rows() * channels, grid.rows() * hidden);
+        if tokens == 0 {
+            return;
+        }
+        let everything = g.is_some() || dh.is_some() || sums.is_some();
+        let division = Division::new(grid, if everything { 14 } else { 30 });
+        let [strips, segments] = division.blocks;
+        // Sums that wait from chunk to chunk, then those of the parameters' gradients.
+        let kept =
+            if hidden > CHUNK { strips * segments * division.rows * (division.outputs + 2) * channels } else { 0 };
+        let partials = if sums.is_some() { strips * segments * KINDS * hidden } else { 0 };
+        let room = self.scratch(kept + partials);
+        let partial = room + (kept * size_of::<f32>()) as u64;
+        let chunks = hidden / CHUNK;
+        let bytes = kept * size_of::<f32>() * (chunks - 1);
+        let mut arguments = vec![d.at(tokens), h.at(wide), weights.contract.at(channels * hidden)];
+        arguments.extend([
+            weights.mix.at(9 * hidden),
+            weights.mix_bias.at(hidden),
+            weights.expand.at(hidden * channels),
+        ]);
+        arguments.extend([grid.images, grid.height, grid.width, division.rows].map(Argument::from));
+        arguments.push(Argument::Pointer { address: room, read: bytes, written: bytes });
+        arguments.push(dx.to(tokens));
+        if everything {
+            let null = || Argument::pointer(0);
+            arguments.extend([g, dh].map(|wanted| wanted.map_or_else(null, |wanted| wanted.to(wide))));
+            arguments.push(if sums.is_some() { Argument::pointer(partial) } else { null() });
+        }
+        let kernel = match (channels, everything) {
+            (32, false) => "mix_ffn_backward_32",
+            (32, true) => "mix_ffn_backward_all_32",
+            (64, false) => "mix_ffn_backward_64",
+            (64, true) => "mix_ffn_backward_all_64",
+            _ => unreachable!("{channels} channels are not joined"),
+        };
+        self.launch_blocks(kernel, [strips, segments, 1], BLOCK, &arguments);
+        if let Some([dw, db, shift]) = sums {
+            let sums = |kinds, to| ColumnSums { kinds, to, add: true };
+            let outputs = [sums(9, dw.both(9 * hidden)), sums(1, db.both(hidden)), sums(1, shift.both(hidden))];
+            self.sum_partials((partial, strips * segments, hidden), KINDS, &outputs);
+        }
+    }
+}
