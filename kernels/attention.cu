@@ -109,15 +109,15 @@ __device__ __forceinline__ void as_operand(const float (&left)[4], const float (
 template <int D>
 __device__ __forceinline__ void load_ordered(const bf16* from, size_t start, int first, int rows, int channels,
                                              int head, Row<D>* to) {
+    constexpr int LINES = QUERY_BLOCK / (D / 2);
     unsigned thread = own_thread();
-    int filled = min(WINDOW<D>, (rows - first + CHUNK - 1) / CHUNK * CHUNK);
+    int row = thread / (D / 2), c = thread % (D / 2) * 2;
+    int filled = min(WINDOW<D>, (rows - first + CHUNK - 1) / CHUNK * CHUNK), there_are = rows - first;
+    const bf16* at = from + (start + size_t(first + row) * channels + c);
+    bf16* there = &to[row].at[c / 32 * 32 + c % 8 * 4 + c % 32 / 8 * 2];
 #pragma unroll 1
-    for (int i = thread; i < filled * D / 2; i += QUERY_BLOCK) {
-        int row = i / (D / 2);
-        unsigned c = thread % (D / 2) * 2;
-        int left = first + row < rows ? head - int(c) : 0;
-        const bf16* at = from + (start + size_t(first + row) * channels + c);
-        bf16* there = &to[row].at[c / 32 * 32 + c % 8 * 4 + c % 32 / 8 * 2];
+    for (; row < filled; row += LINES, at += LINES * channels, there += LINES * (sizeof(Row<D>) / sizeof(bf16))) {
+        int left = row < there_are ? head - c : 0;
         if (head % 8 == 0) {
             copy_async<4>(there, at, left > 0 ? 4 : 0);
         } else {

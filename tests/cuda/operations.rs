@@ -377,6 +377,24 @@ case!(
     ]
 );
 
+// A key whose scores are out of all proportion to those of the keys before it.
+case!(
+    attention_to_a_far_key,
+    FarKey { head: usize, queries: usize, keys: usize },
+    |self, lab| {
+        let &Self { head, queries, keys } = self;
+        let shape = AttentionShape { images: 1, heads: 1, head, queries, keys };
+        let (nq, nk) = (queries * head, keys * head);
+        let far = |i: usize| if i / head == keys / 2 { 64.0 } else { 1.0 };
+        let q = lab.act_of(&numbers(nq, 1).iter().map(|x| 4.0 * x).collect::<Vec<_>>());
+        let k = lab.act_of(&numbers(nk, 2).iter().enumerate().map(|(i, x)| far(i) * x).collect::<Vec<_>>());
+        let (v, mut o, mut lse) = (lab.act(nk, 3), lab.act(nq, 5), lab.full(queries, 6));
+        lab.0.attention(&q, &k, &v, shape, &mut o, &mut lse);
+        vec![lab.read("o", &o, nq, 1.0, 1.0), lab.read_full("lse", &lse, queries)]
+    },
+    [(32, 40, 256), (32, 40, 600), (64, 40, 128), (64, 40, 300)]
+);
+
 case!(
     depthwise,
     Depthwise { images: usize, height: usize, width: usize, channels: usize },
