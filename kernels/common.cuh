@@ -129,7 +129,8 @@ template <int V> __device__ __forceinline__ int column_span(int channels) { retu
 
 // The end of column_partials: a block's threads' sums, of `lines` lines of `columns` packs each, to the slab's.
 template <int V, int K>
-__device__ __forceinline__ void store_partials(const Pack<V> (&sums)[K], int channels, float* partial /* (slabs, K, channels) */) {
+__device__ __forceinline__ void store_partials(const Pack<V> (&sums)[K], int channels,
+                                               float* partial /* (slabs, K, channels) */) {
     SHARED(float, tile, [THREADS * V]);
     int span = column_span<V>(channels), columns = span / V, lines = THREADS / columns;
     int column = threadIdx.x % columns, line = threadIdx.x / columns;
@@ -148,9 +149,9 @@ __device__ __forceinline__ void store_partials(const Pack<V> (&sums)[K], int cha
     }
 }
 
-// Sums of `term` over rows, per channel, K at a time, by slabs of `slab` rows: grid (ceil(channels / column_span), slabs),
-// blocks of THREADS. term(row, channel, terms) fills terms[K] for V channels from `channel` on; each row and channel is asked
-// for once. What the slabs leave in `partial` is added up, in order, by sum_partials.
+// Sums of `term` over rows, per channel, K at a time, by slabs of `slab` rows: grid (ceil(channels / column_span),
+// slabs), blocks of THREADS. term(row, channel, terms) fills terms[K] for V channels from `channel` on; each row and
+// channel is asked for once. What the slabs leave in `partial` is added up, in order, by sum_partials.
 template <int V, int K, class Term>
 __device__ __forceinline__ void column_partials(Term term, int rows, int channels, int slab,
                                                 float* partial /* (slabs, K, channels) */) {
@@ -179,7 +180,8 @@ struct Dropout {
     unsigned key0, key1, site, step;
     u64 first;   // counter of the first element
     float rate;  // 0: everything is kept
-    // A word's upper 24 bits are a number in [0, 1); what draws less than `rate` is dropped, which is what draws less than this.
+    // A word's upper 24 bits are a number in [0, 1); what draws less than `rate` is dropped, which is what draws less
+    // than this.
     unsigned threshold;
 
     // The step changes from launch to launch of a graph, so it is read from memory; nobody reads it at rate 0.
@@ -204,8 +206,8 @@ struct Dropout {
     // Whether the element that drew `word` is kept.
     __device__ __forceinline__ bool keeps(unsigned word) const { return word >= threshold; }
 
-    // What elements starts[i].. starts[i] + V drew; the starts are multiples of V. Nothing is drawn at rate 0, and everything kept.
-    // N at once share the keys of the rounds.
+    // What elements starts[i].. starts[i] + V drew; the starts are multiples of V. Nothing is drawn at rate 0, and
+    // everything kept. N at once share the keys of the rounds.
     template <int V, int N> __device__ __forceinline__ void words(const u64 (&starts)[N], unsigned (&to)[N][V]) const {
         for (int n = 0; n < N; n++) {
             for (int i = 0; i < V; i++) to[n][i] = 0;

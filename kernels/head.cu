@@ -132,23 +132,23 @@ KERNEL(THREADS) batch_norm_backward(const bf16* z /* (rows, channels) */, const 
 
 // ---- stages joined
 
-// Interpolation at these ratios is a product with a constant matrix, so tensor cores do it: a warp takes tiles of 2 lines,
-// 8 columns and 32 channels of z, and the 16 pixels of a tile read 32 pixels of the stages at a half, a quarter and an eighth of z's
-// resolution: 3 · 6, 2 · 4 and 2 · 3. That is 16 x 32 weights times 32 pixels x 8 channels, four times. The weights are products of
-// two numbers of 4 bits, which bf16 holds, so that only the sums are rounded, to f32. Beyond its edge a stage repeats the
-// pixels there, which is what interpolation that ends at its edge amounts to.
+// Interpolation at these ratios is a product with a constant matrix, so tensor cores do it: a warp takes tiles of 2
+// lines, 8 columns and 32 channels of z, and the 16 pixels of a tile read 32 pixels of the stages at a half, a quarter
+// and an eighth of z's resolution: 3 · 6, 2 · 4 and 2 · 3. That is 16 x 32 weights times 32 pixels x 8 channels, four
+// times. The weights are products of two numbers of 4 bits, which bf16 holds, so that only the sums are rounded, to
+// f32. Beyond its edge a stage repeats the pixels there, which is what interpolation that ends at its edge amounts to.
 //
-// Lane l = 4·g + t holds of z, per line, channels 8·t.. of the tile's column g, 16 bytes. These are columns 2·t and 2·t + 1 of the
-// four products: column n of product i is channel 8·(n / 2) + 2·i + n % 2. So of a pixel of a stage, lane l needs every
-// second one of channels 8·(g / 2).., and reads all 16 bytes too.
+// Lane l = 4·g + t holds of z, per line, channels 8·t.. of the tile's column g, 16 bytes. These are columns 2·t and 2·t
+// + 1 of the four products: column n of product i is channel 8·(n / 2) + 2·i + n % 2. So of a pixel of a stage, lane l
+// needs every second one of channels 8·(g / 2).., and reads all 16 bytes too.
 constexpr int TILE_LINES = 2, TILE_COLUMNS = 8, TILE_CHANNELS = 32;
 // Lines of a picture that a warp takes.
 constexpr int PIECE = 64;
 // Pairs of lines after which the weights repeat.
 constexpr int PHASES = 4;
 
-// Which tiles a warp takes: `side` warps of a block lie side by side along the channels, groups of as many beside each other along
-// the lines. Grid: (ceil(channels / (32·side)), ceil(ceil(width / 8) / (warps / side)), ..).
+// Which tiles a warp takes: `side` warps of a block lie side by side along the channels, groups of as many beside each
+// other along the lines. Grid: (ceil(channels / (32·side)), ceil(ceil(width / 8) / (warps / side)), ..).
 struct Place {
     int warp, side, strips, group, strip;
     int g, t;
@@ -185,12 +185,14 @@ __device__ __forceinline__ unsigned halves(unsigned first, unsigned second, bool
 
 // Bilinear weight of a stage's pixel for a pixel of z, along one axis, where neither ends.
 __device__ __forceinline__ float tent(int of, int at, int ratio) {
-    float share = ratio == 2 ? 0.5f : ratio == 4 ? 0.25f : 0.125f, apart = fabsf((float(at) + 0.5f) * share - 0.5f - float(of));
+    float share = ratio == 2 ? 0.5f : ratio == 4 ? 0.25f : 0.125f;
+    float apart = fabsf((float(at) + 0.5f) * share - 0.5f - float(of));
     return apart < 1.0f ? 1.0f - apart : 0.0f;
 }
 
-// The pixels of the stages that lanes with the same t bring to the products, by slot; relative to the tile's corner in column,
-// for line 2·pair of z. Slots 0 to 3 are rows 2·t, 2·t + 1, 2·t + 8, 2·t + 9 of the first 16, slots 4 to 7 of the others.
+// The pixels of the stages that lanes with the same t bring to the products, by slot; relative to the tile's corner in
+// column, for line 2·pair of z. Slots 0 to 3 are rows 2·t, 2·t + 1, 2·t + 8, 2·t + 9 of the first 16, slots 4 to 7 of
+// the others.
 struct Tap {
     int ratio, row, column;
 
@@ -233,14 +235,18 @@ struct Tile {
     }
 };
 
-// Weights of slots 4 to 7 by phase and lane, the same for all warps; all threads of a block fill them, and a barrier follows.
+// Weights of slots 4 to 7 by phase and lane, the same for all warps; all threads of a block fill them, and a barrier
+// follows.
 typedef uint4 Weights[PHASES][32];
 __device__ __forceinline__ void fill_weights(Weights& weights) {
-    for (int i = threadIdx.x; i < PHASES * 32; i += blockDim.x) weights[i / 32][i % 32] = tap_weights(4, i % 32, i / 32);
+    for (int i = threadIdx.x; i < PHASES * 32; i += blockDim.x) {
+        weights[i / 32][i % 32] = tap_weights(4, i % 32, i / 32);
+    }
     __syncthreads();
 }
 
-// Two neighbouring lines of a stage, as distances from its first one, on the way down. Beyond its edges a stage repeats them.
+// Two neighbouring lines of a stage, as distances from its first one, on the way down. Beyond its edges a stage repeats
+// them.
 struct Lines {
     unsigned pitch, last, upper, lower;
 
@@ -254,14 +260,15 @@ struct Lines {
     }
 };
 
-// Calls each(y, tile) for the tiles of lines first.. end, from top to bottom, with z and the stages summed. Ratios of the stages
-// are 2, 4 and 8, height and width of z multiples of 8, as is `first`, and channels too: lanes past the last channel repeat
-// the last ones.
+// Calls each(y, tile) for the tiles of lines first.. end, from top to bottom, with z and the stages summed. Ratios of
+// the stages are 2, 4 and 8, height and width of z multiples of 8, as is `first`, and channels too: lanes past the last
+// channel repeat the last ones.
 template <class Each>
 __device__ __forceinline__ void walk_tiles(const Place& place, const bf16* z, const bf16* __restrict__ p,
-                                           const bf16* __restrict__ q, const bf16* __restrict__ r, int image, int height,
-                                           int width, int channels, int first, int end, const Weights& weights, Each each) {
-    constexpr int SLOTS = 8;
+                                           const bf16* __restrict__ q, const bf16* __restrict__ r, int image,
+                                           int height, int width, int channels, int first, int end,
+                                           const Weights& weights, Each each) {
+    constexpr int SLOTS = 8, AHEAD = 2;  // tiles of z under way
     int g = place.g, t = place.t, lane = threadIdx.x % 32;
     bool upper = g % 2;
     uint4 constant = tap_weights(0, lane, 0);
@@ -272,7 +279,8 @@ __device__ __forceinline__ void walk_tiles(const Place& place, const bf16* z, co
     for (int slot = 0; slot < SLOTS; slot++) {
         Tap from = tap(slot, t, 0);
         int column = place.left() / from.ratio + from.column;
-        columns[slot] = unsigned(max(0, min(column, width / from.ratio - 1)) * channels + min(place.brings(), channels - 8));
+        column = max(0, min(column, width / from.ratio - 1));
+        columns[slot] = unsigned(column * channels + min(place.brings(), channels - 8));
     }
     size_t area = size_t(height) * width * channels;
     p += image * area / 4;
@@ -280,49 +288,58 @@ __device__ __forceinline__ void walk_tiles(const Place& place, const bf16* z, co
     r += image * area / 64;
     const bf16* mixed = t < 2 ? p : r;
     int pair = first / 2;
-    Lines halves_at(height / 2, width / 2 * channels, pair), quarters_at(height / 4, width / 4 * channels, (pair + 1) / 2 - 1);
+    Lines halves_at(height / 2, width / 2 * channels, pair);
+    Lines quarters_at(height / 4, width / 4 * channels, (pair + 1) / 2 - 1);
     Lines eighths_at(height / 8, width / 8 * channels, (pair + 2) / 4 - 1);
     unsigned before = unsigned(max(pair - 1, 0) * (width / 2 * channels));
     size_t pitch = size_t(width) * channels;
     z += image * area + first * pitch + (place.left() + g) * channels + min(place.channel(), channels - 8);
-    uint4 ahead[TILE_LINES] = {fetch<8>(z), fetch<8>(z + pitch)};
+    uint4 ahead[AHEAD][TILE_LINES];
+    for (auto& tile : ahead) {
+        for (int l = 0; l < TILE_LINES; l++, z += pitch) tile[l] = fetch<8>(z);
+    }
 #pragma unroll 1
-    for (int y = first; y < end; y += TILE_LINES, pair++) {
-        Tile tile;
-        for (int l = 0; l < TILE_LINES; l++) {
-            Pack<8> wide = widen<8>(ahead[l]);
-            for (int i = 0; i < 8; i++) tile.at(l, i) = wide.x[i];
+    for (int start = first; start < end; start += AHEAD * TILE_LINES) {
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++, pair++) {
+            int y = start + k * TILE_LINES;
+            Tile tile;
+            for (int l = 0; l < TILE_LINES; l++, z += pitch) {
+                Pack<8> wide = widen<8>(ahead[k][l]);
+                for (int i = 0; i < 8; i++) tile.at(l, i) = wide.x[i];
+                if (y + AHEAD * TILE_LINES < end) ahead[k][l] = fetch<8>(z);
+            }
+            const unsigned lines[SLOTS] = {
+                before, halves_at.upper, halves_at.lower, t < 2 ? before : halves_at.upper, quarters_at.upper,
+                quarters_at.lower, t < 2 ? eighths_at.upper : eighths_at.lower,
+                t < 2 ? halves_at.lower : t == 2 ? eighths_at.upper : eighths_at.lower};
+            uint4 raw[SLOTS];
+            for (int slot = 0; slot < SLOTS; slot++) {
+                const bf16* stage = slot < 4 ? p : slot < 6 ? q : slot == 6 ? r : mixed;
+                raw[slot] = fetch<8>(stage + lines[slot] + size_t(columns[slot]));
+            }
+            uint4 varying = weights[pair % PHASES][lane];
+            const unsigned now[4] = {varying.x, varying.y, varying.z, varying.w};
+            for (int i = 0; i < 4; i++) {
+                auto operand = [&](int slot) {
+                    return halves(word_of(raw[slot], i), word_of(raw[slot + 1], i), upper);
+                };
+                mma(tile.products[i], always, operand(0), operand(2));
+                mma(tile.products[i], now, operand(4), operand(6));
+            }
+            before = halves_at.upper;
+            halves_at.advance();
+            if (pair % 2 == 0) quarters_at.advance();
+            if (pair % 4 == 1) eighths_at.advance();
+            each(y, tile);
         }
-        z += 2 * pitch;
-        if (y + TILE_LINES < end) {
-            for (int l = 0; l < TILE_LINES; l++) ahead[l] = fetch<8>(z + l * pitch);
-        }
-        const unsigned lines[SLOTS] = {before, halves_at.upper, halves_at.lower, t < 2 ? before : halves_at.upper,
-                                       quarters_at.upper, quarters_at.lower, t < 2 ? eighths_at.upper : eighths_at.lower,
-                                       t < 2 ? halves_at.lower : t == 2 ? eighths_at.upper : eighths_at.lower};
-        uint4 raw[SLOTS];
-        for (int slot = 0; slot < SLOTS; slot++) {
-            raw[slot] = fetch<8>((slot < 4 ? p : slot < 6 ? q : slot == 6 ? r : mixed) + lines[slot] + size_t(columns[slot]));
-        }
-        uint4 varying = weights[pair % PHASES][lane];
-        const unsigned now[4] = {varying.x, varying.y, varying.z, varying.w};
-        for (int i = 0; i < 4; i++) {
-            auto operand = [&](int slot) { return halves(word_of(raw[slot], i), word_of(raw[slot + 1], i), upper); };
-            mma(tile.products[i], always, operand(0), operand(2));
-            mma(tile.products[i], now, operand(4), operand(6));
-        }
-        before = halves_at.upper;
-        halves_at.advance();
-        if (pair % 2 == 0) quarters_at.advance();
-        if (pair % 4 == 1) eighths_at.advance();
-        each(y, tile);
     }
 }
 
 // The same for stages at any ratio, or null, and any sizes; one number at a time. What lies outside of z is 0.
 template <class Each>
-__device__ __forceinline__ void walk_any(const Place& place, const bf16* z, const Stage (&stages)[3], int image, int height,
-                                         int width, int channels, int first, int end, Each each) {
+__device__ __forceinline__ void walk_any(const Place& place, const bf16* z, const Stage (&stages)[3], int image,
+                                         int height, int width, int channels, int first, int end, Each each) {
     int x = place.left() + place.g;
     for (int y = first; y < end; y += TILE_LINES) {
         Tile tile = {};
@@ -351,8 +368,8 @@ __device__ __forceinline__ void walk_any(const Place& place, const bf16* z, cons
     }
 }
 
-// Moments of what a warp has seen, per channel. Deviations are taken from a number of the channel itself, which loses nothing
-// however far from 0 the numbers lie.
+// Moments of what a warp has seen, per channel. Deviations are taken from a number of the channel itself, which loses
+// nothing however far from 0 the numbers lie.
 struct Moments {
     Pack<8> shift, sum, square;
 
@@ -366,7 +383,8 @@ struct Moments {
     }
 
     // All lanes of a warp call it; lanes with g = 0 write what `count` pixels left.
-    __device__ __forceinline__ void write(const Place& place, float count, int channels, float* to /* (2, channels) */) {
+    __device__ __forceinline__ void write(const Place& place, float count, int channels,
+                                          float* to /* (2, channels) */) {
         for (int i = 0; i < 8; i++) {
             for (int other = 4; other < 32; other *= 2) {
                 sum.x[i] += __shfl_xor_sync(ALL_LANES, sum.x[i], other);
@@ -390,8 +408,8 @@ __device__ __forceinline__ int slab_rows(int slab, int height, int width) {
 
 // `ANY` stands for stages of any ratio.
 template <bool ANY>
-__device__ __forceinline__ void join(bf16* __restrict__ z, const Stage (&stages)[3], int height, int width, int channels, int side,
-                                     float* __restrict__ partial) {
+__device__ __forceinline__ void join(bf16* __restrict__ z, const Stage (&stages)[3], int height, int width,
+                                     int channels, int side, float* __restrict__ partial) {
     SHARED(Weights, weights, [1]);
     if constexpr (!ANY) fill_weights(weights[0]);
     Place place(side);
@@ -413,7 +431,9 @@ __device__ __forceinline__ void join(bf16* __restrict__ z, const Stage (&stages)
             }
             if constexpr (ANY) {
                 if (place.left() + place.g >= width || y + l >= end) continue;
-                for (int i = 0; writes && i < 8 && place.channel() + i < channels; i++) store<1>(line + i, {value.x[i]});
+                for (int i = 0; writes && i < 8 && place.channel() + i < channels; i++) {
+                    store<1>(line + i, {value.x[i]});
+                }
             } else if (place.channel() < channels) {
                 *reinterpret_cast<uint4*>(line) = raw;
             }
@@ -423,7 +443,8 @@ __device__ __forceinline__ void join(bf16* __restrict__ z, const Stage (&stages)
     if constexpr (ANY) {
         walk_any(place, z, stages, image, height, width, channels, first, end, each);
     } else {
-        walk_tiles(place, z, stages[0].x, stages[1].x, stages[2].x, image, height, width, channels, first, end, weights[0], each);
+        walk_tiles(place, z, stages[0].x, stages[1].x, stages[2].x, image, height, width, channels, first, end,
+                   weights[0], each);
     }
     if (partial == nullptr) return;
     int slab = blockIdx.z * strips + place.strip;
@@ -431,12 +452,14 @@ __device__ __forceinline__ void join(bf16* __restrict__ z, const Stage (&stages)
     moments.write(place, count, channels, partial + size_t(slab) * 2 * channels);
 }
 
-// z += stages p, q and r, each interpolated to z's resolution, and the moments of every piece of 8 columns. The stages are at a half, a
-// quarter and an eighth of it; height and width are multiples of 8, channels too. Grid: (as Place has it, ceil(height / PIECE)·images).
+// z += stages p, q and r, each interpolated to z's resolution, and the moments of every piece of 8 columns. The stages
+// are at a half, a quarter and an eighth of it; height and width are multiples of 8, channels too. Grid: (as Place has
+// it, ceil(height / PIECE)·images).
 KERNEL(THREADS, 2) join_stages(bf16* __restrict__ z /* (images, height, width, channels) */,
                                const bf16* __restrict__ p /* at its resolution */, const bf16* __restrict__ q,
                                const bf16* __restrict__ r, int height, int width, int channels, int side,
-                               float* __restrict__ partial /* (slabs, 2, channels): means, squared deviations; or null */) {
+                               float* __restrict__ partial /* (slabs, 2, channels): means, squared deviations;
+                                                              or null */) {
     const Stage stages[3] = {{p, 0, 0}, {q, 0, 0}, {r, 0, 0}};
     join<false>(z, stages, height, width, channels, side, partial);
 }
@@ -455,8 +478,8 @@ KERNEL(THREADS) join_stages_any(bf16* z /* (images, height, width, channels) */,
 // A block of JOIN_THREADS takes JOIN_COLUMNS channels: enough threads that all it reads is under way at once.
 constexpr int JOIN_THREADS = 1024, JOIN_COLUMNS = 8, JOIN_LINES = JOIN_THREADS / JOIN_COLUMNS;
 
-// Totals of K numbers that a thread has of its channel over all the block's threads that have the same, in a fixed order; thread
-// 32·column of the block receives the column's.
+// Totals of K numbers that a thread has of its channel over all the block's threads that have the same, in a fixed
+// order; thread 32·column of the block receives the column's.
 template <int K> __device__ __forceinline__ void column_totals(float (&own)[K]) {
     SHARED(float, tile, [K][JOIN_COLUMNS][JOIN_THREADS / 32]);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -469,10 +492,11 @@ template <int K> __device__ __forceinline__ void column_totals(float (&own)[K]) 
     for (int k = 0; k < K; k++) own[k] = group_sum(tile[k][warp][lane], 32);
 }
 
-// Joins the moments of slabs. Around a number near all means, sums of deviations and of their squares add up without loss.
-// Grid: ceil(channels / 8).
-KERNEL(JOIN_THREADS) join_moments(const float* __restrict__ partial /* (slabs, 2, channels) */, int slabs, int height, int width,
-                                  int channels, float* __restrict__ moments /* (2, channels): means, squared deviations */) {
+// Joins the moments of slabs. Around a number near all means, sums of deviations and of their squares add up without
+// loss. Grid: ceil(channels / 8).
+KERNEL(JOIN_THREADS) join_moments(const float* __restrict__ partial /* (slabs, 2, channels) */, int slabs, int height,
+                                  int width, int channels,
+                                  float* __restrict__ moments /* (2, channels): means, squared deviations */) {
     int column = threadIdx.x % JOIN_COLUMNS, line = threadIdx.x / JOIN_COLUMNS;
     int c = min(int(blockIdx.x) * JOIN_COLUMNS + column, channels - 1);
     float shift = partial[c], own[3] = {};
@@ -528,8 +552,8 @@ __device__ __forceinline__ void load_classes(const bf16* from, float (&to)[CLASS
     to[1] = __uint_as_float(pair & 0xffff0000u);
 }
 
-// Sums of 4 numbers each over `lanes` neighbouring lanes, a power of two from 4 on: a lane receives that of number
-// lane / (lanes / 4) of its group. Lanes exchange halves of what they have, so that 6 shuffles of a warp do for all 4, and 3
+// Sums of 4 numbers each over `lanes` neighbouring lanes, a power of two from 4 on: a lane receives that of number lane
+// / (lanes / 4) of its group. Lanes exchange halves of what they have, so that 6 shuffles of a warp do for all 4, and 3
 // where they go among 4 lanes.
 __device__ __forceinline__ float group_sums(const float (&x)[4], int lanes) {
     float two[2];
@@ -547,9 +571,10 @@ __device__ __forceinline__ float group_sums(const float (&x)[4], int lanes) {
 // The rows of a group of lanes; WIDE stands for 256 channels, a warp's.
 template <bool WIDE>
 __device__ __forceinline__ void classify_rows(const bf16* __restrict__ z, const float* __restrict__ stats,
-                                              const float* __restrict__ gamma, const float* __restrict__ beta, Dropout drop,
-                                              const bf16* __restrict__ w, const bf16* __restrict__ bias, int rows, int channels,
-                                              int each, unsigned char* __restrict__ passed, bf16* __restrict__ logits) {
+                                              const float* __restrict__ gamma, const float* __restrict__ beta,
+                                              Dropout drop, const bf16* __restrict__ w, const bf16* __restrict__ bias,
+                                              int rows, int channels, int each, unsigned char* __restrict__ passed,
+                                              bf16* __restrict__ logits) {
     // Rows whose sums are exchanged at once, and that are under way.
     constexpr int AT_ONCE = WIDE ? 2 : 1;
     if (WIDE) channels = 256;
@@ -589,7 +614,9 @@ __device__ __forceinline__ void classify_rows(const bf16* __restrict__ z, const 
         if constexpr (WIDE) {
             int number = lane / 8, row = start + k + number / CLASSES;
             float total = group_sums(terms, 32) + (number % CLASSES ? shift[1] : shift[0]);
-            if (lane % 8 == 0 && row < rows) logits[size_t(row) * CLASSES + number % CLASSES] = __float2bfloat16_rn(total);
+            if (lane % 8 == 0 && row < rows) {
+                logits[size_t(row) * CLASSES + number % CLASSES] = __float2bfloat16_rn(total);
+            }
         } else {
             for (int l = 0; l < CLASSES; l++) {
                 float total = group_sum(terms[l], lanes) + shift[l];
@@ -599,13 +626,15 @@ __device__ __forceinline__ void classify_rows(const bf16* __restrict__ z, const 
     }
 }
 
-// logits = classifier(dropout(relu(batch_norm(z)))); a bit of `passed` tells whether ReLU and dropout let its channel through,
-// so that the way back draws no random numbers. A group of channels / 8 lanes, a power of two, takes `each` rows in a row, a
-// multiple of 2. Threads: ceil(rows / each)·channels / 8.
-KERNEL(THREADS, 3) classify(const bf16* __restrict__ z /* (rows, channels) */, const float* __restrict__ stats /* (2, channels) */,
-                            const float* __restrict__ gamma /* (channels) */, const float* __restrict__ beta /* (channels) */,
-                            unsigned key0, unsigned key1, unsigned site, const unsigned* __restrict__ step /* (1) */, u64 first,
-                            float rate, const bf16* __restrict__ w /* (2, channels) */, const bf16* __restrict__ bias /* (2) */,
+// logits = classifier(dropout(relu(batch_norm(z)))); a bit of `passed` tells whether ReLU and dropout let its channel
+// through, so that the way back draws no random numbers. A group of channels / 8 lanes, a power of two, takes `each`
+// rows in a row, a multiple of 2. Threads: ceil(rows / each)·channels / 8.
+KERNEL(THREADS, 3) classify(const bf16* __restrict__ z /* (rows, channels) */,
+                            const float* __restrict__ stats /* (2, channels) */,
+                            const float* __restrict__ gamma /* (channels) */,
+                            const float* __restrict__ beta /* (channels) */, unsigned key0, unsigned key1,
+                            unsigned site, const unsigned* __restrict__ step /* (1) */, u64 first, float rate,
+                            const bf16* __restrict__ w /* (2, channels) */, const bf16* __restrict__ bias /* (2) */,
                             int rows, int channels, int each,
                             unsigned char* __restrict__ passed /* (rows, channels / 8) or null */,
                             bf16* __restrict__ logits /* (rows, 2) */) {
@@ -614,9 +643,9 @@ KERNEL(THREADS, 3) classify(const bf16* __restrict__ z /* (rows, channels) */, c
                     : classify_rows<false>(z, stats, gamma, beta, drop, w, bias, rows, channels, each, passed, logits);
 }
 
-// Per channel and class, over the rows that pass ReLU and dropout: the sums of dlogit and of dlogit·normalised z, both times
-// the dropout's factor, which is `kept` for all of them. Everything else follows from them (classify_sums). Grid: as
-// column_partials has it.
+// Per channel and class, over the rows that pass ReLU and dropout: the sums of dlogit and of dlogit·normalised z, both
+// times the dropout's factor, which is `kept` for all of them. Everything else follows from them (classify_sums). Grid:
+// as column_partials has it.
 KERNEL(THREADS, 3) classify_backward(const bf16* __restrict__ z /* (rows, channels) */,
                                      const float* __restrict__ stats /* (2, channels) */,
                                      const unsigned char* __restrict__ passed /* (rows, channels / 8) */, float kept,
@@ -634,7 +663,8 @@ KERNEL(THREADS, 3) classify_backward(const bf16* __restrict__ z /* (rows, channe
     Pack<8> sums[2 * CLASSES] = {};
     auto read = [&](int row) {
         size_t at = size_t(row) * columns + column;
-        return Row{fetch<8>(z + at * 8), passed[at], *reinterpret_cast<const unsigned*>(dlogits + size_t(row) * CLASSES)};
+        unsigned d = *reinterpret_cast<const unsigned*>(dlogits + size_t(row) * CLASSES);
+        return Row{fetch<8>(z + at * 8), passed[at], d};
     };
     Row ahead[AHEAD];
     for (int a = 0; a < AHEAD; a++) ahead[a] = read(min(first + a * lines, rows - 1));
@@ -669,9 +699,10 @@ KERNEL(THREADS, 3) classify_backward(const bf16* __restrict__ z /* (rows, channe
 
 // Joins the slabs: adds the gradient of the classifier's weights, if asked, and writes those of beta and gamma.
 // Grid: ceil(channels / 8).
-KERNEL(JOIN_THREADS) classify_sums(const float* __restrict__ partial /* (slabs, 2, 2, channels) */, int slabs, int channels,
-                                   const float* __restrict__ gamma /* (channels) */,
-                                   const float* __restrict__ beta /* (channels) */, const bf16* __restrict__ w /* (2, channels) */,
+KERNEL(JOIN_THREADS) classify_sums(const float* __restrict__ partial /* (slabs, 2, 2, channels) */, int slabs,
+                                   int channels, const float* __restrict__ gamma /* (channels) */,
+                                   const float* __restrict__ beta /* (channels) */,
+                                   const bf16* __restrict__ w /* (2, channels) */,
                                    float* __restrict__ dw /* (2, channels) or null */,
                                    float* __restrict__ sums /* (2, channels): beta's, gamma's gradient */) {
     constexpr int KINDS = 2 * CLASSES;
@@ -697,8 +728,8 @@ KERNEL(JOIN_THREADS) classify_sums(const float* __restrict__ partial /* (slabs, 
     sums[channels + c] = along;
 }
 
-// dz, the gradient before BatchNorm in training mode; share is 1 / rows of the batch. A thread takes `each` rows that are
-// as far apart as the grid has groups. Threads: ceil(rows / each)·channels / 8.
+// dz, the gradient before BatchNorm in training mode; share is 1 / rows of the batch. A thread takes `each` rows that
+// are as far apart as the grid has groups. Threads: ceil(rows / each)·channels / 8.
 KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
                                         const float* gamma /* (channels) */, const float* beta /* (channels) */,
                                         const unsigned char* passed /* (rows, channels / 8) */, float kept,
@@ -749,8 +780,9 @@ __device__ __forceinline__ Pack<4> read_again(const float4* from) {
 }
 
 template <bool ANY>
-__device__ __forceinline__ void classify_tiles(const bf16* __restrict__ z, const Stage (&stages)[3], int height, int width, int channels,
-                                               int side, const float* __restrict__ stats, const float* __restrict__ gamma,
+__device__ __forceinline__ void classify_tiles(const bf16* __restrict__ z, const Stage (&stages)[3], int height,
+                                               int width, int channels, int side,
+                                               const float* __restrict__ stats, const float* __restrict__ gamma,
                                                const float* __restrict__ beta, const bf16* __restrict__ w,
                                                const bf16* __restrict__ bias, bf16* __restrict__ logits) {
     SHARED(Weights, weights, [1]);
@@ -762,7 +794,9 @@ __device__ __forceinline__ void classify_tiles(const bf16* __restrict__ z, const
     if (place.g == 0) {
         Columns own(stats, gamma, beta, w, channels, place.channel());
         for (int i = 0; i < 2; i++) {
-            auto four = [&](const Pack<8>& x) { return float4{x.x[4 * i], x.x[4 * i + 1], x.x[4 * i + 2], x.x[4 * i + 3]}; };
+            auto four = [&](const Pack<8>& x) {
+                return float4{x.x[4 * i], x.x[4 * i + 1], x.x[4 * i + 2], x.x[4 * i + 3]};
+            };
             float4* to = head[place.warp][2 * place.t + i];
             to[0] = four(own.slope);
             to[1] = four(own.offset);
@@ -792,7 +826,8 @@ __device__ __forceinline__ void classify_tiles(const bf16* __restrict__ z, const
         if constexpr (ANY) {
             walk_any(place, z, stages, image, height, width, channels, first, end, each);
         } else {
-            walk_tiles(place, z, stages[0].x, stages[1].x, stages[2].x, image, height, width, channels, first, end, weights[0], each);
+            walk_tiles(place, z, stages[0].x, stages[1].x, stages[2].x, image, height, width, channels, first, end,
+                       weights[0], each);
         }
     }
     __syncthreads();
@@ -813,15 +848,16 @@ __device__ __forceinline__ void classify_tiles(const bf16* __restrict__ z, const
     }
 }
 
-// logits = classifier(relu(batch_norm(z + stages p, q and r, each interpolated to z's resolution))). Sizes and grid are as
-// join_stages has them, but channels are 32 to 256, a power of two, and `side` is channels / 32.
+// logits = classifier(relu(batch_norm(z + stages p, q and r, each interpolated to z's resolution))). Sizes and grid are
+// as join_stages has them, but channels are 32 to 256, a power of two, and `side` is channels / 32.
 KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ z /* (images, height, width, channels) */,
                                    const bf16* __restrict__ p /* at its resolution */, const bf16* __restrict__ q,
                                    const bf16* __restrict__ r, int height, int width, int channels, int side,
                                    const float* __restrict__ stats /* (2, channels) */,
                                    const float* __restrict__ gamma /* (channels) */,
                                    const float* __restrict__ beta /* (channels) */,
-                                   const bf16* __restrict__ w /* (2, channels) */, const bf16* __restrict__ bias /* (2) */,
+                                   const bf16* __restrict__ w /* (2, channels) */,
+                                   const bf16* __restrict__ bias /* (2) */,
                                    bf16* __restrict__ logits /* (images, height, width, 2) */) {
     const Stage stages[3] = {{p, 0, 0}, {q, 0, 0}, {r, 0, 0}};
     classify_tiles<false>(z, stages, height, width, channels, side, stats, gamma, beta, w, bias, logits);
@@ -830,8 +866,8 @@ KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ z /* (images, height
 // The same for stages of any sizes, or null.
 KERNEL(THREADS) classify_stages_any(const bf16* z /* (images, height, width, channels) */,
                                     const bf16* p /* at its resolution */, int p_height, int p_width, const bf16* q,
-                                    int q_height, int q_width, const bf16* r, int r_height, int r_width, int height, int width,
-                                    int channels, int side, const float* stats /* (2, channels) */,
+                                    int q_height, int q_width, const bf16* r, int r_height, int r_width, int height,
+                                    int width, int channels, int side, const float* stats /* (2, channels) */,
                                     const float* gamma /* (channels) */, const float* beta /* (channels) */,
                                     const bf16* w /* (2, channels) */, const bf16* bias /* (2) */,
                                     bf16* logits /* (images, height, width, 2) */) {
@@ -841,13 +877,14 @@ KERNEL(THREADS) classify_stages_any(const bf16* z /* (images, height, width, cha
 
 // ---- the way back to the stages
 
-// The transpose is a product with constant weights as well: a warp walks down 8 columns and 32 channels of dz, and with every
-// line sums what it and 4 columns on either side give to the 4, 2 and 1 pixels of the stages that lie there. Two lines of
-// each stage are under way at any time, at even and at odd rows: 16 rows of weights with the 16 columns. Beyond an edge of
-// dz lie its columns mirrored, which gives the edge's pixels of the stages what is theirs.
+// The transpose is a product with constant weights as well: a warp walks down 8 columns and 32 channels of dz, and with
+// every line sums what it and 4 columns on either side give to the 4, 2 and 1 pixels of the stages that lie there. Two
+// lines of each stage are under way at any time, at even and at odd rows: 16 rows of weights with the 16 columns.
+// Beyond an edge of dz lie its columns mirrored, which gives the edge's pixels of the stages what is theirs.
 constexpr int SPLIT_COLUMNS = 16, SPLIT_PERIOD = 16;
 
-// The weights of row g, for even and odd lines of its stage, of columns that lane t brings: 4·s + t - 4 from the strip's left.
+// The weights of row g, for even and odd lines of its stage, of columns that lane t brings: 4·s + t - 4 from the
+// strip's left.
 __device__ __forceinline__ uint4 split_weights(int lane, int y) {
     int g = lane / 4, t = lane % 4, ratio = g < 4 ? 2 : g < 6 ? 4 : 8, column = g < 4 ? g : g < 6 ? g - 4 : 0;
     int above = (2 * y + 1 + ratio) / (2 * ratio) - 1;  // the stage's line above line y, from -1 on
@@ -858,7 +895,8 @@ __device__ __forceinline__ uint4 split_weights(int lane, int y) {
             pair_of(across[2] * even, across[3] * even), pair_of(across[2] * odd, across[3] * odd)};
 }
 
-// The sums of a warp on the way to the stages: of row g of the weights, even lines in the first two numbers of each product.
+// The sums of a warp on the way to the stages: of row g of the weights, even lines in the first two numbers of each
+// product.
 struct Split {
     float products[4][4];
 
@@ -883,15 +921,18 @@ struct Split {
     }
 };
 
-// The transpose of joining stages at a half, a quarter and an eighth of dz's resolution, in one pass over dz. Height, width
-// and channels are multiples of 8. Grid: (as Place has it, images).
-KERNEL(THREADS, 3) split_stages(const bf16* __restrict__ dz /* (images, height, width, channels) */, int height, int width,
-                                int channels, int side, bf16* __restrict__ p /* (images, height / 2, width / 2, channels) */,
+// The transpose of joining stages at a half, a quarter and an eighth of dz's resolution, in one pass over dz. Height,
+// width and channels are multiples of 8. Grid: (as Place has it, images).
+KERNEL(THREADS, 3) split_stages(const bf16* __restrict__ dz /* (images, height, width, channels) */, int height,
+                                int width, int channels, int side,
+                                bf16* __restrict__ p /* (images, height / 2, width / 2, channels) */,
                                 bf16* __restrict__ q /* (images, height / 4, width / 4, channels) */,
                                 bf16* __restrict__ r /* (images, height / 8, width / 8, channels) */) {
     constexpr int AHEAD = 2, LINES = 8;
     SHARED(uint4, weights, [SPLIT_PERIOD][32]);
-    for (int i = threadIdx.x; i < SPLIT_PERIOD * 32; i += blockDim.x) weights[i / 32][i % 32] = split_weights(i % 32, i / 32);
+    for (int i = threadIdx.x; i < SPLIT_PERIOD * 32; i += blockDim.x) {
+        weights[i / 32][i % 32] = split_weights(i % 32, i / 32);
+    }
     __syncthreads();
     Place place(side);
     if (place.left() >= width || place.group * TILE_CHANNELS >= channels) return;
@@ -907,7 +948,8 @@ KERNEL(THREADS, 3) split_stages(const bf16* __restrict__ dz /* (images, height, 
     dz += image * area;
     // Where the lane's pixel of its stage lies, whose lines it writes.
     int ratio = g < 4 ? 2 : g < 6 ? 4 : 8, own = place.left() / ratio + (g < 4 ? g : g < 6 ? g - 4 : 0);
-    bool halves_line = g < 4 && c < channels, quarters_line = g / 2 == 2 && c < channels, eighths_line = g == 6 && c < channels;
+    bool inside = c < channels;
+    bool halves_line = g < 4 && inside, quarters_line = g / 2 == 2 && inside, eighths_line = g == 6 && inside;
     bf16* to = (g < 4 ? p : g < 6 ? q : r) + image * (area / (ratio * ratio)) + size_t(own) * channels + c;
     size_t to_pitch = pitch / ratio;
     uint4 ahead[AHEAD][4];

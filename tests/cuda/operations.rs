@@ -669,7 +669,7 @@ case!(
         // What is measured has been rounded.
         let moments = lab.0.scalars(&moments, 2 * channels);
         let output = |name, values: &[f64]| Output { name, values: values.to_vec(), own: 0.0, summed: 1.0 };
-        let roundings = self.parts.len().div_ceil(3) as f64;
+        let roundings = self.parts.len().div_ceil(3).max(1) as f64;
         vec![
             lab.read("z", &z, n, 1.0, roundings - 1.0),
             lab.read("z without moments", &silent, n, 1.0, roundings - 1.0),

@@ -13,8 +13,8 @@ const PARTS: usize = 3;
 const PIECE: usize = 64;
 /// Columns and channels of a tile of a warp.
 const TILE: (usize, usize) = (8, 32);
-/// Warps of a block that lie side by side along the channels, at most: where whole tokens are read at once, and where neighbouring
-/// strips read the same columns.
+/// Warps of a block that lie side by side along the channels, at most: where whole tokens are read at once, and where
+/// neighbouring strips read the same columns.
 const SIDES: (usize, usize) = (8, 4);
 /// Threads of a block of `join_moments` and `classify_sums`, and the channels that it takes.
 const TOTALS: (usize, usize) = (1024, 8);
@@ -26,8 +26,8 @@ fn fuses(channels: usize, labels: usize) -> bool {
     labels == 2 && channels <= 256 && channels.is_multiple_of(8) && (channels / 8).is_power_of_two()
 }
 
-/// How kernels that walk tiles share `(width, channels)` among warps: how many lie side by side along the channels, threads of a block,
-/// and the blocks along channels and width.
+/// How kernels that walk tiles share `(width, channels)` among warps: how many lie side by side along the channels,
+/// threads of a block, and the blocks along channels and width.
 fn share(width: usize, channels: usize, widest: usize) -> (usize, usize, [usize; 2]) {
     let groups = channels.div_ceil(TILE.1);
     let side = groups.min(widest);
@@ -110,7 +110,9 @@ impl<D: Device> Cuda<D> {
 
 impl<D: Device> Head for Cuda<D> {
     fn batch_moments(&self, z: &Self::Act, rows: usize, channels: usize, moments: &mut Self::Full) {
-        let grid = Grid { images: 1, height: rows, width: 1 };
+        // As wide as a tile, where that divides.
+        let width = if rows.is_multiple_of(TILE.0) { TILE.0 } else { 1 };
+        let grid = Grid { images: 1, height: rows / width, width };
         self.join(z.at(rows * channels), &[], grid, channels, Some(moments));
     }
 
