@@ -30,6 +30,9 @@ namespace matrix {
 namespace memory {
 #include "memory.cu"
 }
+namespace mix_ffn {
+#include "mix_ffn.cu"
+}
 namespace optimizer {
 #include "optimizer.cu"
 }

@@ -214,6 +214,7 @@ template <class T> T __shfl_xor_sync(unsigned, T value, int with, HOST_LINE) {
     return host::shuffle(value, host::lane() ^ with, line);
 }
 inline int __any_sync(unsigned, int predicate, HOST_LINE) { return host::any(predicate, line); }
+inline void __syncwarp(HOST_LINE) { host::any(0, line); }
 inline unsigned atomicAdd(unsigned* to, unsigned value) { return std::exchange(*to, *to + value); }
 inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
     return std::exchange(*to, *to + value);
