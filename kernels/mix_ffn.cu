@@ -1,15 +1,15 @@
-// The Mix-FFN forward in one kernel: LayerNorm, expansion, depth-wise 3x3 convolution with zero padding, GELU, contraction,
-// stochastic depth, residual, and the LayerNorm behind; for 32 or 64 channels.
+// The Mix-FFN forward in one kernel: LayerNorm, expansion, depth-wise 3x3 convolution with zero padding, GELU,
+// contraction, stochastic depth, residual, and the LayerNorm behind; for 32 or 64 channels.
 //
-// A block makes a tile of 8 x 16 tokens. It normalises the tile and the tokens around it once; what follows goes by 32 hidden
-// channels at a time, so that the hidden tokens, several times as wide as the others, stay in shared memory. A warp
-// expands 48 tokens of the tile with its surroundings, on tensor cores; then it convolves 32 tokens of the tile, a thread 4 x 4
-// with two channels, and contracts the same 32, so that between these two it needs no other warp. Sums of the contraction stay in
-// registers to the end.
+// A block makes a tile of 8 x 16 tokens. It normalises the tile and the tokens around it once; what follows goes by 32
+// hidden channels at a time, so that hidden tokens, several times as wide as the others, stay in shared memory. A warp
+// expands 48 tokens of the tile with its surroundings, on tensor cores; then it convolves 32 tokens of the tile, a
+// thread 4 x 4 with two channels, and contracts the same 32, so that between these two it needs no other warp. Sums of
+// the contraction stay in registers to the end.
 //
-// Channels of products are in another order: of 32, pair i of eight, 8·t.. 8·t + 8, stands at 8·i + 2·t where a product
-// sums, and a product's column 2·t of its i-th eight is that pair where it does not. So a lane's part of a weight is 16 bytes of
-// memory, and what a product leaves in a lane is 16 bytes of a token.
+// Products have their channels in another order: where they sum, pair i of the channels 8·t.. 8·t + 8 stands at
+// 8·i + 2·t, by 32 channels; and column 2·t of the i-th of four tiles of D is that pair. So a lane's part of a weight is
+// 16 bytes of memory, and what the tiles of D leave in a lane is 16 bytes of a token.
 #include <climits>
 
 #include "gelu.cuh"
@@ -25,13 +25,12 @@ constexpr int CHUNK = 32;
 // Side of what a thread convolves.
 constexpr int PATCH = 4;
 
-// The hidden channels of a token, at a time. Without padding, so neighbouring rows are in different halves of the banks,
-// and those four apart in the same one.
+// A token's hidden channels of the moment. Without padding, a row fills half of the banks, and the next row the other half.
 struct alignas(16) Bare {
     bf16 at[CHUNK];
 };
 
-// The row of a cell: rows two of which are in use at a time, next to each other or four apart, are in different halves.
+// The row of a cell, such that neither neighbours of one row of 8 nor cells four apart share banks.
 __device__ __forceinline__ int row_of(int cell) { return cell ^ (cell >> 2 & 1); }
 
 // What a cell is: below 0 around the tile, OUTSIDE the picture; else a token of the tile, by number in its image.
@@ -177,8 +176,8 @@ __device__ __forceinline__ void mix_ffn(const bf16* x, const Layer& layer, const
         for (int c = 0; c < CHUNK; c += 8) *reinterpret_cast<uint4*>(&hidden[row_of(i)].at[c]) = {0, 0, 0, 0};
     }
     __syncthreads();
-    normalise<C>(x + before * C, layer.gamma, layer.beta, cells, out.normed == nullptr ? nullptr : out.normed + before * C,
-                 out.stats + 2 * before, normed);
+    normalise<C>(x + before * C, layer.gamma, layer.beta, cells,
+                 out.normed == nullptr ? nullptr : out.normed + before * C, out.stats + 2 * before, normed);
 
     int first_row = warp * EXPANDED * 16;
     int expanded = settled((first_row + row_of(g)) * CHUNK + 8 * t);  // where the lane's part of its first row goes
@@ -186,7 +185,7 @@ __device__ __forceinline__ void mix_ffn(const bf16* x, const Layer& layer, const
     // What the thread convolves: channels 2·pair and 2·pair + 1, and the cell in the corner above it.
     int pair = lane % 16, side = lane / 16;
     int corner = warp / 2 * PATCH * ACROSS + (warp % 2 * 2 + side) * PATCH;
-    // The row, of 32 consecutive rows of a weight, in column g of the first eight columns of a product; two more per eight.
+    // Of 32 consecutive rows of a weight, the one in column g of a product's first tile; two more per tile.
     int own_row = g / 2 * 8 + g % 2;
     // Of four tokens, 8 of every 32 channels in a lane.
     float sums[2][EIGHTS][4] = {};
@@ -233,7 +232,8 @@ __device__ __forceinline__ void mix_ffn(const bf16* x, const Layer& layer, const
                     int i = 2 * half, row = first_row + m * 16 + half * 8 + g, cell = cells[row];
                     uint4 words = words_of({d[0][i], d[0][i + 1], d[1][i], d[1][i + 1], d[2][i], d[2][i + 1], d[3][i],
                                             d[3][i + 1]});
-                    if (cell != OUTSIDE) *reinterpret_cast<uint4*>(hidden[0].at + expanded + (m * 16 + half * 8) * CHUNK) = words;
+                    bf16* to = hidden[0].at + expanded + (m * 16 + half * 8) * CHUNK;
+                    if (cell != OUTSIDE) *reinterpret_cast<uint4*>(to) = words;
                     if (cell >= 0 && h != nullptr) {
                         *reinterpret_cast<uint4*>(h + (unsigned(cell) * unsigned(layer.hidden) + first)) = words;
                     }
@@ -327,32 +327,32 @@ __device__ __forceinline__ void mix_ffn(const bf16* x, const Layer& layer, const
     }
 }
 
-// Tokens are (images, height, width); hidden channels are a multiple of 32. `normed` and `stats` are of the LayerNorm in front,
-// `next` and `next_stats` of the one behind; stats are (mean, 1/std). Grid: (ceil(width / 16), ceil(height / 8), images), of
-// 128 threads. So for both kernels here.
-KERNEL(BLOCK, 4) mix_ffn_32(const bf16* x /* (tokens, 32) */, const float* gamma /* (32) */, const float* beta /* (32) */,
-                            const bf16* expand /* (hidden, 32) */, const bf16* expand_bias /* (hidden) or null */,
-                            const float* mix /* (9, hidden) */, const float* mix_bias /* (hidden) */,
-                            const bf16* contract /* (32, hidden) */, const bf16* contract_bias /* (32) or null */,
-                            unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first,
-                            float rate, const float* next_gamma /* (32) */, const float* next_beta /* (32) */, int height,
-                            int width, int hidden, bf16* normed /* (tokens, 32) or null */, float* stats /* (tokens, 2) */,
-                            bf16* h /* (tokens, hidden) or null */, bf16* y /* (tokens, 32) */, bf16* next /* (tokens, 32) */,
-                            float* next_stats /* (tokens, 2) */) {
+// Tokens are (images, height, width); hidden channels are a multiple of 32; y is not x. `normed` and `stats` are of the
+// LayerNorm in front, `next` and `next_stats` of the one behind; stats are (mean, 1/std). Grid: (ceil(width / 16),
+// ceil(height / 8), images), of 128 threads. So for both kernels here.
+KERNEL(BLOCK, 4) mix_ffn_32(
+    const bf16* x /* (tokens, 32) */, const float* gamma /* (32) */, const float* beta /* (32) */,
+    const bf16* expand /* (hidden, 32) */, const bf16* expand_bias /* (hidden) or null */,
+    const float* mix /* (9, hidden) */, const float* mix_bias /* (hidden) */, const bf16* contract /* (32, hidden) */,
+    const bf16* contract_bias /* (32) or null */, unsigned key0, unsigned key1, unsigned site,
+    const unsigned* step /* (1) */, u64 first, float rate, const float* next_gamma /* (32) */,
+    const float* next_beta /* (32) */, int height, int width, int hidden, bf16* normed /* (tokens, 32) or null */,
+    float* stats /* (tokens, 2) */, bf16* h /* (tokens, hidden) or null */, bf16* y /* (tokens, 32) */,
+    bf16* next /* (tokens, 32) */, float* next_stats /* (tokens, 2) */) {
     mix_ffn<32>(x,
                 {gamma, beta, expand, expand_bias, mix, mix_bias, contract, contract_bias, next_gamma, next_beta, hidden},
                 {key0, key1, site, step, first, rate}, height, width, {normed, stats, h, y, next, next_stats});
 }
 
-KERNEL(BLOCK, 3) mix_ffn_64(const bf16* x /* (tokens, 64) */, const float* gamma /* (64) */, const float* beta /* (64) */,
-                            const bf16* expand /* (hidden, 64) */, const bf16* expand_bias /* (hidden) or null */,
-                            const float* mix /* (9, hidden) */, const float* mix_bias /* (hidden) */,
-                            const bf16* contract /* (64, hidden) */, const bf16* contract_bias /* (64) or null */,
-                            unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first,
-                            float rate, const float* next_gamma /* (64) */, const float* next_beta /* (64) */, int height,
-                            int width, int hidden, bf16* normed /* (tokens, 64) or null */, float* stats /* (tokens, 2) */,
-                            bf16* h /* (tokens, hidden) or null */, bf16* y /* (tokens, 64) */, bf16* next /* (tokens, 64) */,
-                            float* next_stats /* (tokens, 2) */) {
+KERNEL(BLOCK, 3) mix_ffn_64(
+    const bf16* x /* (tokens, 64) */, const float* gamma /* (64) */, const float* beta /* (64) */,
+    const bf16* expand /* (hidden, 64) */, const bf16* expand_bias /* (hidden) or null */,
+    const float* mix /* (9, hidden) */, const float* mix_bias /* (hidden) */, const bf16* contract /* (64, hidden) */,
+    const bf16* contract_bias /* (64) or null */, unsigned key0, unsigned key1, unsigned site,
+    const unsigned* step /* (1) */, u64 first, float rate, const float* next_gamma /* (64) */,
+    const float* next_beta /* (64) */, int height, int width, int hidden, bf16* normed /* (tokens, 64) or null */,
+    float* stats /* (tokens, 2) */, bf16* h /* (tokens, hidden) or null */, bf16* y /* (tokens, 64) */,
+    bf16* next /* (tokens, 64) */, float* next_stats /* (tokens, 2) */) {
     mix_ffn<64>(x,
                 {gamma, beta, expand, expand_bias, mix, mix_bias, contract, contract_bias, next_gamma, next_beta, hidden},
                 {key0, key1, site, step, first, rate}, height, width, {normed, stats, h, y, next, next_stats});

@@ -112,7 +112,8 @@ impl AttentionLayer {
         self.output.join_and_norm(pass, x, &acts.o, grid, drop, t1, joint, t0, side);
     }
 
-    /// The same without the LayerNorm: cheap enough to make again in the backward pass rather than keep. Leaves `tokens[0]` of `scratch` alone.
+    /// The same without the LayerNorm: cheap enough to make again in the backward pass rather than keep. Leaves `tokens[0]` of
+    /// `scratch` alone.
     pub fn join<B: Backend>(
         &self,
         pass: &Pass<'_, B>,

@@ -504,11 +504,11 @@ case!(
             let (normed, h) = (kept.then_some(&mut normed), kept.then_some(&mut h));
             let to = FfnOutputs { y: &mut y, next: (&mut next, &mut next_stats), stats: &mut stats, normed, h };
             lab.0.mix_ffn(&x, grid, &weights, drop, to);
-            // On the way to y, the normalised, the hidden and the mixed tokens are rounded. The stats behind are of the rounded y,
+            // On the way to y, the normalised, the hidden and the mixed tokens are rounded. What is behind is of the rounded y,
             // the largest of which is larger than the largest mean.
             outputs.extend([
                 lab.read("y", &y, narrow, 1.0, 1.0),
-                lab.read("next", &next, narrow, 1.0, 1.0),
+                lab.read("next", &next, narrow, 1.0, 2.0),
                 lab.read_full("stats", &stats, 2 * rows),
                 Output { summed: 2.0, ..lab.read_full("next stats", &next_stats, 2 * rows) },
             ]);
