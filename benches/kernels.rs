@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, SamplingMode, Throughput};
 use segpeft_native::backend::cuda::{Cuda, Driver, Spent};
 use segpeft_native::backend::{
-    Attention, AttentionShape, BatchNormView, Classifier, Depthwise, Dropout, Grid, Head, HeadPass, InFront, LayerNorm,
-    Linear, Loss, Memory, Patches, Product, Residual, Resize, Sample, Window,
+    Attention, AttentionShape, BatchNormView, Classifier, Depthwise, Dropout, FfnOutputs, FfnWeights, Grid, Head,
+    HeadPass, InFront, LayerNorm, Linear, Loss, Memory, MixFfn, Patches, Product, Residual, Resize, Sample, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -283,6 +283,33 @@ fn blocks(batch: usize) -> Vec<Case> {
                 cuda.depthwise_backward(du, h, p, g, hidden, Some(dh), Some(dw), None);
             },
         ));
+
+        // The layer at once: for a pass back that keeps everything, for one that keeps less, and for none.
+        for (what, keeps) in
+            [("mix_ffn", [true; 2]), ("mix_ffn, h kept", [false, true]), ("mix_ffn, none kept", [false; 2])]
+        {
+            if !matches!(c, 32 | 64) {
+                break;
+            }
+            cases.push(case(
+                name(what, c),
+                4 * rows * c * hidden,
+                move |Lab { cuda, x: [x, h, normed], w: [w, v], p, y: [y, next], s: [s, t], .. }| {
+                    let weights = FfnWeights {
+                        norm: (p, p),
+                        expand: (w, Some(v)),
+                        mix: (p, p),
+                        contract: (w, Some(v)),
+                        next: (p, p),
+                        channels: c,
+                        hidden,
+                    };
+                    let (normed, h) = (keeps[0].then_some(normed), keeps[1].then_some(h));
+                    let outputs = FfnOutputs { y, next: (next, t), stats: s, normed, h };
+                    cuda.mix_ffn(x, g, &weights, Some(drop), outputs);
+                },
+            ));
+        }
 
         cases.push(plain(name("residual", c), move |Lab { cuda, x: [x, branch, _], y: [y, _], .. }| {
             cuda.residual(x, branch, Some(drop), g, c, y);

@@ -30,6 +30,9 @@ namespace matrix {
 namespace memory {
 #include "memory.cu"
 }
+namespace mix_ffn {
+#include "mix_ffn.cu"
+}
 namespace mix_ffn_backward {
 #include "mix_ffn_backward.cu"
 }

@@ -41,7 +41,17 @@ struct Normal {
     }
 };
 
-__device__ __forceinline__ float gelu(float u) { return fmaxf(u, 0.0f) - fabsf(u) * Normal(u).tail; }
+// The logarithm of the tail beyond |u|, to base 2, is near a polynomial up to |u| = 5.5: GELU is off by 2.6e-7 at most, and
+// up to |u| = 3 by 5e-6 of itself. Beyond, the tail counts as 2e-8. That takes fewer instructions than Normal.
+__device__ __forceinline__ float gelu(float u) {
+    float a = fminf(fabsf(u), 5.5f), power = 3.32594188e-5f;
+    power = power * a - 0.000762818003f;
+    power = power * a + 0.00802762653f;
+    power = power * a - 0.0532703187f;
+    power = power * a - 0.458926712f;
+    power = power * a - 1.15113600f;
+    return fmaxf(u, 0.0f) - fabsf(u) * power_of_two(power * a - 1.0f);
+}
 
 // Turns d into the gradient before the GELU, and u into the GELU's output.
 __device__ __forceinline__ void gelu_backward(float& u, float& d) {

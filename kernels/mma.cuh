@@ -17,6 +17,20 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsig
 #endif
 }
 
+// D = A · B + C.
+__device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                                    const float (&c)[4]) {
+#ifdef __CUDACC__
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#else
+    for (int i = 0; i < 4; i++) d[i] = c[i];
+    host::mma(d, a, b0, b1, __LINE__);
+#endif
+}
+
 // Four 8 x 8 matrices from shared memory: lane l names row l % 8 of matrix l / 8, 16 aligned bytes. Of each, lane
 // 4·g + t receives columns 2t, 2t + 1 of row g; transposed, rows 2t, 2t + 1 of column g.
 template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(const bf16* row, unsigned (&x)[4]) {

@@ -13,6 +13,7 @@ pub trait Backend:
     + EmbedPixels
     + Attention
     + Depthwise
+    + MixFfn
     + MixFfnBackward
     + Residual
     + Resize
@@ -31,6 +32,7 @@ impl<B> Backend for B where
         + EmbedPixels
         + Attention
         + Depthwise
+        + MixFfn
         + MixFfnBackward
         + Residual
         + Resize
@@ -356,6 +358,71 @@ pub trait Depthwise: Linear {
         dw: Option<&mut Self::Full>,
         shift: Option<&mut Self::Full>,
     );
+}
+
+/// What a Mix-FFN computes with.
+pub struct FfnWeights<'a, B: Memory> {
+    /// Scale and shift of the LayerNorm in front.
+    pub norm: (&'a B::Full, &'a B::Full),
+    /// Expansion `(hidden, channels)`, and its bias.
+    pub expand: (&'a B::Act, Option<&'a B::Act>),
+    /// Depth-wise weights `(9, hidden)`, and their bias.
+    pub mix: (&'a B::Full, &'a B::Full),
+    /// Contraction `(channels, hidden)`, and its bias.
+    pub contract: (&'a B::Act, Option<&'a B::Act>),
+    /// Scale and shift of the LayerNorm behind.
+    pub next: (&'a B::Full, &'a B::Full),
+    /// Channels.
+    pub channels: usize,
+    /// Hidden channels.
+    pub hidden: usize,
+}
+
+/// What a Mix-FFN leaves.
+pub struct FfnOutputs<'a, B: Memory> {
+    /// The residual stream.
+    pub y: &'a mut B::Act,
+    /// What the LayerNorm behind makes of y, and its (mean, 1/std) per row.
+    pub next: (&'a mut B::Act, &'a mut B::Full),
+    /// (mean, 1/std) per row of the LayerNorm in front.
+    pub stats: &'a mut B::Full,
+    /// Output of the LayerNorm in front, if wanted.
+    pub normed: Option<&'a mut B::Act>,
+    /// Output of the expansion, if wanted.
+    pub h: Option<&'a mut B::Act>,
+}
+
+/// The Mix-FFN as one operation.
+pub trait MixFfn: Depthwise + LayerNorm {
+    /// Whether [`MixFfn::mix_ffn`] is more than its parts one after the other.
+    fn fuses_mix_ffn(&self, _channels: usize, _hidden: usize) -> bool {
+        false
+    }
+    /// `y = x + factor(image)·ffn(layer_norm(x))`, and the LayerNorm behind. By its parts, in memory of its own, where a backend
+    /// does not fuse them, for others to be tested against.
+    fn mix_ffn(
+        &self,
+        x: &Self::Act,
+        grid: Grid,
+        weights: &FfnWeights<'_, Self>,
+        drop: Option<Dropout>,
+        outputs: FfnOutputs<'_, Self>,
+    ) {
+        let &FfnWeights { norm, expand, mix, contract, next, channels, hidden } = weights;
+        let rows = grid.rows();
+        let (wide, narrow) = (rows * hidden, rows * channels);
+        let [mut own_h, mut g] = [0, 1].map(|_| self.act(wide));
+        let [mut own_normed, mut branch] = [0, 1].map(|_| self.act(narrow));
+        let (normed, h) = (outputs.normed.unwrap_or(&mut own_normed), outputs.h.unwrap_or(&mut own_h));
+        self.layer_norm(x, norm.0, norm.1, rows, channels, normed, outputs.stats);
+        let product = Product { rows, inputs: channels, outputs: hidden };
+        self.linear(normed, expand.0, expand.1, product, h, false);
+        self.depthwise_gelu(h, mix.0, mix.1, grid, hidden, &mut g);
+        let product = Product { rows, inputs: hidden, outputs: channels };
+        self.linear(&g, contract.0, contract.1, product, &mut branch, false);
+        let (to, stats) = outputs.next;
+        self.residual_norm(x, &branch, drop, grid, channels, next, outputs.y, to, stats);
+    }
 }
 
 /// Weights of a Mix-FFN between its LayerNorm and its residual.

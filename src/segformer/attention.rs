@@ -67,16 +67,14 @@ impl AttentionLayer {
         }
     }
 
-    /// `y = x + drop·attention(norm(x))`, and the LayerNorm behind; `normed` is that of x.
+    /// Attention to norm(x), up to the output product, which [`AttentionLayer::join`] or [`AttentionLayer::join_and_norm`]
+    /// makes; `normed` is norm(x).
     pub fn forward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
-        x: &B::Act,
         grid: Grid,
-        drop: Option<Dropout>,
         normed: &Normed<B>,
         acts: &mut AttentionActs<B>,
-        joint: Joint<'_, B>,
         scratch: &mut Scratch<B>,
     ) {
         let backend = pass.backend;
@@ -97,11 +95,25 @@ impl AttentionLayer {
         self.key.forward(pass, source, key_rows, &mut acts.k, side);
         self.value.forward(pass, source, key_rows, &mut acts.v, side);
         backend.attention(&acts.q, &acts.k, &acts.v, self.shape(grid), &mut acts.o, &mut acts.lse);
+    }
+
+    /// `y = x + drop·attention(norm(x))`, and the LayerNorm behind.
+    pub fn join_and_norm<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        grid: Grid,
+        drop: Option<Dropout>,
+        acts: &AttentionActs<B>,
+        joint: Joint<'_, B>,
+        scratch: &mut Scratch<B>,
+    ) {
+        let Scratch { tokens: [t0, t1, ..], side, .. } = scratch;
         self.output.join_and_norm(pass, x, &acts.o, grid, drop, t1, joint, t0, side);
     }
 
-    /// y of [`AttentionLayer::forward`], from the attention output: cheap enough to make again in the backward pass rather than
-    /// keep. Leaves `tokens[0]` of `scratch` alone.
+    /// The same without the LayerNorm: cheap enough to make again in the backward pass rather than keep. Leaves `tokens[0]` of
+    /// `scratch` alone.
     pub fn join<B: Backend>(
         &self,
         pass: &Pass<'_, B>,

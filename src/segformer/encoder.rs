@@ -104,7 +104,9 @@ impl Stage {
                         o: tokens(),
                         lse: backend.full(rows * block.attention.heads),
                     },
-                    ffn: FfnActs { h: backend.act(rows * block.ffn.hidden) },
+                    ffn: FfnActs {
+                        h: backend.act(if keep || !block.ffn.fuses(backend) { rows * block.ffn.hidden } else { 0 }),
+                    },
                     middle: remembers.then(tokens),
                 }
             })
@@ -159,8 +161,14 @@ impl Stage {
             };
             let turn = |half: usize| (2 * j + half) % (2 * held);
             let Ok([first, second]) = norms.get_disjoint_mut([turn(0), turn(1)]) else { unreachable!("of two halves") };
-            let joint = second.joint(&mut *middle, &block.ffn.norm);
-            block.attention.forward(pass, before, grid, block.drop(pass, 0), first, attention, joint, scratch);
+            let drop = block.drop(pass, 0);
+            block.attention.forward(pass, grid, first, attention, scratch);
+            if block.ffn.fuses(pass.backend) {
+                block.attention.join(pass, before, grid, drop, attention, middle, scratch);
+            } else {
+                let joint = second.joint(&mut *middle, &block.ffn.norm);
+                block.attention.join_and_norm(pass, before, grid, drop, attention, joint, scratch);
+            }
             let Ok([second, next]) = norms.get_disjoint_mut([turn(1), turn(2)]) else { unreachable!("of two halves") };
             let joint = match self.blocks.get(j + 1) {
                 Some(following) => next.joint(after, &following.attention.norm),

@@ -4,7 +4,7 @@ use super::affine::Affine;
 use super::model::{Pass, Scratch};
 use super::norm::{Branch, Front, Joint, Norm, Normed};
 use super::tensors::{Gradients, Id};
-use crate::backend::{Backend, Dropout, Grid, MixFfnParts, MixFfnWeights};
+use crate::backend::{Backend, Dropout, FfnOutputs, FfnWeights, Grid, MixFfnParts, MixFfnWeights};
 
 /// The layer.
 pub struct MixFfn {
@@ -30,25 +30,55 @@ pub struct MixFfn {
 
 /// What the backward pass needs besides the layer's input.
 pub struct FfnActs<B: Backend> {
-    /// Output of the expansion; the rest is recomputed.
+    /// Output of the expansion, if kept; the rest is recomputed.
     pub h: B::Act,
 }
 
 impl MixFfn {
-    /// `y = x + drop·ffn(norm(x))`, and the LayerNorm behind; `normed` is that of x.
+    /// Whether the backend makes the forward pass in one operation, with the LayerNorms in front and behind.
+    pub fn fuses<B: Backend>(&self, backend: &B) -> bool {
+        let plain = self.expand.side.is_none() && self.contract.side.is_none();
+        plain && backend.fuses_mix_ffn(self.channels, self.hidden)
+    }
+
+    /// `y = x + drop·ffn(norm(x))`, and the LayerNorm behind; `normed` is that of x, and is made here if the layer
+    /// [fuses](MixFfn::fuses).
     pub fn forward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
         x: &B::Act,
         grid: Grid,
         drop: Option<Dropout>,
-        normed: &Normed<B>,
+        normed: &mut Normed<B>,
         acts: &mut FfnActs<B>,
         joint: Joint<'_, B>,
         scratch: &mut Scratch<B>,
     ) {
         let rows = grid.rows();
         let Scratch { tokens: [t0, t1, ..], wide: [g, _], side, .. } = scratch;
+        if self.fuses(pass.backend) {
+            let product =
+                |affine: &Affine| (pass.tensors.product(affine.weight), affine.bias.map(|id| pass.tensors.product(id)));
+            let value = |id| pass.tensors.value(id);
+            let weights = FfnWeights {
+                norm: (value(self.norm.gamma), value(self.norm.beta)),
+                expand: product(&self.expand),
+                mix: (value(self.mix_weight), value(self.mix_bias)),
+                contract: product(&self.contract),
+                next: (value(joint.norm.gamma), value(joint.norm.beta)),
+                channels: self.channels,
+                hidden: self.hidden,
+            };
+            let Normed { out, stats } = normed;
+            let outputs = FfnOutputs {
+                y: joint.y,
+                next: (joint.out.unwrap_or(t0), joint.stats),
+                stats,
+                normed: out.as_mut().filter(|_| pass.keeps()),
+                h: pass.keeps().then_some(&mut acts.h),
+            };
+            return pass.backend.mix_ffn(x, grid, &weights, drop, outputs);
+        }
         self.expand.forward(pass, normed.out.as_ref().unwrap_or(t0), rows, &mut acts.h, side);
         let (w, b) = (pass.tensors.value(self.mix_weight), pass.tensors.value(self.mix_bias));
         pass.backend.depthwise_gelu(&acts.h, w, b, grid, self.hidden, g);

@@ -209,8 +209,9 @@ impl<B: Backend> Model<B> {
         let largest = |size: &dyn Fn(usize) -> usize| (0..grids.len()).map(size).max().unwrap_or(0);
         let tokens = largest(&|s| grids[s].rows() * plan.stages[s].channels).max(plan.decoder.token_room(&grids));
         let hidden = largest(&|s| {
-            let hidden = plan.stages[s].blocks.iter().map(|b| b.ffn.hidden).max().unwrap_or(0);
-            grids[s].rows() * hidden
+            // A fused Mix-FFN keeps hidden tokens out of memory until the backward pass.
+            let blocks = plan.stages[s].blocks.iter().filter(|b| trains || !b.ffn.fuses(&backend));
+            grids[s].rows() * blocks.map(|b| b.ffn.hidden).max().unwrap_or(0)
         });
         let rows = largest(&|s| grids[s].rows());
         let patches = largest(&|s| plan.stages[s].patch_len(if s == 0 { pixels } else { grids[s - 1] }));

@@ -11,9 +11,9 @@ use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
-    AdamW, AttentionShape, Backend, Base, BatchNormView, Classifier, Dropout, Grid, Head as _, HeadPass, InFront,
-    Loss as _, Memory, MixFfnParts, MixFfnWeights, Moving, Patches as _, Product, Sample, Scaled, SmallProduct,
-    Transpose, Window,
+    AdamW, AttentionShape, Backend, Base, BatchNormView, Classifier, Dropout, FfnOutputs, FfnWeights, Grid, Head as _,
+    HeadPass, InFront, Loss as _, Memory, MixFfnParts, MixFfnWeights, Moving, Patches as _, Product, Sample, Scaled,
+    SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -626,6 +626,59 @@ case!(
         ]
     },
     [((3, 5), 3, 0.0), ((70, 300), 32, 0.1), ((600, 1), 8, 0.1), ((33, 2), 35, 0.3)]
+);
+
+case!(
+    mix_ffn,
+    MixFfn { images: usize, size: (usize, usize), channels: usize, hidden: usize, rate: f32, biases: bool },
+    |self, lab| {
+        let grid = Grid { images: self.images, height: self.size.0, width: self.size.1 };
+        let &Self { channels, hidden, .. } = self;
+        let (rows, drop) = (grid.rows(), (self.rate > 0.0).then(|| drop_of(Purpose::DropPath, self.rate)));
+        let (narrow, wide, both) = (rows * channels, rows * hidden, channels * hidden);
+        let x = lab.act(narrow, 1);
+        let [gamma, beta, next_gamma, next_beta] = [2, 3, 4, 5].map(|site| lab.full(channels, site));
+        let (expand, contract) = (lab.act(both, 6), lab.act(both, 7));
+        let (expand_bias, contract_bias) = (lab.act(hidden, 8), lab.act(channels, 9));
+        let (mix, mix_bias) = (lab.full(9 * hidden, 10), lab.full(hidden, 11));
+        let weights = FfnWeights {
+            norm: (&gamma, &beta),
+            expand: (&expand, self.biases.then_some(&expand_bias)),
+            mix: (&mix, &mix_bias),
+            contract: (&contract, self.biases.then_some(&contract_bias)),
+            next: (&next_gamma, &next_beta),
+            channels,
+            hidden,
+        };
+        let mut outputs = Vec::new();
+        let (mut normed, mut h) = (lab.act(narrow, 12), lab.act(wide, 13));
+        for kept in [true, false] {
+            let [mut y, mut next] = [14, 15].map(|site| lab.act(narrow, site));
+            let [mut stats, mut next_stats] = [16, 17].map(|site| lab.full(2 * rows, site));
+            let (normed, h) = (kept.then_some(&mut normed), kept.then_some(&mut h));
+            let to = FfnOutputs { y: &mut y, next: (&mut next, &mut next_stats), stats: &mut stats, normed, h };
+            lab.0.mix_ffn(&x, grid, &weights, drop, to);
+            // On the way to y, the normalised, the hidden and the mixed tokens are rounded. What is behind is of the rounded y,
+            // the largest of which is larger than the largest mean.
+            outputs.extend([
+                lab.read("y", &y, narrow, 1.0, 1.0),
+                lab.read("next", &next, narrow, 1.0, 2.0),
+                lab.read_full("stats", &stats, 2 * rows),
+                Output { summed: 2.0, ..lab.read_full("next stats", &next_stats, 2 * rows) },
+            ]);
+        }
+        outputs.extend([lab.read("normed", &normed, narrow, 1.0, 0.0), lab.read("h", &h, wide, 1.0, 1.0)]);
+        outputs
+    },
+    [
+        (1, (5, 7), 32, 128, 0.0, true),
+        (3, (16, 16), 32, 128, 0.4, true),
+        (2, (33, 20), 32, 96, 0.4, false),
+        (1, (1, 1), 32, 32, 0.0, false),
+        (3, (5, 7), 64, 256, 0.4, true),
+        (1, (9, 33), 64, 64, 0.0, false),
+        (2, (16, 16), 64, 256, 0.0, true)
+    ]
 );
 
 /// A constant added to z has no gradient, which is why one backend does not sum it.

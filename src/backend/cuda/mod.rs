@@ -20,6 +20,7 @@ mod linear;
 mod loss;
 mod matrix;
 mod memory;
+mod mix_ffn;
 mod mix_ffn_backward;
 mod optimizer;
 mod patches;
