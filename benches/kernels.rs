@@ -14,7 +14,8 @@ use criterion::{Criterion, SamplingMode, Throughput};
 use segpeft_native::backend::cuda::{Cuda, Driver, Spent};
 use segpeft_native::backend::{
     Attention, AttentionShape, BatchNormView, Classifier, Depthwise, Dropout, Grid, Head, HeadPass, InFront, LayerNorm,
-    Linear, Loss, Memory, Patches, Product, Residual, Resize, Sample, Window,
+    Linear, Loss, Memory, MixFfnBackward, MixFfnParts, MixFfnWeights, Patches, Product, Residual, Resize, Sample,
+    Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -196,6 +197,10 @@ fn products(batch: usize) -> Vec<Case> {
     cases
 }
 
+fn mix_ffn_weights<'a>(w: &'a Act, p: &'a Full) -> MixFfnWeights<'a, Cuda<Arc<Driver>>> {
+    MixFfnWeights { expand: w, mix: p, mix_bias: p, contract: w }
+}
+
 fn blocks(batch: usize) -> Vec<Case> {
     let mut cases = Vec::new();
     for (i, (side, c, hidden, heads, reduction)) in STAGES.into_iter().enumerate() {
@@ -283,6 +288,25 @@ fn blocks(batch: usize) -> Vec<Case> {
                 cuda.depthwise_backward(du, h, p, g, hidden, Some(dh), Some(dw), None);
             },
         ));
+
+        if i < 2 {
+            cases.push(case(
+                name("mix_ffn_backward", hidden),
+                4 * rows * c * hidden,
+                move |Lab { cuda, x: [d, h, _], w: [w, _], p, y: [dx, _], .. }| {
+                    let parts = MixFfnParts { g: None, dh: None, sums: None };
+                    cuda.mix_ffn_backward(d, h, mix_ffn_weights(w, p), g, c, hidden, dx, parts);
+                },
+            ));
+            cases.push(case(
+                name("mix_ffn_backward with parameters", hidden),
+                4 * rows * c * hidden,
+                move |Lab { cuda, x: [d, h, dh], w: [w, _], p, y: [dx, out], s: [dw, db], flush, .. }| {
+                    let parts = MixFfnParts { g: Some(out), dh: Some(dh), sums: Some([dw, db, flush]) };
+                    cuda.mix_ffn_backward(d, h, mix_ffn_weights(w, p), g, c, hidden, dx, parts);
+                },
+            ));
+        }
 
         cases.push(plain(name("residual", c), move |Lab { cuda, x: [x, branch, _], y: [y, _], .. }| {
             cuda.residual(x, branch, Some(drop), g, c, y);
