@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, SamplingMode, Throughput};
 use segpeft_native::backend::cuda::{Cuda, Driver, Spent};
 use segpeft_native::backend::{
-    Attention, AttentionShape, BatchNormView, Classifier, Depthwise, Dropout, FfnOutputs, FfnWeights, Grid, Head,
-    HeadPass, InFront, LayerNorm, Linear, Loss, Memory, MixFfn, Patches, Product, Residual, Resize, Sample, Window,
+    Attention, AttentionShape, BatchNormView, Classifier, Depthwise, Dropout, EmbedPixels, FfnOutputs, FfnWeights,
+    Grid, Head, HeadPass, InFront, LayerNorm, Linear, Loss, Memory, MixFfn, MixFfnBackward, MixFfnParts, MixFfnWeights,
+    Patches, Product, Residual, Resize, Sample, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -23,6 +24,7 @@ use segpeft_native::random::{Philox, Purpose};
 const STAGES: [(usize, usize, usize, usize, usize); 4] =
     [(128, 32, 128, 1, 8), (64, 64, 256, 2, 4), (32, 160, 640, 5, 2), (16, 256, 1024, 8, 1)];
 const SIZE: usize = 512;
+const PIXELS: Window = Window { side: 7, stride: 4, padding: 3 };
 const KEYS: usize = 256;
 const WIDTH: usize = 256;
 const LABELS: usize = 2;
@@ -196,6 +198,10 @@ fn products(batch: usize) -> Vec<Case> {
     cases
 }
 
+fn mix_ffn_weights<'a>(w: &'a Act, p: &'a Full) -> MixFfnWeights<'a, Cuda<Arc<Driver>>> {
+    MixFfnWeights { expand: w, mix: p, mix_bias: p, contract: w }
+}
+
 fn blocks(batch: usize) -> Vec<Case> {
     let mut cases = Vec::new();
     for (i, (side, c, hidden, heads, reduction)) in STAGES.into_iter().enumerate() {
@@ -307,6 +313,24 @@ fn blocks(batch: usize) -> Vec<Case> {
                     let (normed, h) = (keeps[0].then_some(normed), keeps[1].then_some(h));
                     let outputs = FfnOutputs { y, next: (next, t), stats: s, normed, h };
                     cuda.mix_ffn(x, g, &weights, Some(drop), outputs);
+                },
+            ));
+        }
+        if i < 2 {
+            cases.push(case(
+                name("mix_ffn_backward", hidden),
+                4 * rows * c * hidden,
+                move |Lab { cuda, x: [d, h, _], w: [w, _], p, y: [dx, _], .. }| {
+                    let parts = MixFfnParts { g: None, dh: None, sums: None };
+                    cuda.mix_ffn_backward(d, h, mix_ffn_weights(w, p), g, c, hidden, dx, parts);
+                },
+            ));
+            cases.push(case(
+                name("mix_ffn_backward with parameters", hidden),
+                4 * rows * c * hidden,
+                move |Lab { cuda, x: [d, h, dh], w: [w, _], p, y: [dx, out], s: [dw, db], flush, .. }| {
+                    let parts = MixFfnParts { g: Some(out), dh: Some(dh), sums: Some([dw, db, flush]) };
+                    cuda.mix_ffn_backward(d, h, mix_ffn_weights(w, p), g, c, hidden, dx, parts);
                 },
             ));
         }
@@ -423,8 +447,20 @@ fn head(batch: usize) -> Vec<Case> {
             cuda.confusion(x, to, LABELS, samples, SIZE, counts);
         }),
         plain(format!("pixel_patches {batch}x{SIZE}x{SIZE}"), move |Lab { cuda, y: [y, _], samples, .. }| {
-            cuda.pixel_patches(samples, SIZE, Window { side: 7, stride: 4, padding: 3 }, y);
+            cuda.pixel_patches(samples, SIZE, PIXELS, y);
         }),
+        plain(
+            format!("embed_pixels {batch}x{SIZE}x{SIZE}"),
+            move |Lab { cuda, w: [w, bias], p, y: [y, _], samples, .. }| {
+                cuda.embed_pixels(samples, SIZE, PIXELS, (w, Some(bias)), (p, p), STAGES[0].1, y, None);
+            },
+        ),
+        plain(
+            format!("embed_pixels_backward {batch}x{SIZE}x{SIZE}"),
+            move |Lab { cuda, x: [d, ..], s: [dw, _], samples, .. }| {
+                cuda.embed_pixels_backward(samples, SIZE, PIXELS, d, STAGES[0].1, dw);
+            },
+        ),
     ]);
     cases
 }

@@ -9,7 +9,7 @@
 // the lanes beside it; the transposed convolution of du gives dh. Only dh goes through shared memory, in the place of the row of h
 // that was last used, for the product over all channels of the chunk: dn = dh·W1. A row that arrives adds to the sums of
 // three rows, of which it ends one, in both convolutions: row r of h ends row r - 1 of u, and that row r - 2 of dh. One
-// barrier a row is enough, since the rows of h lie in a ring of three.
+// barrier a step is enough, since the rows of h lie in a ring of three steps.
 //
 // The columns of all images lie side by side, with one between images that is zero: it is the padding of both. So strips
 // are full, however wide the picture. Where there are more hidden channels than a chunk has, the strip is walked once for each chunk, and
@@ -57,28 +57,28 @@ __device__ __forceinline__ int token_of(int column, int images, int height, int 
     return column < 0 || x == width || image >= images ? -1 : image * height * width + x;
 }
 
-// Where a thread reads or writes what a row has for it.
+// Where a thread reads or writes what a row has for it: numbers before it, in row 0. One register, also where there is no token.
 struct Place {
-    unsigned at;  // numbers before it, in row 0
-    bool exists;
+    unsigned at;
 
-    __device__ __forceinline__ Place(int token, int channels, int c)
-        : at(unsigned(max(token, 0)) * channels + c), exists(token >= 0) {}
+    __device__ __forceinline__ Place(int token, int row, int width, int channels, int c)
+        : at(settled(token < 0 ? ~0u : unsigned(token + row * width) * channels + c)) {}
+    __device__ __forceinline__ bool exists() const { return int(at) >= 0; }
 };
 
-// For channels C of tokens. WEIGHTS: g and dh are written and the parameters' gradients summed, where that is wanted.
-template <int C, int WIDE, bool WEIGHTS>
+// For channels C of tokens. WEIGHTS: g and dh are written and the parameters' gradients summed, where that is wanted; the
+// sums leave a lane registers for half of the columns, so a step takes two rows.
+template <int C, bool WEIGHTS>
 __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w2, const float* w, const float* b,
                                      const bf16* w1, int images, int height, int width, int rows, float* room,
                                      bf16* dn, bf16* g, bf16* dh, float* partial) {
-    constexpr int HIDDEN = 4 * C, TOKENS = 8 * WIDE, OUTPUTS = TOKENS - 2, STEPS = C / 16;
-    // Tiles of 16 tokens and 8 channels of dn, one a warp; where warps are left, they take turns by rows.
-    constexpr int TILES = WIDE / 2 * C / 8, TURNS = WARPS / TILES;
-    constexpr int H_PIECES = WARPS * TOKENS, D_PIECES = C / 8 * TOKENS;
-    SHARED(Piece, tile_h, [3][WARPS][TOKENS]);
-    SHARED(Piece, tile_d, [2][C / 8][TOKENS]);
+    constexpr int HIDDEN = 4 * C, ROWS = WEIGHTS ? 2 : 1, WIDE = 4 / ROWS, TOKENS = 8 * WIDE, OUTPUTS = TOKENS - 2;
+    // Tiles of 16 tokens and 8 channels of dn, one a warp; where warps are left, they take turns by steps.
+    constexpr int SLOTS = 32, TILES = SLOTS / 16 * C / 8, TURNS = WARPS / TILES;
+    constexpr int D_PIECES = C / 8 * SLOTS;
+    SHARED(Piece, tile_h, [3][WARPS][SLOTS]);
+    SHARED(Piece, tile_d, [2][C / 8][SLOTS]);
     SHARED(Piece, tile_w, [C / 8][CHUNK]);
-    SHARED(Piece, tile_g, [2][WARPS][TOKENS]);
 
     for (int base = 0; base < HIDDEN; base += CHUNK) {
         // Made anew for each chunk, which is cheaper than to keep it.
@@ -88,185 +88,201 @@ __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w
         int y0 = blockIdx.y * rows, y1 = min(y0 + rows, height), h_rows = min(y1 + 2, height);
         auto token_at = [&](int i) { return token_of(column + i, images, height, width); };
 
-        // Tokens arrive, and leave, in the order of the rows of the products: i WIDE apart before i + 1. Neighbouring threads
-        // have pieces that lie behind one another in memory, by twos of h and by rows of d.
-        bool copies_h = thread < H_PIECES, copies_d = thread < D_PIECES;
-        int h_chunk = thread / (2 * TOKENS) * 2 + thread % 2, h_slot = thread / 2 % TOKENS;
-        int d_chunk = thread % (C / 8), d_slot = thread / (C / 8) % TOKENS;
-        int h_column = h_slot % 8 * WIDE + h_slot / 8;
-        Place h_place(token_at(h_column), HIDDEN, base + h_chunk * 8);
-        Place d_place(token_at(d_slot % 8 * WIDE + d_slot / 8), C, d_chunk * 8);
-        unsigned h_piece = settled(h_chunk * TOKENS + h_slot), d_piece = settled(d_chunk * TOKENS + d_slot);
+        // A step's tokens are, row by row, in the order of the rows of the products: i WIDE apart before i + 1. Neighbouring
+        // threads have pieces that lie behind one another in memory, by twos of h and by rows of d.
+        bool copies_d = thread < D_PIECES;
+        int h_chunk = thread / (2 * SLOTS) * 2 + thread % 2, h_slot = thread / 2 % SLOTS, h_row = h_slot / TOKENS;
+        int d_chunk = thread % (C / 8), d_slot = thread / (C / 8) % SLOTS, d_row = d_slot / TOKENS;
+        auto column_of = [](int slot) { return slot % 8 * WIDE + slot % TOKENS / 8; };
+        int h_column = column_of(h_slot);
+        Place h_place(token_at(h_column), h_row, width, HIDDEN, base + h_chunk * 8);
+        Place d_place(token_at(column_of(d_slot)), d_row, width, C, d_chunk * 8);
+        unsigned h_piece = h_chunk * SLOTS + h_slot, d_piece = d_chunk * SLOTS + d_slot;
+        if (WEIGHTS) h_piece = settled(h_piece);  // used more than once
 
         // The columns of h beside the strip, of the lanes there.
         bool at_left = line == 0, at_right = line == 7;
-        Place beside(at_left || at_right ? token_at(at_left ? -1 : TOKENS) : -1, HIDDEN, base + warp * 8 + channel);
+        Place beside(at_left || at_right ? token_at(at_left ? -1 : TOKENS) : -1, 0, width, HIDDEN, base + warp * 8 + channel);
 
-        // The warp's tile of dn and the lane's tokens in it.
-        int tile = warp % TILES, turn = warp / TILES, tile_row = tile % (WIDE / 2), tile_column = tile / (WIDE / 2);
-        int output = line * WIDE + tile_row * 2, outputs[2] = {token_at(output), token_at(output + 1)};
+        // The warp's tile of dn and the lane's tokens in it. Of two neighbours, both are of one image.
+        int tile = warp % TILES, turn = warp / TILES, tile_row = tile % 2, tile_column = tile / 2;
+        int output = line * WIDE + (ROWS == 1 ? tile_row * 2 : 0), output_row = ROWS == 1 ? 0 : tile_row;
+        int outputs[2] = {token_at(output), token_at(output + 1)};
         bool puts_out[2] = {output > 0 && outputs[0] >= 0, output < OUTPUTS && outputs[1] >= 0};
-        // Of two neighbours, both are of one image.
-        output = outputs[0] >= 0 ? outputs[0] : outputs[1] - 1;
-        // Which of the lane's tokens are the block's to sum over, and whether the thread has a piece of them to write.
-        bool own[WIDE];
-        for (int i = 0; i < WIDE; i++) {
-            int at = line * WIDE + i;
-            own[i] = WEIGHTS && at > 0 && at <= OUTPUTS && token_at(at) >= 0;
-        }
-        bool writes = WEIGHTS && copies_h && h_place.exists && h_column > 0 && h_column <= OUTPUTS;
+        output = (outputs[0] >= 0 ? outputs[0] : outputs[1] - 1) + output_row * width;
+        // With WEIGHTS, these are all of the lane's tokens: what the block sums over. And whether the thread has a piece of them.
+        bool own[2] = {WEIGHTS && puts_out[0], WEIGHTS && puts_out[1]};
+        unsigned own_at = (output - output_row * width) * HIDDEN + base + warp * 8 + channel;
+        bool writes = WEIGHTS && dh != nullptr && h_place.exists() && h_column > 0 && h_column <= OUTPUTS;
 
         int c = base + warp * 8 + channel;
         float2 weight[TAPS], bias = two(b + c);
         for (int tap = 0; tap < TAPS; tap++) weight[tap] = two(w + tap * HIDDEN + c);
-        unsigned contract[STEPS][2];
-        for (int s = 0; s < STEPS; s++) {
-            for (int i = 0; i < 2; i++) {
-                const unsigned short* from = reinterpret_cast<const unsigned short*>(w2) +
-                                             (16 * s + 8 * i + channel) * HIDDEN + base + warp * 8 + line;
-                contract[s][i] = from[0] | unsigned(from[HIDDEN]) << 16;
-            }
-        }
 
+        // The contraction's weights go where the second and third row of h will be, and from there to registers.
+        Piece* staged = &tile_h[1][0][0];
         __syncthreads();
-        for (unsigned i = thread; i < C / 8 * CHUNK; i += BLOCK) {
-            copy_async<16>(&tile_w[i % (C / 8)][i / (C / 8)], w1 + (base + i / (C / 8)) * C + i % (C / 8) * 8, 16);
+        for (int i = thread; i < C * WARPS; i += BLOCK) {
+            int chunk = i % WARPS, row = i / WARPS;
+            copy_async<16>(staged + chunk * C + row, w2 + row * HIDDEN + base + chunk * 8, 16);
         }
-        // Begins to copy row y; returns what lies beside it.
+        for (int i = thread; i < C / 8 * CHUNK; i += BLOCK) {
+            int chunk = i % (C / 8), row = i / (C / 8);
+            copy_async<16>(&tile_w[chunk][row], w1 + (base + row) * C + chunk * 8, 16);
+        }
+        // Begins to copy the rows of a step from y on; `beside_ahead` receives what lies beside them.
+        unsigned beside_ahead[ROWS];
         auto copy_h = [&](int k, int y) {
             unsigned before = y * width * HIDDEN;
-            bool exists = unsigned(y) < unsigned(h_rows);
-            if (copies_h) copy_async<16>(&tile_h[k][0][0] + h_piece, h + (h_place.at + before), exists && h_place.exists ? 16 : 0);
-            return exists && beside.exists ? *reinterpret_cast<const unsigned*>(h + (beside.at + before)) : 0;
+            bool exists = h_place.exists() && unsigned(y + h_row) < unsigned(h_rows);
+            copy_async<16>(&tile_h[k][0][0] + h_piece, h + (h_place.at + before), exists ? 16 : 0);
+            for (int r = 0; r < ROWS; r++) {
+                const bf16* from = h + (beside.at + unsigned((y + r) * width * HIDDEN));
+                exists = beside.exists() && unsigned(y + r) < unsigned(h_rows);
+                beside_ahead[r] = exists ? *reinterpret_cast<const unsigned*>(from) : 0;
+            }
         };
-        unsigned beside_ahead = copy_h(0, y0 - 2);
+        copy_h(0, y0 - 2);
         copies_done();
+        __syncthreads();
+        unsigned contract[C / 32][4];
+        for (int s = 0; s < C / 32; s++) load_matrices<true>(staged[warp * C + 32 * s + lane].at, contract[s]);
         __syncthreads();
 
         // Sums of u's rows and of dh's; gradients; h's rows, where the sums over tokens are the block's.
         float2 u[3][WIDE], sum[3][WIDE] = {}, gradient[WEIGHTS ? KINDS : 1] = {};
         unsigned held[3][WIDE] = {};
         for (int i = 0; i < WIDE; i++) u[0][i] = u[2][i] = bias;
-        for (int round = y0 - 2; round <= y1 + 1; round += 3) {
+        for (int round = y0 - 2; round <= y1 + 1; round += 3 * ROWS) {
 #pragma unroll
             for (int k = 0; k < 3; k++) {
-                // Row y of h arrives, ends row y - 1 of u, and that row y - 2 of dh.
-                int y = round + k, last = (k + 2) % 3, next = (k + 1) % 3;
-                if (y > y1 + 1) break;
-                unsigned words[WIDE + 2];
+                int start = round + k * ROWS;
+                if (start > y1 + 1) break;
+                int odd = (start - y0 + 2) / ROWS % 2;
                 Piece* pieces = tile_h[k][warp];
-                words[0] = pair_at(pieces[8 * (WIDE - 1) + line - 1], channel);
-                words[WIDE + 1] = pair_at(pieces[line + 1], channel);
-                if (at_left) words[0] = beside_ahead;
-                if (at_right) words[WIDE + 1] = beside_ahead;
-                beside_ahead = copy_h(next, y + 1);
+                unsigned words[ROWS][WIDE + 2];
+                for (int r = 0; r < ROWS; r++) {
+                    Piece* row = pieces + r * TOKENS;
+                    for (int i = 0; i < WIDE; i++) words[r][i + 1] = pair_at(row[8 * i + line], channel);
+                    // Of the first and the last lanes, these are not used, but exist.
+                    unsigned left = pair_at(row[8 * (WIDE - 1) + line - 1], channel), right = pair_at(row[line + 1], channel);
+                    words[r][0] = at_left ? beside_ahead[r] : left;
+                    words[r][WIDE + 1] = at_right ? beside_ahead[r] : right;
+                }
+                copy_h((k + 1) % 3, start + ROWS);
                 if (copies_d) {
-                    bool exists = d_place.exists && unsigned(y) < unsigned(h_rows);
-                    Piece* to = &tile_d[0][0][0] + (y % 2 != 0 ? D_PIECES : 0) + d_piece;
+                    // The step to come ends u's rows from this one on.
+                    int y = start + ROWS - 1;
+                    bool exists = d_place.exists() && unsigned(y + d_row) < unsigned(h_rows);
+                    Piece* to = &tile_d[0][0][0] + (odd ? 0 : D_PIECES) + d_piece;
                     copy_async<16>(to, d + (d_place.at + unsigned(y * width * C)), exists ? 16 : 0);
                 }
 
-                float2 row[WIDE + 2];
-                for (int i = 0; i < WIDE; i++) words[i + 1] = pair_at(pieces[8 * i + line], channel);
-                for (int i = 0; i < WIDE + 2; i++) row[i] = widen(words[i]);
-                for (int i = 0; i < WIDE; i++) {
-                    u[next][i] = bias;
-                    for (int j = 0; j < 3; j++) {
-                        add(u[last][i], row[i + j], weight[6 + j]);
-                        add(u[k][i], row[i + j], weight[3 + j]);
-                        add(u[next][i], row[i + j], weight[j]);
-                    }
-                    if (WEIGHTS) held[k][i] = own[i] && y >= y0 && y < y1 ? words[i + 1] : 0;
-                }
-
-                // Where there is no token, d is zero, and so is du.
-                if (y >= y0) {
-                    float dg[WIDE / 2][4] = {};
-                    Piece* pieces_d = &tile_d[0][lane / 16][lane % 16] + (y % 2 != 0 ? 0 : D_PIECES);
-                    for (int s = 0; s < STEPS; s++) {
-                        for (int m = 0; m < WIDE / 2; m++) {
-                            unsigned a[4];
-                            load_matrices<false>(pieces_d[2 * s * TOKENS + 16 * m].at, a);
-                            mma(dg[m], a, contract[s][0], contract[s][1]);
-                        }
-                    }
-                    unsigned du[WIDE + 2];
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) {
+                    // Row y of h arrives, ends row y - 1 of u, and that row y - 2 of dh.
+                    int y = start + r, now = (k * ROWS + r) % 3, last = (now + 2) % 3, next = (now + 1) % 3;
+                    float2 row[WIDE + 2];
+                    for (int i = 0; i < WIDE + 2; i++) row[i] = widen(words[r][i]);
                     for (int i = 0; i < WIDE; i++) {
-                        float2 grad = widen(pair_of(dg[i / 2][i % 2 * 2], dg[i / 2][i % 2 * 2 + 1]));
-                        gelu_backward(u[last][i].x, grad.x);
-                        gelu_backward(u[last][i].y, grad.y);
-                        du[i + 1] = pair_of(grad.x, grad.y);
-                        if constexpr (WEIGHTS) {
-                            if (own[i] && y > y0 && y <= y1) add(gradient[TAPS], grad, {1.0f, 1.0f});
-                            pair_at(tile_g[y % 2][warp][8 * i + line], channel) = pair_of(u[last][i].x, u[last][i].y);
-                        }
-                    }
-                    du[0] = __shfl_up_sync(ALL_LANES, du[WIDE], 4);
-                    du[WIDE + 1] = __shfl_down_sync(ALL_LANES, du[1], 4);
-                    for (int i = 0; i < WIDE + 2; i++) row[i] = widen(du[i]);
-                    for (int i = 0; i < WIDE; i++) {
-                        sum[next][i] = {};
+                        u[next][i] = bias;
                         for (int j = 0; j < 3; j++) {
-                            add(sum[last][i], row[i + j], weight[2 - j]);
-                            add(sum[k][i], row[i + j], weight[5 - j]);
-                            add(sum[next][i], row[i + j], weight[8 - j]);
+                            add(u[last][i], row[i + j], weight[6 + j]);
+                            add(u[now][i], row[i + j], weight[3 + j]);
+                            add(u[next][i], row[i + j], weight[j]);
                         }
+                        if (WEIGHTS) held[now][i] = own[i % 2] && y >= y0 && y < y1 ? words[r][i + 1] : 0;
                     }
-                    if constexpr (WEIGHTS) {
-                        // In the forward direction, this row of u took rows y - 2 to y of h, by the taps of line t.
-                        for (int t = 0; t < 3; t++) {
-                            for (int i = 0; i < WIDE; i++) {
-                                float2 x = widen(held[(k + 1 + t) % 3][i]);
-                                for (int j = 0; j < 3; j++) add(gradient[3 * t + j], row[i + 2 - j], x);
+
+                    // Where there is no token, d is zero, and so is du.
+                    if (start >= y0) {
+                        float dg[WIDE / 2][4] = {};
+                        Piece* pieces_d = &tile_d[0][lane / 16][lane % 16] + (odd ? D_PIECES : 0) + r * TOKENS;
+                        for (int s = 0; s < C / 16; s++) {
+                            for (int m = 0; m < WIDE / 2; m++) {
+                                unsigned a[4];
+                                load_matrices<false>(pieces_d[2 * s * SLOTS + 16 * m].at, a);
+                                mma(dg[m], a, contract[s / 2][s % 2 * 2], contract[s / 2][s % 2 * 2 + 1]);
+                            }
+                        }
+                        unsigned du[WIDE + 2];
+                        for (int i = 0; i < WIDE; i++) {
+                            float2 grad = widen(pair_of(dg[i / 2][i % 2 * 2], dg[i / 2][i % 2 * 2 + 1]));
+                            gelu_backward(u[last][i].x, grad.x);
+                            gelu_backward(u[last][i].y, grad.y);
+                            du[i + 1] = pair_of(grad.x, grad.y);
+                            if constexpr (WEIGHTS) {
+                                if (own[i] && y > y0 && y <= y1) {
+                                    add(gradient[TAPS], grad, {1.0f, 1.0f});
+                                    bf16* to = g + (own_at + unsigned(((y - 1) * width + i) * HIDDEN));
+                                    unsigned pair = pair_of(u[last][i].x, u[last][i].y);
+                                    if (g != nullptr) *reinterpret_cast<unsigned*>(to) = pair;
+                                }
+                            }
+                        }
+                        du[0] = __shfl_up_sync(ALL_LANES, du[WIDE], 4);
+                        du[WIDE + 1] = __shfl_down_sync(ALL_LANES, du[1], 4);
+                        for (int i = 0; i < WIDE + 2; i++) row[i] = widen(du[i]);
+                        for (int i = 0; i < WIDE; i++) {
+                            sum[next][i] = {};
+                            for (int j = 0; j < 3; j++) {
+                                add(sum[last][i], row[i + j], weight[2 - j]);
+                                add(sum[now][i], row[i + j], weight[5 - j]);
+                                add(sum[next][i], row[i + j], weight[8 - j]);
+                            }
+                        }
+                        if constexpr (WEIGHTS) {
+                            // In the forward direction, this row of u took rows y - 2 to y of h, by the taps of line t.
+                            for (int t = 0; t < 3; t++) {
+                                for (int i = 0; i < WIDE; i++) {
+                                    float2 x = widen(held[(now + 1 + t) % 3][i]);
+                                    for (int j = 0; j < 3; j++) add(gradient[3 * t + j], row[i + 2 - j], x);
+                                }
                             }
                         }
                     }
-                }
 
-                // The warp's part of the row of h makes way for dh.
-                __syncwarp();
-                if (y >= y0 + 2) {
-                    for (int i = 0; i < WIDE; i++) {
-                        pair_at(pieces[8 * i + line], channel) = pair_of(sum[last][i].x, sum[last][i].y);
-                        if constexpr (WEIGHTS) {
-                            if (own[i]) add(gradient[TAPS + 1], sum[last][i], {1.0f, 1.0f});
+                    // The warp's part of the row of h makes way for dh.
+                    __syncwarp();
+                    if (start >= y0 + 2) {
+                        for (int i = 0; i < WIDE; i++) {
+                            pair_at(pieces[r * TOKENS + 8 * i + line], channel) = pair_of(sum[last][i].x, sum[last][i].y);
+                            if constexpr (WEIGHTS) {
+                                if (own[i] && y <= y1 + 1) add(gradient[TAPS + 1], sum[last][i], {1.0f, 1.0f});
+                            }
                         }
                     }
                 }
                 copies_done();
                 __syncthreads();
-                if constexpr (WEIGHTS) {
-                    auto write = [&](bf16* to, int row, const Piece& piece) {
-                        to += h_place.at + row * width * HIDDEN;
-                        *reinterpret_cast<uint4*>(to) = reinterpret_cast<const uint4&>(piece);
-                    };
-                    if (writes && g != nullptr && y > y0 && y <= y1) write(g, y - 1, (&tile_g[y % 2][0][0])[h_piece]);
-                    if (writes && dh != nullptr && y >= y0 + 2) write(dh, y - 2, (&tile_h[k][0][0])[h_piece]);
+                if (start < y0 + 2) continue;
+                if (writes && start - 2 + h_row < y1) {
+                    bf16* to = dh + (h_place.at + unsigned((start - 2) * width * HIDDEN));
+                    *reinterpret_cast<uint4*>(to) = reinterpret_cast<const uint4&>((&tile_h[k][0][0])[h_piece]);
                 }
-                if (y < y0 + 2) continue;
-                if (TURNS == 1 || turn == y % TURNS) {
-                    float dn_sum[4] = {};
-                    float* kept = room + unsigned(block * rows + y - y0 - 2) * (TILES * 32 * 4) + thread % (TILES * 32) * 4;
-                    if (base > 0) {
-                        Pack<4> before = load<4>(kept);
-                        for (int i = 0; i < 4; i++) dn_sum[i] = before.x[i];
+                if (TURNS > 1 && turn != odd) continue;
+                float dn_sum[4] = {};
+                unsigned step = block * ((rows + ROWS - 1) / ROWS) + (start - y0 - 2) / ROWS;
+                float* kept = room + step * (TILES * 32 * 4) + thread % (TILES * 32) * 4;
+                if (base > 0) {
+                    Pack<4> before = load<4>(kept);
+                    for (int i = 0; i < 4; i++) dn_sum[i] = before.x[i];
+                }
+                for (int s = 0; s < CHUNK / 16; s += 2) {
+                    unsigned expand[4];
+                    load_matrices<true>(tile_w[tile_column][16 * s + lane].at, expand);
+                    for (int i = 0; i < 2; i++) {
+                        unsigned a[4];
+                        load_matrices<false>(tile_h[k][2 * (s + i) + lane / 16][16 * tile_row + lane % 16].at, a);
+                        mma(dn_sum, a, expand[2 * i], expand[2 * i + 1]);
                     }
-                    for (int s = 0; s < CHUNK / 16; s += 2) {
-                        unsigned expand[4];
-                        load_matrices<true>(tile_w[tile_column][16 * s + lane].at, expand);
-                        for (int i = 0; i < 2; i++) {
-                            unsigned a[4];
-                            load_matrices<false>(tile_h[k][2 * (s + i) + lane / 16][16 * tile_row + lane % 16].at, a);
-                            mma(dn_sum, a, expand[2 * i], expand[2 * i + 1]);
-                        }
-                    }
-                    if (base + CHUNK < HIDDEN) {
-                        *reinterpret_cast<float4*>(kept) = {dn_sum[0], dn_sum[1], dn_sum[2], dn_sum[3]};
-                    } else {
-                        for (int i = 0; i < 2; i++) {
-                            bf16* to = dn + unsigned(output + i + (y - 2) * width) * C + tile_column * 8 + channel;
-                            if (puts_out[i]) *reinterpret_cast<unsigned*>(to) = pair_of(dn_sum[2 * i], dn_sum[2 * i + 1]);
-                        }
+                }
+                if (base + CHUNK < HIDDEN) {
+                    *reinterpret_cast<float4*>(kept) = {dn_sum[0], dn_sum[1], dn_sum[2], dn_sum[3]};
+                } else if (start - 2 + output_row < y1) {
+                    for (int i = 0; i < 2; i++) {
+                        bf16* to = dn + unsigned(output + i + (start - 2) * width) * C + tile_column * 8 + channel;
+                        if (puts_out[i]) *reinterpret_cast<unsigned*>(to) = pair_of(dn_sum[2 * i], dn_sum[2 * i + 1]);
                     }
                 }
             }
@@ -288,35 +304,35 @@ __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w
     }
 }
 
-// Grid: (strips, ceil(height / rows)); strips are of 8·WIDE - 2 of the images·(width + 1) - 1 columns. For 64
+// Grid: (strips, ceil(height / rows)); strips are of 30 (14 for `all`) of the images·(width + 1) - 1 columns. For 64
 // channels, twice as many of each, and `room` is used.
 KERNEL(BLOCK, 1) mix_ffn_backward_32(const bf16* d /* (tokens, 32) */, const bf16* h /* (tokens, 128) */,
                                      const bf16* w2 /* (32, 128) */, const float* w /* (9, 128) */,
                                      const float* b /* (128) */, const bf16* w1 /* (128, 32) */, int images,
                                      int height, int width, int rows,
-                                     float* room /* (blocks, rows, 32, 32); unused */,
+                                     float* room /* (blocks, rows, 32, 32), if one chunk is not all */,
                                      bf16* dn /* (tokens, 32) */) {
-    walk<32, 4, false>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, nullptr, nullptr, nullptr);
+    walk<32, false>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, nullptr, nullptr, nullptr);
 }
 
 KERNEL(BLOCK, 1) mix_ffn_backward_64(const bf16* d, const bf16* h, const bf16* w2, const float* w, const float* b,
                                      const bf16* w1, int images, int height, int width, int rows,
                                      float* room, bf16* dn) {
-    walk<64, 4, false>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, nullptr, nullptr, nullptr);
+    walk<64, false>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, nullptr, nullptr, nullptr);
 }
 
 // The same with g, the convolution's output after the GELU; dh, the gradient of h; and sums of the parameters' gradients.
 KERNEL(BLOCK, 1) mix_ffn_backward_all_32(const bf16* d, const bf16* h, const bf16* w2, const float* w, const float* b,
                                          const bf16* w1, int images, int height, int width, int rows,
-                                         float* room /* (blocks, rows, 16, 32); unused */, bf16* dn,
+                                         float* room /* (blocks, ceil(rows / 2), 32, 32), as before */, bf16* dn,
                                          bf16* g /* (tokens, 128) or null */,
                                          bf16* dh /* (tokens, 128) or null */,
                                          float* partial /* (blocks, 9 + 1 + 1, 128): w's, b's, dh's; or null */) {
-    walk<32, 2, true>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, g, dh, partial);
+    walk<32, true>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, g, dh, partial);
 }
 
 KERNEL(BLOCK, 1) mix_ffn_backward_all_64(const bf16* d, const bf16* h, const bf16* w2, const float* w, const float* b,
                                          const bf16* w1, int images, int height, int width, int rows,
                                          float* room, bf16* dn, bf16* g, bf16* dh, float* partial) {
-    walk<64, 2, true>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, g, dh, partial);
+    walk<64, true>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, g, dh, partial);
 }

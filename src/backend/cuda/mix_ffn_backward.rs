@@ -4,10 +4,12 @@ use super::memory::ColumnSums;
 use super::{Argument, Cuda, Device};
 use crate::backend::{Grid, MixFfnBackward, MixFfnParts, MixFfnWeights};
 
-/// Threads of a block; hidden channels that it works on at a time; sums per hidden channel. As in the kernels.
+/// Threads of a block; hidden channels that it works on at a time; sums per hidden channel: as in the kernels.
 const BLOCK: usize = 512;
 const CHUNK: usize = 128;
 const KINDS: usize = 9 + 1 + 1;
+/// Tokens of a step.
+const STEP: usize = 32;
 /// Multiprocessors that blocks are shared out to, one at a time: an H100's. A fixed number, so that sums do not depend on the
 /// device.
 const MULTIPROCESSORS: usize = 132;
@@ -16,22 +18,23 @@ const EXTRA_ROWS: usize = 3;
 
 /// How a launch divides its tokens.
 struct Division {
-    /// Columns of a strip that are put out.
-    outputs: usize,
     /// Blocks side by side, and on top of each other.
     blocks: [usize; 2],
     /// Rows of a block.
     rows: usize,
+    /// Steps of a block, each of [`STEP`] tokens.
+    steps: usize,
 }
 
 impl Division {
-    /// The columns of all images lie side by side, with one between images.
-    fn new(grid: Grid, outputs: usize) -> Self {
-        let strips = (grid.images * (grid.width + 1) - 1).div_ceil(outputs);
-        let rows = |segments| grid.height.div_ceil(segments);
+    /// The columns of all images lie side by side, with one between images. A step's tokens are of `rows_per_step` rows, and
+    /// the first and last of each row are the neighbours'.
+    fn new(grid: Grid, rows_per_step: usize) -> Self {
+        let strips = (grid.images * (grid.width + 1) - 1).div_ceil(STEP / rows_per_step - 2);
+        let rows = |segments| grid.height.div_ceil(segments).next_multiple_of(rows_per_step);
         let cost = |&segments: &usize| (strips * segments).div_ceil(MULTIPROCESSORS) * (rows(segments) + EXTRA_ROWS);
         let rows = rows((1..=grid.height).min_by_key(cost).unwrap_or(1));
-        Self { outputs, blocks: [strips, grid.height.div_ceil(rows)], rows }
+        Self { blocks: [strips, grid.height.div_ceil(rows)], rows, steps: rows / rows_per_step }
     }
 }
 
@@ -57,11 +60,10 @@ impl<D: Device> MixFfnBackward for Cuda<D> {
             return;
         }
         let everything = g.is_some() || dh.is_some() || sums.is_some();
-        let division = Division::new(grid, if everything { 14 } else { 30 });
+        let division = Division::new(grid, if everything { 2 } else { 1 });
         let [strips, segments] = division.blocks;
         // Sums that wait from chunk to chunk, then those of the parameters' gradients.
-        let kept =
-            if hidden > CHUNK { strips * segments * division.rows * (division.outputs + 2) * channels } else { 0 };
+        let kept = if hidden > CHUNK { strips * segments * division.steps * STEP * channels } else { 0 };
         let partials = if sums.is_some() { strips * segments * KINDS * hidden } else { 0 };
         let room = self.scratch(kept + partials);
         let partial = room + (kept * size_of::<f32>()) as u64;
