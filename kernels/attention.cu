@@ -6,9 +6,9 @@
 // as the block takes. Backward, probabilities are recomputed from the logarithm of their denominator. Where the keys of
 // a head fit a block, scores and their gradients are made once: warps own keys, walk over queries, and hand the scores'
 // gradients to others that make the queries' from them. Elsewhere, twice: the gradient of the queries as the
-// forward pass goes, and those of keys and values by warps that own keys, while the block walks over a slice of the queries,
-// the next tile of which is copied meanwhile. Slices are added in order, without atomics. Warps own 32 rows of a narrow
-// head, 16 of a wide one: shared memory could not feed the tensor cores with fewer.
+// forward pass goes, and those of keys and values by warps that own keys, while the block walks over a slice of the
+// queries, the next tile of which is copied meanwhile. Slices are added in order, without atomics. Warps own 32 rows of
+// a narrow head, 16 of a wide one: shared memory could not feed the tensor cores with fewer.
 #include "mma.cuh"
 
 constexpr int QUERY_BLOCK = 256;
@@ -166,7 +166,8 @@ __device__ __forceinline__ void load_operand(const bf16* from /* (rows, channels
     for (int i = 0; i < D / 16 * 4; i++) a[i / 4][i % 4] |= blockIdx.z;
 }
 
-// Writes eight numbers at once, to global memory. `store` leaves that to the compiler, which makes four writes of it here.
+// Writes eight numbers at once, to global memory. `store` leaves that to the compiler, which makes four writes of it
+// here.
 __device__ __forceinline__ void store_eight(bf16* to, const Pack<8>& p) {
 #ifdef __CUDACC__
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
@@ -234,8 +235,8 @@ __device__ __forceinline__ void forward(const bf16* q, const bf16* k, const bf16
             }
             if (first >= end) continue;
             int count = min(WINDOW<D>, keys - start);
-            // The first step's largest score is as good as any, as long as nothing overflows by it. If it does, and from the
-            // second window on, where there is no going back, every step sees to its own.
+            // The first step's largest score is as good as any, as long as nothing overflows by it. If it does, and from
+            // the second window on, where there is no going back, every step sees to its own.
             bool careful = start > 0;
 #pragma unroll 1
             for (;;) {
@@ -323,8 +324,8 @@ __device__ __forceinline__ void forward(const bf16* q, const bf16* k, const bf16
     }
 }
 
-// For heads of 32 channels, and of any number up to 64. Grid: (ceil(queries / span), images·heads), blocks of QUERY_BLOCK;
-// `span` is a multiple of what a block takes at a time, QUERY_BLOCK / 2·TILES.
+// For heads of 32 channels, and of any number up to 64. Grid: (ceil(queries / span), images·heads), blocks of
+// QUERY_BLOCK; `span` is a multiple of what a block takes at a time, QUERY_BLOCK / 2·TILES.
 KERNEL(QUERY_BOUNDS) attention_32(const bf16* q /* (images, queries, heads·head) */,
                                   const bf16* k /* (images, keys, heads·head) */, const bf16* v /* as k */, int heads,
                                   int queries, int keys, int span, bf16* o /* as q */,

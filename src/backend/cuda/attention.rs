@@ -1,5 +1,7 @@
 //! Attention on tensor cores.
 
+use std::ops::RangeInclusive;
+
 use super::memory::width;
 use super::{Argument, Cuda, Device};
 use crate::backend::{Attention, AttentionShape};
@@ -13,9 +15,9 @@ const ALL_BLOCK: usize = 384;
 /// Queries of such a block per step.
 const STRIDE: usize = 32;
 /// For how many keys it is there: fewer leave most of its warps idle, more do not fit.
-const ALL_KEYS: std::ops::RangeInclusive<usize> = 65..=256;
-/// Such blocks to aim for. A multiprocessor holds one, so that they are to be about a multiple of what GPUs have of these; each
-/// begins with all keys of a head, and all but one per head leave sums to be joined.
+const ALL_KEYS: RangeInclusive<usize> = 65..=256;
+/// Such blocks to aim for: twice the multiprocessors of a large GPU, each of which holds one at a time. More would only leave
+/// more sums to be joined.
 const ALL_BLOCKS: usize = 256;
 /// Blocks to aim for: a few times what a GPU holds at once, and the same on every GPU, as sums are cut by it.
 const BLOCKS: usize = 1024;
