@@ -20,19 +20,6 @@ __device__ __forceinline__ void fill_table(const unsigned char* levels, unsigned
     table[threadIdx.x][2] = pair_of((level - 0.406f) / 0.225f, 0.0f);
 }
 
-// Normalises `across` pixels of `side` lines from (left, top) on; 0 where the picture has none. Lines are `pitch` apart.
-__device__ __forceinline__ void stage(const unsigned char* image, bool flip, int size, int left, int top, int across, int side,
-                                      int pitch, const unsigned short (*table)[3], unsigned short* staged) {
-    for (int i = threadIdx.x, ky = 0;; i += THREADS) {
-        for (; i >= across; i -= across) ky++;
-        if (ky >= side) break;
-        int y = top + ky, x = left + i;
-        bool inside = y >= 0 && y < size && x >= 0 && x < size;
-        int pixel = (y * size + (flip ? size - 1 - x : x)) * 3;
-        for (int c = 0; c < 3; c++) staged[ky * pitch + i * 3 + c] = inside ? table[image[pixel + c]][c] : 0;
-    }
-}
-
 // Grid: (ceil(out_size / strip), out_size, images), where they begin; blocks of 256, the levels.
 KERNEL(THREADS) pixel_patches(const unsigned char* pixels /* (pictures, size, size, 3) */,
                               const int* positions /* (images): which picture */,
@@ -44,9 +31,18 @@ KERNEL(THREADS) pixel_patches(const unsigned char* pixels /* (pictures, size, si
     int first = blockIdx.x * strip, windows = min(strip, out_size - first), line = ((windows - 1) * stride + side) * 3;
     fill_table(levels + blockIdx.z * 256, table);
     __syncthreads();
+
     const unsigned char* image = pixels + size_t(positions[blockIdx.z]) * size * size * 3;
-    stage(image, flips[blockIdx.z], size, first * stride - padding, int(blockIdx.y) * stride - padding, line / 3, side, line,
-          table, staged);
+    bool flip = flips[blockIdx.z];
+    int across = line / 3, left = first * stride - padding, top = int(blockIdx.y) * stride - padding;
+    for (int i = threadIdx.x, ky = 0;; i += THREADS) {
+        for (; i >= across; i -= across) ky++;
+        if (ky >= side) break;
+        int y = top + ky, x = left + i;
+        bool inside = y >= 0 && y < size && x >= 0 && x < size;
+        int pixel = (y * size + (flip ? size - 1 - x : x)) * 3;
+        for (int c = 0; c < 3; c++) staged[ky * line + i * 3 + c] = inside ? table[image[pixel + c]][c] : 0;
+    }
     __syncthreads();
 
     // Where the strip's rows lie in `out`; what is not a multiple of 8 at its ends is written number by number.
@@ -78,11 +74,51 @@ KERNEL(THREADS) pixel_patches(const unsigned char* pixels /* (pictures, size, si
 
 // ---- pixels straight to tokens
 
-// SegFormer's first patch embedding. A line of a window is 21 numbers; here it takes a 22nd, of weight 0, so that pairs of
+// SegFormer's first patch embedding. A line of a window is 21 numbers; here one of weight 0 goes before, so that pairs of
 // them are aligned, and the 154 of a window are filled up to a multiple of 16.
 constexpr int SIDE = 7, STRIDE = 4, PADDING = 3, LINE = 3 * SIDE, PAIRS = (LINE + 1) / 2, DEPTH = 160;
-// A block embeds two lines of windows at a time, STRIP side by side, sixteen a warp; lines staged for that, and numbers of one.
-constexpr int STRIP = THREADS / 4, STAGED_LINES = STRIDE + SIDE, PITCH = ((STRIP - 1) * STRIDE + SIDE) * 3 + 1;
+// A block embeds two lines of windows at a time, STRIP side by side, sixteen a warp. Lines of pixels are staged for that, by
+// groups of four, whose 12 bytes are three words in memory; the first pixel of a line is one before the first window's.
+constexpr int STRIP = THREADS / 4, STAGED_LINES = STRIDE + SIDE, GROUPS = STRIP + 1, PITCH = GROUPS * 12;
+
+// The pixels that two lines of windows take, on their way to shared memory.
+struct Pixels {
+    static constexpr int EACH = (GROUPS * STAGED_LINES + THREADS - 1) / THREADS;
+    unsigned words[EACH][3];
+
+    // Asks for those of lines from `top` and columns from `left` on; 0 where the picture has none, and in `outside` a bit.
+    __device__ __forceinline__ unsigned fetch(const unsigned char* image, bool flip, int size, int left, int top) {
+        unsigned outside = 0;
+        for (int k = 0; k < EACH; k++) {
+            int i = threadIdx.x + k * THREADS, y = top + i / GROUPS, x = left + i % GROUPS * 4;
+            if (i < GROUPS * STAGED_LINES && y >= 0 && y < size && x >= 0 && x < size) {
+                const unsigned* from = reinterpret_cast<const unsigned*>(image + (y * size + (flip ? size - 4 - x : x)) * 3);
+                for (int w = 0; w < 3; w++) words[k][w] = from[w];
+            } else {
+                outside |= 1u << k;
+            }
+        }
+        return outside;
+    }
+
+    // Normalises them.
+    template <bool FLIP>
+    __device__ __forceinline__ void put(unsigned outside, const unsigned short (*table)[3], unsigned short* staged) const {
+        for (int k = 0; k < EACH; k++) {
+            int i = threadIdx.x + k * THREADS;
+            if (i >= GROUPS * STAGED_LINES) break;
+            uint2* to = reinterpret_cast<uint2*>(staged + i / GROUPS * PITCH + i % GROUPS * 12);
+            unsigned pairs[6] = {};
+            if (!(outside >> k & 1)) {
+                for (int e = 0; e < 12; e++) {
+                    int byte = FLIP ? (3 - e / 3) * 3 + e % 3 : e;
+                    pairs[e / 2] |= unsigned(table[words[k][byte / 4] >> byte % 4 * 8 & 255][e % 3]) << e % 2 * 16;
+                }
+            }
+            for (int w = 0; w < 3; w++) to[w] = {pairs[2 * w], pairs[2 * w + 1]};
+        }
+    }
+};
 
 // Four lanes side by side hold four words each: lane t receives word t of each, in their order.
 __device__ __forceinline__ void exchange(unsigned (&x)[4]) {
@@ -105,29 +141,31 @@ __device__ void embed(const unsigned char* pixels, const int* positions, const u
     constexpr int TILES = N / 8;
     for (int i = threadIdx.x; i < N * DEPTH; i += THREADS) {
         int n = i / DEPTH, k = i % DEPTH, ky = k / (2 * PAIRS), x = k % (2 * PAIRS);
-        bool real = ky < SIDE && x < LINE;
-        weights[n].at[k] = real ? w[n * SIDE * LINE + ky * LINE + x] : __float2bfloat16_rn(0.0f);
+        bool real = ky < SIDE && x > 0;
+        weights[n].at[k] = real ? w[n * SIDE * LINE + ky * LINE + x - 1] : __float2bfloat16_rn(0.0f);
     }
     fill_table(levels + blockIdx.z * 256, table);
     const unsigned char* image = pixels + size_t(positions[blockIdx.z]) * size * size * 3;
     bool flip = flips[blockIdx.z];
-    int first = blockIdx.x * STRIP, windows = min(STRIP, out_size - first), across = (windows - 1) * STRIDE + SIDE;
+    int first = blockIdx.x * STRIP, windows = min(STRIP, out_size - first);
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int own = threadIdx.x / 32 % (STRIP / 16) * 16 + g, below = threadIdx.x / (2 * STRIP);
     // Windows past the last one repeat it, for nothing.
-    const unsigned short* low = staged + below * (STRIDE * PITCH) + min(own, windows - 1) * (STRIDE * 3);
-    const unsigned short* high = staged + below * (STRIDE * PITCH) + min(own + 8, windows - 1) * (STRIDE * 3);
+    const unsigned short* low = staged + below * (STRIDE * PITCH) + min(own, windows - 1) * (STRIDE * 3) + 2;
+    const unsigned short* high = staged + below * (STRIDE * PITCH) + min(own + 8, windows - 1) * (STRIDE * 3) + 2;
     auto pair = [&](const unsigned short* window, int number) {
         // What is past the last line has weight 0.
         int ky = number / PAIRS, at = ky < SIDE ? ky * PITCH + (number - ky * PAIRS) * 2 : 0;
         return *reinterpret_cast<const unsigned*>(window + at);
     };
-    int stop = min(out_size, (int(blockIdx.y) + 1) * lines);
+    int stop = min(out_size, (int(blockIdx.y) + 1) * lines), left = (first - 1) * STRIDE;
+    Pixels ahead;
+    unsigned outside = ahead.fetch(image, flip, size, left, int(blockIdx.y) * lines * STRIDE - PADDING);
     for (int line = blockIdx.y * lines; line < stop; line += 2) {
         __syncthreads();
-        stage(image, flip, size, first * STRIDE - PADDING, line * STRIDE - PADDING, across, STAGED_LINES, PITCH, table, staged);
-        if (threadIdx.x < STAGED_LINES) staged[threadIdx.x * PITCH + across * 3] = 0;  // the 22nd of the last window
+        flip ? ahead.put<true>(outside, table, staged) : ahead.put<false>(outside, table, staged);
         __syncthreads();
+        if (line + 2 < stop) outside = ahead.fetch(image, flip, size, left, (line + 2) * STRIDE - PADDING);
         float d[TILES][4] = {};
 #pragma unroll 5
         for (int k = 0; k < DEPTH; k += 16) {
@@ -185,7 +223,7 @@ __device__ void embed(const unsigned char* pixels, const int* positions, const u
     }
 }
 
-// y = layer_norm(patches·wᵀ + bias) for windows of 7 x 7 pixels, 4 apart, padded by 3; what the LayerNorm's gradient takes, if
+// y = layer_norm(patches·wᵀ + bias) for windows of 7 x 7 pixels, 4 apart, padded by 3, in pictures of a multiple of 4; what the LayerNorm's gradient takes, if
 // raw is given. Grid: (ceil(out_size / STRIP), ceil(out_size / lines), images).
 KERNEL(THREADS, 3) embed_pixels_32(
     const unsigned char* pixels /* (pictures, size, size, 3) */, const int* positions /* (images): which picture */,
@@ -195,7 +233,7 @@ KERNEL(THREADS, 3) embed_pixels_32(
     bf16* raw /* (images·out_size², 32) or null: before the LayerNorm */,
     float* stats /* (images·out_size², 2), with raw: mean, 1/std */) {
     SHARED(unsigned short, table, [THREADS][3]);
-    SHARED(unsigned, staged, [STAGED_LINES * PITCH / 2]);
+    SHARED(uint2, staged, [STAGED_LINES * PITCH / 4]);
     SHARED(Row<DEPTH>, weights, [32]);
     embed<32>(pixels, positions, levels, flips, size, out_size, lines, w, bias, gamma, beta, y, raw, stats, table,
               reinterpret_cast<unsigned short*>(staged), weights);
@@ -208,7 +246,7 @@ KERNEL(THREADS, 2) embed_pixels_64(
     const float* gamma /* (64) */, const float* beta /* (64) */, bf16* y /* (images·out_size², 64) */,
     bf16* raw /* (images·out_size², 64) or null */, float* stats /* (images·out_size², 2) */) {
     SHARED(unsigned short, table, [THREADS][3]);
-    SHARED(unsigned, staged, [STAGED_LINES * PITCH / 2]);
+    SHARED(uint2, staged, [STAGED_LINES * PITCH / 4]);
     SHARED(Row<DEPTH>, weights, [64]);
     embed<64>(pixels, positions, levels, flips, size, out_size, lines, w, bias, gamma, beta, y, raw, stats, table,
               reinterpret_cast<unsigned short*>(staged), weights);
@@ -223,18 +261,21 @@ __device__ void embed_backward(const unsigned char* pixels, const int* positions
     fill_table(levels + blockIdx.z * 256, table);
     const unsigned char* image = pixels + size_t(positions[blockIdx.z]) * size * size * 3;
     bool flip = flips[blockIdx.z];
-    int first = blockIdx.x * STRIP, windows = min(STRIP, out_size - first), across = (windows - 1) * STRIDE + SIDE;
+    int first = blockIdx.x * STRIP, windows = min(STRIP, out_size - first);
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
     const unsigned short* taps[EACH];
     for (int j = 0; j < EACH; j++) {
         int tap = (warp + j * WARPS) * 8 + g;
-        taps[j] = staged + (tap < TAPS ? tap / LINE * PITCH + tap % LINE : 0);
+        taps[j] = staged + (tap < TAPS ? tap / LINE * PITCH + tap % LINE + 3 : 0);
     }
     float d[EACH][N / 16][4] = {};
-    int stop = min(out_size, (int(blockIdx.y) + 1) * lines);
+    int stop = min(out_size, (int(blockIdx.y) + 1) * lines), left = (first - 1) * STRIDE;
     for (int line = blockIdx.y * lines; line < stop; line += 2) {
+        // Not asked for ahead of time: the sums take the registers.
+        Pixels window;
+        unsigned outside = window.fetch(image, flip, size, left, line * STRIDE - PADDING);
         __syncthreads();
-        stage(image, flip, size, first * STRIDE - PADDING, line * STRIDE - PADDING, across, STAGED_LINES, PITCH, table, staged);
+        flip ? window.put<true>(outside, table, staged) : window.put<false>(outside, table, staged);
         size_t token = (size_t(blockIdx.z) * out_size + line) * out_size + first;
         for (int i = threadIdx.x; i < 2 * STRIP * N / 8; i += THREADS) {
             int row = i / (N / 8), c = i % (N / 8) * 8, window = row % STRIP, below = row / STRIP;
@@ -282,11 +323,11 @@ __device__ void embed_backward(const unsigned char* pixels, const int* positions
 }
 
 // The gradient of w from that of raw, by blocks. Grid: as embed_pixels has it.
-KERNEL(THREADS, 3) embed_pixels_backward_32(
+KERNEL(THREADS, 2) embed_pixels_backward_32(
     const unsigned char* pixels, const int* positions, const unsigned char* levels, const unsigned char* flips, int size,
     int out_size, int lines, const bf16* draw /* (images·out_size², 32) */, float* partial /* (blocks, 32, 7·7·3) */) {
     SHARED(unsigned short, table, [THREADS][3]);
-    SHARED(unsigned, staged, [STAGED_LINES * PITCH / 2]);
+    SHARED(uint2, staged, [STAGED_LINES * PITCH / 4]);
     SHARED(Row<32>, gradients, [2 * STRIP]);
     embed_backward<32>(pixels, positions, levels, flips, size, out_size, lines, draw, partial, table,
                        reinterpret_cast<unsigned short*>(staged), gradients);
@@ -296,7 +337,7 @@ KERNEL(THREADS, 2) embed_pixels_backward_64(
     const unsigned char* pixels, const int* positions, const unsigned char* levels, const unsigned char* flips, int size,
     int out_size, int lines, const bf16* draw /* (images·out_size², 64) */, float* partial /* (blocks, 64, 7·7·3) */) {
     SHARED(unsigned short, table, [THREADS][3]);
-    SHARED(unsigned, staged, [STAGED_LINES * PITCH / 2]);
+    SHARED(uint2, staged, [STAGED_LINES * PITCH / 4]);
     SHARED(Row<64>, gradients, [2 * STRIP]);
     embed_backward<64>(pixels, positions, levels, flips, size, out_size, lines, draw, partial, table,
                        reinterpret_cast<unsigned short*>(staged), gradients);

@@ -255,7 +255,8 @@ pub trait LayerNorm: Residual {
 }
 
 /// The first patch embedding, a convolution over pixels and its LayerNorm, without gathered patches. A backend that cannot do
-/// so, or not at every shape, leaves it to [`Patches::pixel_patches`] and a product; nothing else is called then.
+/// so, or not at every shape, leaves it to [`Patches::pixel_patches`] and a product; nothing else is called then. Sides of
+/// pictures are multiples of 4.
 pub trait EmbedPixels: Memory {
     /// Whether there is such a way.
     fn embeds_pixels(&self, _window: Window, _channels: usize) -> bool {

@@ -72,6 +72,7 @@ impl<D: Device> Patches for Cuda<D> {
 impl<D: Device> Cuda<D> {
     /// `(pixels, positions, levels, flips, size, out_size, lines)` as arguments.
     fn embedded(&self, samples: &[Sample<'_>], size: usize) -> Vec<Argument> {
+        assert!(size.is_multiple_of(4), "pictures of {size} x {size}: pixels are read four at a time");
         let at = self.samples_at(samples, size, Part::Pixels);
         let mut arguments = vec![at.argument(Part::Pixels, samples.len(), size)];
         arguments.extend([at.positions, at.levels, at.flips].map(Argument::pointer));
