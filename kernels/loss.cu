@@ -192,6 +192,53 @@ KERNEL(THREADS) confusion(const bf16* logits /* (images, height, width, labels) 
     }
 }
 
+// The same for two classes, where labels have four times the logits' resolution. A thread walks down ROWS pixels of a column and
+// interpolates the difference of logits along x once per line of logits. Grid: (ceil(4·width / THREADS), ceil(4·height / ROWS), images).
+KERNEL(THREADS) confusion_two(const bf16* logits /* (images, height, width, 2) */, int height, int width,
+                              const unsigned char* truths /* (pictures, 4·height, 4·width) */,
+                              const int* positions /* (images): which picture */,
+                              const unsigned char* flips /* (images) */, u64* counts /* (images, 4) */) {
+    constexpr int ROWS = 32, SQUARES = 4;
+    SHARED(unsigned, block_counts, [SQUARES]);
+    int image = blockIdx.z, tall = 4 * height, wide = 4 * width;
+    int x = blockIdx.x * THREADS + threadIdx.x, first = blockIdx.y * ROWS, end = min(first + ROWS, tall);
+    logits += size_t(image) * height * width * 2;
+    truths += size_t(positions[image]) * tall * wide + (flips[image] ? wide - 1 - x : x);
+    if (threadIdx.x < SQUARES) block_counts[threadIdx.x] = 0;
+    __syncthreads();
+    if (x < wide) {
+        Source column = source(x, width, wide);
+        auto difference = [&](int line, int at) {
+            unsigned pair = *reinterpret_cast<const unsigned*>(logits + (size_t(line) * width + at) * 2);
+            return __uint_as_float(pair & 0xffff0000u) - __uint_as_float(pair << 16);
+        };
+        auto along = [&](int line) {
+            return (1.0f - column.weight) * difference(line, column.low) + column.weight * difference(line, column.high);
+        };
+        unsigned found = 0;  // 8 bits for each count, of up to ROWS
+        int low = -2;
+        float above = 0, below = 0;
+        for (int y = first; y < end; y++) {
+            Source line = source(y, height, tall);
+            if (line.low != low) {
+                above = line.low == low + 1 ? below : along(line.low);
+                below = along(line.high);
+                low = line.low;
+            }
+            int truth = truths[size_t(y) * wide];
+            bool one = (1.0f - line.weight) * above + line.weight * below > 0.0f;
+            if (truth < 2) found += 1u << 8 * (2 * truth + one);
+        }
+        for (int i = 0; i < SQUARES; i++) {
+            if (found >> 8 * i & 255) atomicAdd(&block_counts[i], found >> 8 * i & 255);
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < SQUARES && block_counts[threadIdx.x] > 0) {
+        atomicAdd(&counts[image * SQUARES + threadIdx.x], u64(block_counts[threadIdx.x]));
+    }
+}
+
 // Copies what a batch left to a log of many, from image `at` on. Threads: images·squares.
 KERNEL(THREADS) note(const float* loss /* (images) */, const u64* counts /* (images, squares) */, int images, int squares,
                      int at, float* all_losses /* (at + images) */, u64* all_counts /* (at + images, squares) */) {

@@ -5,8 +5,14 @@ use super::pictures::Part;
 use super::{Argument, Cuda, Device};
 use crate::backend::{Grid, Loss, Sample};
 
-/// Side of the square of logits that a block takes, of two classes.
+/// Side of the square of logits, and rows of pixels, that a block takes of two classes.
 const TILE: usize = 16;
+const ROWS: usize = 32;
+
+/// Whether there are kernels for two classes.
+fn for_two(from: Grid, labels: usize, size: usize) -> bool {
+    labels == 2 && size == 4 * from.height && size == 4 * from.width
+}
 
 impl<D: Device> Cuda<D> {
     /// Labels, positions and flips of the samples, as three arguments.
@@ -38,7 +44,7 @@ impl<D: Device> Loss for Cuda<D> {
         let scale = Argument::F32(scale as f32);
         let gradient = gradient.map_or(Argument::pointer(0), |gradient| gradient.to(n));
         let [height, width] = [from.height, from.width].map(Argument::from);
-        let two = labels == 2 && size == 4 * from.height && size == 4 * from.width;
+        let two = for_two(from, labels, size);
         let tiles = [from.width.div_ceil(TILE), from.height.div_ceil(TILE)];
         let blocks = if two { tiles[0] * tiles[1] } else { (from.area() * labels).div_ceil(THREADS) };
         let partial = Argument::pointer(self.scratch(images * blocks));
@@ -75,10 +81,15 @@ impl<D: Device> Loss for Cuda<D> {
         let address = counts.address(number);
         // SAFETY: the array holds so many counts, as `address` asserts.
         self.attempt(|device| unsafe { device.clear(address, number * size_of::<u64>()) });
+        let to = Argument::pointer(address);
+        let [height, width] = [from.height, from.width].map(Argument::from);
+        if for_two(from, labels, size) {
+            let arguments = [logits.at(n), height, width, truths, positions, flips, to];
+            let blocks = [size.div_ceil(THREADS), size.div_ceil(ROWS), images];
+            return self.launch_blocks("confusion_two", blocks, THREADS, &arguments);
+        }
         let blocks = (size * size).div_ceil(THREADS);
-        let [height, width, labels, size] = [from.height, from.width, labels, size].map(Argument::from);
-        let arguments =
-            [logits.at(n), height, width, labels, truths, positions, flips, size, Argument::pointer(address)];
+        let arguments = [logits.at(n), height, width, labels.into(), truths, positions, flips, size.into(), to];
         self.launch_blocks("confusion", [blocks, images, 1], THREADS, &arguments);
     }
 

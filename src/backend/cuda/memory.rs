@@ -262,7 +262,7 @@ impl<D: Device> Cuda<D> {
 /// Slabs that a column-wise sum is cut into at most: a fixed number, so that results do not depend on the device.
 const SLABS: usize = 1024;
 /// Rows of a slab at least.
-const SMALLEST_SLAB: usize = 128;
+const SMALLEST_SLAB: usize = 64;
 
 /// Rows of a slab, and how many slabs `rows` make.
 pub(super) fn slabs(rows: usize) -> (usize, usize) {
