@@ -245,6 +245,11 @@ __device__ __forceinline__ void fill_weights(Weights& weights) {
     __syncthreads();
 }
 
+// 16 bytes of shared memory.
+struct alignas(16) Aligned {
+    bf16 at[8];
+};
+
 // Two neighbouring lines of a stage, as distances from its first one, on the way down. Beyond its edges a stage repeats
 // them.
 struct Lines {
@@ -788,8 +793,9 @@ __device__ __forceinline__ void classify_tiles(const bf16* __restrict__ z, const
     SHARED(Weights, weights, [1]);
     // Of each warp's channels.
     SHARED(float, sums, [THREADS / 32][PIECE][TILE_COLUMNS][CLASSES]);
-    // What stands before the classifier, by warp: it would take registers that loads under way need.
-    SHARED(float4, head, [THREADS / 32][TILE_CHANNELS / 4][2 + CLASSES]);
+    // What stands before the classifier, by warp: it would take registers that loads under way need. What lanes read at
+    // once lies side by side.
+    SHARED(float4, head, [THREADS / 32][2][2 + CLASSES][4]);
     Place place(side);
     if (place.g == 0) {
         Columns own(stats, gamma, beta, w, channels, place.channel());
@@ -797,10 +803,10 @@ __device__ __forceinline__ void classify_tiles(const bf16* __restrict__ z, const
             auto four = [&](const Pack<8>& x) {
                 return float4{x.x[4 * i], x.x[4 * i + 1], x.x[4 * i + 2], x.x[4 * i + 3]};
             };
-            float4* to = head[place.warp][2 * place.t + i];
-            to[0] = four(own.slope);
-            to[1] = four(own.offset);
-            for (int k = 0; k < CLASSES; k++) to[2 + k] = four(own.weights[k]);
+            float4(&to)[2 + CLASSES][4] = head[place.warp][i];
+            to[0][place.t] = four(own.slope);
+            to[1][place.t] = four(own.offset);
+            for (int k = 0; k < CLASSES; k++) to[2 + k][place.t] = four(own.weights[k]);
         }
     }
     if constexpr (ANY) __syncthreads();
@@ -812,7 +818,7 @@ __device__ __forceinline__ void classify_tiles(const bf16* __restrict__ z, const
             float terms[TILE_LINES * CLASSES] = {};
             for (int i = 0; i < 8; i += 4) {
                 Pack<4> own[2 + CLASSES];
-                for (int k = 0; k < 2 + CLASSES; k++) own[k] = read_again(head[place.warp][2 * place.t + i / 4] + k);
+                for (int k = 0; k < 2 + CLASSES; k++) own[k] = read_again(&head[place.warp][i / 4][k][place.t]);
                 for (int l = 0; l < TILE_LINES; l++) {
                     for (int j = 0; j < 4; j++) {
                         float a = relu(tile.at(l, i + j) * own[0].x[j] + own[1].x[j]);
@@ -877,37 +883,47 @@ KERNEL(THREADS) classify_stages_any(const bf16* z /* (images, height, width, cha
 
 // ---- the way back to the stages
 
-// The transpose is a product with constant weights as well: a warp walks down 8 columns and 32 channels of dz, and with
-// every line sums what it and 4 columns on either side give to the 4, 2 and 1 pixels of the stages that lie there. Two
-// lines of each stage are under way at any time, at even and at odd rows: 16 rows of weights with the 16 columns.
+// The transpose is a product with constant weights as well: a warp walks down 16 columns and 32 channels of dz, and with
+// every line sums what 8 of them and 4 columns on either side give to the 4, 2 and 1 pixels of the stages that lie there.
+// Two lines of each stage are under way at any time, at even and at odd rows: 16 rows of weights with the 16 columns.
 // Beyond an edge of dz lie its columns mirrored, which gives the edge's pixels of the stages what is theirs.
-constexpr int SPLIT_COLUMNS = 16, SPLIT_PERIOD = 16;
+//
+// Lanes that share a pixel's operand lie apart, and neighbours want the same channels of pixels whose distance is a
+// multiple of all banks of L1. So lines are copied to shared memory, neighbours next to each other, and go from there to
+// the products as matrices; pieces of 16 bytes are permuted, so that neither touches a bank twice.
+constexpr int SPLIT_PARTS = 2, SPLIT_WIDTH = SPLIT_PARTS * TILE_COLUMNS, SPLIT_COLUMNS = SPLIT_WIDTH + 8;
+// Lines of dz in shared memory: one is summed while the others are under way.
+constexpr int SPLIT_RING = 3;
+constexpr int SPLIT_PERIOD = 16;
 
-// The weights of row g, for even and odd lines of its stage, of columns that lane t brings: 4·s + t - 4 from the
-// strip's left.
+// The weights of row g, for even and odd lines of its stage, of columns 2·t, 2·t + 1, 2·t + 8 and 2·t + 9; the first
+// column is 4 left of the stages' pixels.
 __device__ __forceinline__ uint4 split_weights(int lane, int y) {
     int g = lane / 4, t = lane % 4, ratio = g < 4 ? 2 : g < 6 ? 4 : 8, column = g < 4 ? g : g < 6 ? g - 4 : 0;
     int above = (2 * y + 1 + ratio) / (2 * ratio) - 1;  // the stage's line above line y, from -1 on
     float weight = g < 7 ? tent(above, y, ratio) : 0.0f, next = g < 7 ? 1.0f - weight : 0.0f;
     float even = above % 2 == 0 ? weight : next, odd = above % 2 == 0 ? next : weight, across[4];
-    for (int s = 0; s < 4; s++) across[s] = tent(column, 4 * s + t - 4, ratio);
+    for (int s = 0; s < 4; s++) across[s] = tent(column, 8 * (s / 2) + 2 * t + s % 2 - 4, ratio);
     return {pair_of(across[0] * even, across[1] * even), pair_of(across[0] * odd, across[1] * odd),
             pair_of(across[2] * even, across[3] * even), pair_of(across[2] * odd, across[3] * odd)};
 }
 
 // The sums of a warp on the way to the stages: of row g of the weights, even lines in the first two numbers of each
-// product.
+// product. Column n of product i is channel 8·i + n.
 struct Split {
     float products[4][4];
 
-    // Writes the line that is complete, and begins the next but one in its place.
-    template <int ODD> __device__ __forceinline__ void write(bf16* to) {
+    // A line's channels 8·t.. + 8. All lanes of a warp call it; those that `begin` begin the next line but one.
+    __device__ __forceinline__ uint4 take(bool odd, bool begin) {
         unsigned words[4];
         for (int i = 0; i < 4; i++) {
-            words[i] = pair_of(products[i][2 * ODD], products[i][2 * ODD + 1]);
-            products[i][2 * ODD] = products[i][2 * ODD + 1] = 0.0f;
+            float(&x)[4] = products[i];
+            words[i] = odd ? pair_of(x[2], x[3]) : pair_of(x[0], x[1]);
+            if (begin && odd) x[2] = x[3] = 0.0f;
+            if (begin && !odd) x[0] = x[1] = 0.0f;
         }
-        *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
+        transpose_quad(words);
+        return {words[0], words[1], words[2], words[3]};
     }
 
     // Adds odd lines to even ones: a stage repeats its edge, so what goes to a line beyond it is the edge's.
@@ -922,70 +938,94 @@ struct Split {
 };
 
 // The transpose of joining stages at a half, a quarter and an eighth of dz's resolution, in one pass over dz. Height,
-// width and channels are multiples of 8. Grid: (as Place has it, images).
-KERNEL(THREADS, 3) split_stages(const bf16* __restrict__ dz /* (images, height, width, channels) */, int height,
+// width and channels are multiples of 8. Grid: (as Place has it, with strips of SPLIT_WIDTH columns, images).
+KERNEL(THREADS, 2) split_stages(const bf16* __restrict__ dz /* (images, height, width, channels) */, int height,
                                 int width, int channels, int side,
                                 bf16* __restrict__ p /* (images, height / 2, width / 2, channels) */,
                                 bf16* __restrict__ q /* (images, height / 4, width / 4, channels) */,
                                 bf16* __restrict__ r /* (images, height / 8, width / 8, channels) */) {
-    constexpr int AHEAD = 2, LINES = 8;
+    constexpr int LINES = 8, LINE = SPLIT_COLUMNS * TILE_CHANNELS, EIGHT = 8 * TILE_CHANNELS;
     SHARED(uint4, weights, [SPLIT_PERIOD][32]);
+    // By pixel, 4 pieces of 8 channels: piece i of pixel x at i ^ x / 2 % 4.
+    SHARED(Aligned, lines, [THREADS / 32][SPLIT_RING * LINE / 8]);
     for (int i = threadIdx.x; i < SPLIT_PERIOD * 32; i += blockDim.x) {
         weights[i / 32][i % 32] = split_weights(i % 32, i / 32);
     }
     __syncthreads();
     Place place(side);
-    if (place.left() >= width || place.group * TILE_CHANNELS >= channels) return;
+    int left = place.strip * SPLIT_WIDTH;
+    if (left >= width || place.group * TILE_CHANNELS >= channels) return;
     int g = place.g, t = place.t, lane = threadIdx.x % 32, c = place.channel();
-    bool upper = g % 2;
-    size_t image = blockIdx.z, area = size_t(height) * width * channels, pitch = size_t(width) * channels;
-    unsigned columns[4];
-    for (int s = 0; s < 4; s++) {
-        int x = place.left() + 4 * s + t - 4;
-        x = x < 0 ? -1 - x : x >= width ? 2 * width - 1 - x : x;
-        columns[s] = unsigned(x * channels + min(place.brings(), channels - 8));
+    size_t image = blockIdx.z, area = size_t(height) * width * channels;
+    unsigned pitch = unsigned(width) * channels;
+    bf16* ring = lines[place.warp][0].at;
+    // A lane copies piece t of pixels g, g + 8 and g + 16.
+    bf16* copy = ring + g * TILE_CHANNELS + (t ^ g / 2) * 8;
+    unsigned columns[SPLIT_COLUMNS / 8];
+    for (int s = 0; s < SPLIT_COLUMNS / 8; s++) {
+        int x = left + 8 * s + g - 4;
+        // Past the right edge's mirror image, for parts beyond the width, anything does.
+        x = x < 0 ? -1 - x : x >= width ? max(2 * width - 1 - x, 0) : x;
+        columns[s] = unsigned(x * channels + min(c, channels - 8));
     }
     dz += image * area;
+    auto bring = [&](int slot, bool exists) {
+        for (int s = 0; s < SPLIT_COLUMNS / 8; s++) {
+            if (exists) copy_async<16>(copy + slot * LINE + s * EIGHT, dz + columns[s], 16);
+        }
+        dz += pitch;
+        copies_end_group();
+    };
+    // Of a part's matrices, it names pixel lane % 16 of piece lane / 16, or two pieces further.
+    int pixel = lane % 16, near = pixel * TILE_CHANNELS + (lane / 16 ^ pixel / 2 % 4) * 8, far = near ^ 16;
     // Where the lane's pixel of its stage lies, whose lines it writes.
-    int ratio = g < 4 ? 2 : g < 6 ? 4 : 8, own = place.left() / ratio + (g < 4 ? g : g < 6 ? g - 4 : 0);
-    bool inside = c < channels;
-    bool halves_line = g < 4 && inside, quarters_line = g / 2 == 2 && inside, eighths_line = g == 6 && inside;
+    int ratio = g < 4 ? 2 : g < 6 ? 4 : 8, own = left / ratio + (g < 4 ? g : g < 6 ? g - 4 : 0);
     bf16* to = (g < 4 ? p : g < 6 ? q : r) + image * (area / (ratio * ratio)) + size_t(own) * channels + c;
-    size_t to_pitch = pitch / ratio;
-    uint4 ahead[AHEAD][4];
-    for (int k = 0; k < AHEAD; k++) {
-        for (int s = 0; s < 4; s++) ahead[k][s] = fetch<8>(dz + k * pitch + columns[s]);
-    }
-    Split split = {};
+    unsigned to_pitch = pitch / ratio;
+    int next = TILE_COLUMNS / ratio * channels;  // from part to part
+    auto inside = [&](int part) { return c < channels && left + part * TILE_COLUMNS < width; };
+    Split split[SPLIT_PARTS] = {};
+    for (int k = 0; k < SPLIT_RING - 1; k++) bring(k, true);
+    int slot = 0;
     for (int start = 0; start < height; start += LINES) {
 #pragma unroll
         for (int k = 0; k < LINES; k++) {
             int y = start + k;
-            uint4 (&raw)[4] = ahead[k % AHEAD];
             uint4 varying = weights[y % SPLIT_PERIOD][lane];
             const unsigned now[4] = {varying.x, varying.y, varying.z, varying.w};
-            for (int i = 0; i < 4; i++) {
-                auto operand = [&](int s) { return halves(word_of(raw[s], i), word_of(raw[s + 1], i), upper); };
-                mma(split.products[i], now, operand(0), operand(2));
+            copies_done_but<SPLIT_RING - 2>();
+            // The line is there for all lanes, and all have read the one before, whose place the next takes.
+            __syncwarp();
+            bring(slot == 0 ? SPLIT_RING - 1 : slot - 1, y + SPLIT_RING - 1 < height);
+            for (int part = 0; part < SPLIT_PARTS; part++) {
+                for (int h = 0; h < 2; h++) {
+                    unsigned x[4];
+                    load_matrices<true>(ring + (h == 0 ? near : far) + slot * LINE + part * EIGHT, x);
+                    mma(split[part].products[2 * h], now, x[0], x[1]);
+                    mma(split[part].products[2 * h + 1], now, x[2], x[3]);
+                }
             }
-            if (y + AHEAD < height) {
-                for (int s = 0; s < 4; s++) raw[s] = fetch<8>(dz + (y + AHEAD) * pitch + columns[s]);
-            }
+            slot = slot == SPLIT_RING - 1 ? 0 : slot + 1;
             // A line of a stage is complete when the cell below it is; before the first, it lies beyond the edge.
-            bool complete = k % 2 == 0 ? halves_line : k % 4 == 1 ? quarters_line : k == 3 && eighths_line;
-            if (k == 7 || !complete) continue;
+            if (k == 7) continue;
+            bool complete = k % 2 == 0 ? g < 4 : k % 4 == 1 ? g / 2 == 2 : g == 6;
             int line = k % 2 == 0 ? y / 2 - 1 : k % 4 == 1 ? (y - 1) / 4 - 1 : (y - 3) / 8 - 1;
-            if (line < 0) {
-                split.fold();
-            } else if (k == 3 ? line % 2 == 0 : k == 2 || k == 6 || k == 5) {
-                split.write<0>(to + line * to_pitch);
-            } else {
-                split.write<1>(to + line * to_pitch);
+            for (int part = 0; part < SPLIT_PARTS; part++) {
+                if (line < 0) {
+                    if (complete) split[part].fold();
+                    continue;
+                }
+                bool odd = k == 3 ? line % 2 == 1 : k == 0 || k == 4 || k == 1;
+                uint4 words = split[part].take(odd, complete);
+                if (complete && inside(part)) *reinterpret_cast<uint4*>(to + size_t(line * to_pitch) + part * next) = words;
             }
         }
     }
-    if (g == 7 || c >= channels) return;
     // What lies beyond the lower edge is the last line's, which may be an odd one.
-    split.fold();
-    split.write<0>(to + (height / ratio - 1) * to_pitch);
+    for (int part = 0; part < SPLIT_PARTS; part++) {
+        split[part].fold();
+        uint4 words = split[part].take(false, false);
+        if (g == 7 || !inside(part)) continue;
+        *reinterpret_cast<uint4*>(to + size_t((height / ratio - 1) * to_pitch) + part * next) = words;
+    }
 }
