@@ -771,70 +771,204 @@ KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, co
 
 // ---- evaluation: from the stages to the logits
 
-// Four numbers of shared memory that the compiler must not keep in registers from one time to the next.
-__device__ __forceinline__ Pack<4> read_again(const float4* from) {
-#ifdef __CUDACC__
-    Pack<4> p;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(p.x[0]), "=f"(p.x[1]), "=f"(p.x[2]), "=f"(p.x[3])
-                 : "r"(unsigned(__cvta_generic_to_shared(from))));
-    return p;
-#else
-    return {from->x, from->y, from->z, from->w};
-#endif
-}
+// Lines of a picture between barriers.
+constexpr int SECTION = 8;
 
-template <bool ANY>
-__device__ __forceinline__ void classify_tiles(const bf16* __restrict__ z, const Stage (&stages)[3], int height,
-                                               int width, int channels, int side,
-                                               const float* __restrict__ stats, const float* __restrict__ gamma,
-                                               const float* __restrict__ beta, const bf16* __restrict__ w,
-                                               const bf16* __restrict__ bias, bf16* __restrict__ logits) {
-    SHARED(Weights, weights, [1]);
-    // Of each warp's channels.
-    SHARED(float, sums, [THREADS / 32][PIECE][TILE_COLUMNS][CLASSES]);
-    // What stands before the classifier, by warp: it would take registers that loads under way need. What lanes read at
-    // once lies side by side.
-    SHARED(float4, head, [THREADS / 32][2][2 + CLASSES][4]);
-    Place place(side);
-    if (place.g == 0) {
-        Columns own(stats, gamma, beta, w, channels, place.channel());
-        for (int i = 0; i < 2; i++) {
-            auto four = [&](const Pack<8>& x) {
-                return float4{x.x[4 * i], x.x[4 * i + 1], x.x[4 * i + 2], x.x[4 * i + 3]};
-            };
-            float4(&to)[2 + CLASSES][4] = head[place.warp][i];
-            to[0][place.t] = four(own.slope);
-            to[1][place.t] = four(own.offset);
-            for (int k = 0; k < CLASSES; k++) to[2 + k][place.t] = four(own.weights[k]);
+// A tile's numbers through BatchNorm, ReLU and the classifier, summed over a quad: lane t receives line t / 2's of
+// class t % 2.
+__device__ __forceinline__ float tile_logits(Tile& tile, const Columns& own) {
+    float terms[TILE_LINES * CLASSES] = {};
+    for (int l = 0; l < TILE_LINES; l++) {
+        for (int i = 0; i < 8; i++) {
+            float a = relu(own.before(tile.at(l, i), i));
+            for (int k = 0; k < CLASSES; k++) terms[l * CLASSES + k] += a * own.weights[k].x[i];
         }
     }
-    if constexpr (ANY) __syncthreads();
-    else fill_weights(weights[0]);
+    return group_sums(terms, 4);
+}
+
+// Pixels of the stages in shared memory, 32 channels each: what a warp's tile reads, and what its next two will.
+// A line's place follows from its number; lines of p, q and r are 6, 4 and 3 pixels, of which the first lies left of
+// the tile. In memory, pixels lie a multiple of all banks of L1 apart, so that lanes that want the same channels of
+// several are served one after the other; from here, matrices go to the products.
+//
+// Piece i of a pixel is column by column what product i takes: pairs i, i + 4, i + 8 and i + 12 of its channels. Where
+// the 4 pieces lie changes by line and column, so that the pixels of a matrix meet few times in a bank.
+struct StageRing {
+    static constexpr int LINES = 6, P = 0, Q = P + LINES * 6, R = Q + 4 * 4, PIXELS = R + 4 * 4;
+
+    Aligned at[PIXELS * TILE_CHANNELS / 8];
+
+    // Where a line of the stage at 1 / ratio begins, from line -1 on.
+    __device__ static __forceinline__ int begin(int ratio, int line) {
+        int pixel = ratio == 2 ? P + int(unsigned(line + LINES) % LINES) * 6 : (ratio == 4 ? Q : R) + (line & 3) * 4;
+        return pixel * TILE_CHANNELS;
+    }
+
+    // Where in a line a piece lies; piece i + 2 at this ^ 16.
+    __device__ static __forceinline__ int within(int line, int column, int piece) {
+        return column * TILE_CHANNELS + ((piece ^ ((column >> 1 ^ column >> 2) & 1)) * 8 ^ (line & 1) << 4);
+    }
+};
+
+// A pixel of a stage that a lane names to load_matrices: row lane % 16 of the first or the other 16 of a product.
+struct Row16 {
+    int ratio, line, column, piece;
+
+    __device__ __forceinline__ Row16(int first, int lane) {
+        int k = lane % 16, t = k % 8 / 2;
+        // As for pairs of lines that begin all three stages' cells.
+        Tap from = tap(first + k % 2 + k / 8 * 2, t, 0);
+        ratio = from.ratio;
+        line = from.row;
+        column = from.column + 1;
+        piece = lane / 16;
+    }
+
+    __device__ __forceinline__ int place(int pair) const {
+        int cell = ratio == 2 ? pair : ratio == 4 ? (pair + 1) >> 1 : (pair + 2) >> 2;
+        return StageRing::begin(ratio, cell + line) + StageRing::within(cell + line, column, piece);
+    }
+};
+
+// logits = classifier(relu(batch_norm(z + stages p, q and r, each interpolated to z's resolution))). Sizes and grid are
+// as join_stages has them, but channels are 32 to 256, a power of two, and `side` is channels / 32.
+// The tiles and their products are those of join_stages, but the stages go through shared memory.
+KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ z /* (images, height, width, channels) */,
+                                   const bf16* __restrict__ p /* at its resolution */, const bf16* __restrict__ q,
+                                   const bf16* __restrict__ r, int height, int width, int channels, int side,
+                                   const float* __restrict__ stats /* (2, channels) */,
+                                   const float* __restrict__ gamma /* (channels) */,
+                                   const float* __restrict__ beta /* (channels) */,
+                                   const bf16* __restrict__ w /* (2, channels) */,
+                                   const bf16* __restrict__ bias /* (2) */,
+                                   bf16* __restrict__ logits /* (images, height, width, 2) */) {
+    constexpr int AHEAD = 2;  // tiles under way
+    SHARED(Weights, weights, [1]);
+    SHARED(StageRing, rings, [THREADS / 32]);
+    // Of each warp's channels, for two sections: while one is added up, the other is filled.
+    SHARED(float, sums, [2][THREADS / 32][SECTION][TILE_COLUMNS][CLASSES]);
+    fill_weights(weights[0]);
+    Place place(side);
+    int g = place.g, t = place.t, lane = threadIdx.x % 32;
+    // Warps past the last strip repeat it, for nothing: all of a block meet at barriers.
+    int left = min(place.left(), width - TILE_COLUMNS);
+    int pieces = (height + PIECE - 1) / PIECE, image = blockIdx.z / pieces;
+    int first = blockIdx.z % pieces * PIECE, end = min(height, first + PIECE), pair = first / 2;
+    size_t area = size_t(height) * width * channels, pitch = size_t(width) * channels;
+    bf16* ring = rings[place.warp].at[0].at;
+
+    // A lane copies a pair of channels of every second column of a line.
+    p += image * area / 4;
+    q += image * area / 16;
+    r += image * area / 64;
+    int word = lane % 16, channel = place.group * TILE_CHANNELS + 2 * word;
+    auto bring = [&](int ratio, const bf16* stage, int columns, int line) {
+        int row = max(0, min(line, height / ratio - 1)), at = StageRing::begin(ratio, line);
+        for (int i = 0; i < columns; i += 2) {
+            int column = i + lane / 16, from = max(0, min(left / ratio + column - 1, width / ratio - 1));
+            if (column >= columns) continue;
+            copy_async<4>(ring + at + StageRing::within(line, column, word % 4) + word / 4 * 2,
+                          stage + unsigned(row * (width / ratio * channels)) + unsigned(from * channels + channel), 4);
+        }
+    };
+    // What a pair of lines is the first to read; its number is `of` more than a multiple of 4.
+    auto bring_pair = [&](int number, int of) {
+        bring(2, p, 6, number + 1);
+        if (of % 2 == 1) bring(4, q, 4, (number + 1) / 2);
+        if (of == 2) bring(8, r, 3, (number + 2) / 4);
+        copies_end_group();
+    };
+    for (int k = -1; k < 1; k++) {
+        bring(2, p, 6, pair + k);
+        bring(4, q, 4, pair / 2 + k);
+        bring(8, r, 3, pair / 4 + k);
+    }
+    for (int k = 0; k < AHEAD; k++) bring_pair(pair + k, k);
+
+    z += image * area + first * pitch + (left + g) * channels + place.channel();
+    uint4 ahead[AHEAD][TILE_LINES];
+    for (auto& tile : ahead) {
+        for (int l = 0; l < TILE_LINES; l++, z += pitch) tile[l] = fetch<8>(z);
+    }
+    Columns own(stats, gamma, beta, w, channels, place.channel());
+    float shift[CLASSES];
+    load_classes(bias, shift);
+    uint4 constant = tap_weights(0, lane, 0);
+    const unsigned always[4] = {constant.x, constant.y, constant.z, constant.w};
+    const Row16 upper(0, lane), lower(4, lane);
+#pragma unroll 1
+    for (int start = first; start < end; start += SECTION) {
+        int buffer = start / SECTION % 2;
+#pragma unroll
+        for (int k = 0; k < SECTION / TILE_LINES; k++, pair++) {
+            int y = start + k * TILE_LINES;
+            Tile tile;
+            for (int l = 0; l < TILE_LINES; l++, z += pitch) {
+                uint4& raw = ahead[k % AHEAD][l];
+                Pack<8> wide = widen<8>(raw);
+                for (int i = 0; i < 8; i++) tile.at(l, i) = wide.x[i];
+                if (y + AHEAD * TILE_LINES < end) raw = fetch<8>(z);
+            }
+            uint4 varying = weights[0][k][lane];
+            const unsigned now[4] = {varying.x, varying.y, varying.z, varying.w};
+            copies_done_but<AHEAD - 1>();
+            // What this pair reads is there for all lanes, and all have read what the next copies overwrite.
+            __syncwarp();
+            bring_pair(pair + AHEAD, (k + AHEAD) % PHASES);
+            int from[2] = {upper.place(pair), lower.place(pair)};
+            for (int h = 0; h < 2; h++) {
+                unsigned x[4];
+                load_matrices<true>(ring + (from[0] ^ 16 * h), x);
+                mma(tile.products[2 * h], always, x[0], x[1]);
+                mma(tile.products[2 * h + 1], always, x[2], x[3]);
+                load_matrices<true>(ring + (from[1] ^ 16 * h), x);
+                mma(tile.products[2 * h], now, x[0], x[1]);
+                mma(tile.products[2 * h + 1], now, x[2], x[3]);
+            }
+            float total = tile_logits(tile, own);
+            sums[buffer][place.warp][k * TILE_LINES + t / CLASSES][g][t % CLASSES] = total;
+        }
+        // Who fills this buffer again has passed the next section's barrier, after all have left this one.
+        __syncthreads();
+        int columns = place.strips * TILE_COLUMNS;
+        for (int i = threadIdx.x; i < columns * SECTION; i += blockDim.x) {
+            int column = i % columns, line = i / columns, x = blockIdx.y * columns + column;
+            if (x >= width) continue;
+            float total[CLASSES] = {};
+            for (int s = 0; s < side; s++) {
+                for (int k = 0; k < CLASSES; k++) {
+                    total[k] += sums[buffer][column / TILE_COLUMNS * side + s][line][column % TILE_COLUMNS][k];
+                }
+            }
+            size_t token = (size_t(image) * height + start + line) * width + x;
+            *reinterpret_cast<unsigned*>(logits + token * CLASSES) = pair_of(total[0] + shift[0], total[1] + shift[1]);
+        }
+    }
+    copies_done();
+}
+
+// The same for stages of any sizes, or null.
+KERNEL(THREADS) classify_stages_any(const bf16* z /* (images, height, width, channels) */,
+                                    const bf16* p /* at its resolution */, int p_height, int p_width, const bf16* q,
+                                    int q_height, int q_width, const bf16* r, int r_height, int r_width, int height,
+                                    int width, int channels, int side, const float* stats /* (2, channels) */,
+                                    const float* gamma /* (channels) */, const float* beta /* (channels) */,
+                                    const bf16* w /* (2, channels) */, const bf16* bias /* (2) */,
+                                    bf16* logits /* (images, height, width, 2) */) {
+    const Stage stages[3] = {{p, p_height, p_width}, {q, q_height, q_width}, {r, r_height, r_width}};
+    // Of each warp's channels.
+    SHARED(float, sums, [THREADS / 32][PIECE][TILE_COLUMNS][CLASSES]);
+    Place place(side);
+    Columns own(stats, gamma, beta, w, channels, place.channel());
     int pieces = (height + PIECE - 1) / PIECE, image = blockIdx.z / pieces;
     int first = blockIdx.z % pieces * PIECE, end = min(height, first + PIECE);
     if (place.left() < width) {
         auto each = [&](int y, Tile& tile) {
-            float terms[TILE_LINES * CLASSES] = {};
-            for (int i = 0; i < 8; i += 4) {
-                Pack<4> own[2 + CLASSES];
-                for (int k = 0; k < 2 + CLASSES; k++) own[k] = read_again(&head[place.warp][i / 4][k][place.t]);
-                for (int l = 0; l < TILE_LINES; l++) {
-                    for (int j = 0; j < 4; j++) {
-                        float a = relu(tile.at(l, i + j) * own[0].x[j] + own[1].x[j]);
-                        for (int k = 0; k < CLASSES; k++) terms[l * CLASSES + k] += a * own[2 + k].x[j];
-                    }
-                }
-            }
-            float total = group_sums(terms, 4);
+            float total = tile_logits(tile, own);
             sums[place.warp][y - first + place.t / CLASSES][place.g][place.t % CLASSES] = total;
         };
-        if constexpr (ANY) {
-            walk_any(place, z, stages, image, height, width, channels, first, end, each);
-        } else {
-            walk_tiles(place, z, stages[0].x, stages[1].x, stages[2].x, image, height, width, channels, first, end,
-                       weights[0], each);
-        }
+        walk_any(place, z, stages, image, height, width, channels, first, end, each);
     }
     __syncthreads();
     float shift[CLASSES];
@@ -854,50 +988,24 @@ __device__ __forceinline__ void classify_tiles(const bf16* __restrict__ z, const
     }
 }
 
-// logits = classifier(relu(batch_norm(z + stages p, q and r, each interpolated to z's resolution))). Sizes and grid are
-// as join_stages has them, but channels are 32 to 256, a power of two, and `side` is channels / 32.
-KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ z /* (images, height, width, channels) */,
-                                   const bf16* __restrict__ p /* at its resolution */, const bf16* __restrict__ q,
-                                   const bf16* __restrict__ r, int height, int width, int channels, int side,
-                                   const float* __restrict__ stats /* (2, channels) */,
-                                   const float* __restrict__ gamma /* (channels) */,
-                                   const float* __restrict__ beta /* (channels) */,
-                                   const bf16* __restrict__ w /* (2, channels) */,
-                                   const bf16* __restrict__ bias /* (2) */,
-                                   bf16* __restrict__ logits /* (images, height, width, 2) */) {
-    const Stage stages[3] = {{p, 0, 0}, {q, 0, 0}, {r, 0, 0}};
-    classify_tiles<false>(z, stages, height, width, channels, side, stats, gamma, beta, w, bias, logits);
-}
-
-// The same for stages of any sizes, or null.
-KERNEL(THREADS) classify_stages_any(const bf16* z /* (images, height, width, channels) */,
-                                    const bf16* p /* at its resolution */, int p_height, int p_width, const bf16* q,
-                                    int q_height, int q_width, const bf16* r, int r_height, int r_width, int height,
-                                    int width, int channels, int side, const float* stats /* (2, channels) */,
-                                    const float* gamma /* (channels) */, const float* beta /* (channels) */,
-                                    const bf16* w /* (2, channels) */, const bf16* bias /* (2) */,
-                                    bf16* logits /* (images, height, width, 2) */) {
-    const Stage stages[3] = {{p, p_height, p_width}, {q, q_height, q_width}, {r, r_height, r_width}};
-    classify_tiles<true>(z, stages, height, width, channels, side, stats, gamma, beta, w, bias, logits);
-}
-
 // ---- the way back to the stages
 
-// The transpose is a product with constant weights as well: a warp walks down 16 columns and 32 channels of dz, and with
-// every line sums what 8 of them and 4 columns on either side give to the 4, 2 and 1 pixels of the stages that lie there.
-// Two lines of each stage are under way at any time, at even and at odd rows: 16 rows of weights with the 16 columns.
-// Beyond an edge of dz lie its columns mirrored, which gives the edge's pixels of the stages what is theirs.
+// The transpose is a product with constant weights as well: a warp walks down 16 columns and 32 channels of dz, and
+// with every line sums what each 8 of them and 4 columns on either side give to the 4, 2 and 1 pixels of the stages
+// that lie there. Two lines of each stage are under way at any time, at even and at odd rows: 16 rows of weights with
+// the 16 columns. Beyond an edge of dz lie its columns mirrored, which gives the edge's pixels of the stages what is
+// theirs.
 //
-// Lanes that share a pixel's operand lie apart, and neighbours want the same channels of pixels whose distance is a
-// multiple of all banks of L1. So lines are copied to shared memory, neighbours next to each other, and go from there to
-// the products as matrices; pieces of 16 bytes are permuted, so that neither touches a bank twice.
+// Neighbouring lanes bring the same channels of several pixels to a product, and pixels lie a multiple of all banks of
+// L1 apart. So lines are copied to shared memory and go from there to the products as matrices; pieces of 16 bytes are
+// permuted, so that neither touches a bank twice.
 constexpr int SPLIT_PARTS = 2, SPLIT_WIDTH = SPLIT_PARTS * TILE_COLUMNS, SPLIT_COLUMNS = SPLIT_WIDTH + 8;
 // Lines of dz in shared memory: one is summed while the others are under way.
 constexpr int SPLIT_RING = 3;
 constexpr int SPLIT_PERIOD = 16;
 
-// The weights of row g, for even and odd lines of its stage, of columns 2·t, 2·t + 1, 2·t + 8 and 2·t + 9; the first
-// column is 4 left of the stages' pixels.
+// The weights of row g, for even and odd lines of its stage, of columns 2·t, 2·t + 1, 2·t + 8 and 2·t + 9, counted
+// from 4 left of the part.
 __device__ __forceinline__ uint4 split_weights(int lane, int y) {
     int g = lane / 4, t = lane % 4, ratio = g < 4 ? 2 : g < 6 ? 4 : 8, column = g < 4 ? g : g < 6 ? g - 4 : 0;
     int above = (2 * y + 1 + ratio) / (2 * ratio) - 1;  // the stage's line above line y, from -1 on
@@ -1017,7 +1125,8 @@ KERNEL(THREADS, 2) split_stages(const bf16* __restrict__ dz /* (images, height, 
                 }
                 bool odd = k == 3 ? line % 2 == 1 : k == 0 || k == 4 || k == 1;
                 uint4 words = split[part].take(odd, complete);
-                if (complete && inside(part)) *reinterpret_cast<uint4*>(to + size_t(line * to_pitch) + part * next) = words;
+                if (!complete || !inside(part)) continue;
+                *reinterpret_cast<uint4*>(to + size_t(line * to_pitch) + part * next) = words;
             }
         }
     }
