@@ -28,8 +28,8 @@ fn fuses(channels: usize, labels: usize) -> bool {
     labels == 2 && channels <= 256 && channels.is_multiple_of(8) && (channels / 8).is_power_of_two()
 }
 
-/// How kernels that walk strips of `columns` columns share `(width, channels)` among warps: how many lie side by side along the channels,
-/// threads of a block, and the blocks along channels and width.
+/// How kernels that walk strips of `columns` columns share `(width, channels)` among warps: how many lie side by side
+/// along the channels, threads of a block, and the blocks along channels and width.
 fn share((width, columns): (usize, usize), channels: usize, widest: usize) -> (usize, usize, [usize; 2]) {
     let groups = channels.div_ceil(TILE.1);
     let side = groups.min(widest);
