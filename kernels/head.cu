@@ -245,6 +245,11 @@ __device__ __forceinline__ void fill_weights(Weights& weights) {
     __syncthreads();
 }
 
+// 16 bytes of shared memory.
+struct alignas(16) Aligned {
+    bf16 at[8];
+};
+
 // Two neighbouring lines of a stage, as distances from its first one, on the way down. Beyond its edges a stage repeats
 // them.
 struct Lines {
@@ -766,69 +771,204 @@ KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, co
 
 // ---- evaluation: from the stages to the logits
 
-// Four numbers of shared memory that the compiler must not keep in registers from one time to the next.
-__device__ __forceinline__ Pack<4> read_again(const float4* from) {
-#ifdef __CUDACC__
-    Pack<4> p;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(p.x[0]), "=f"(p.x[1]), "=f"(p.x[2]), "=f"(p.x[3])
-                 : "r"(unsigned(__cvta_generic_to_shared(from))));
-    return p;
-#else
-    return {from->x, from->y, from->z, from->w};
-#endif
-}
+// Lines of a picture between barriers.
+constexpr int SECTION = 8;
 
-template <bool ANY>
-__device__ __forceinline__ void classify_tiles(const bf16* __restrict__ z, const Stage (&stages)[3], int height,
-                                               int width, int channels, int side,
-                                               const float* __restrict__ stats, const float* __restrict__ gamma,
-                                               const float* __restrict__ beta, const bf16* __restrict__ w,
-                                               const bf16* __restrict__ bias, bf16* __restrict__ logits) {
-    SHARED(Weights, weights, [1]);
-    // Of each warp's channels.
-    SHARED(float, sums, [THREADS / 32][PIECE][TILE_COLUMNS][CLASSES]);
-    // What stands before the classifier, by warp: it would take registers that loads under way need.
-    SHARED(float4, head, [THREADS / 32][TILE_CHANNELS / 4][2 + CLASSES]);
-    Place place(side);
-    if (place.g == 0) {
-        Columns own(stats, gamma, beta, w, channels, place.channel());
-        for (int i = 0; i < 2; i++) {
-            auto four = [&](const Pack<8>& x) {
-                return float4{x.x[4 * i], x.x[4 * i + 1], x.x[4 * i + 2], x.x[4 * i + 3]};
-            };
-            float4* to = head[place.warp][2 * place.t + i];
-            to[0] = four(own.slope);
-            to[1] = four(own.offset);
-            for (int k = 0; k < CLASSES; k++) to[2 + k] = four(own.weights[k]);
+// A tile's numbers through BatchNorm, ReLU and the classifier, summed over a quad: lane t receives line t / 2's of
+// class t % 2.
+__device__ __forceinline__ float tile_logits(Tile& tile, const Columns& own) {
+    float terms[TILE_LINES * CLASSES] = {};
+    for (int l = 0; l < TILE_LINES; l++) {
+        for (int i = 0; i < 8; i++) {
+            float a = relu(own.before(tile.at(l, i), i));
+            for (int k = 0; k < CLASSES; k++) terms[l * CLASSES + k] += a * own.weights[k].x[i];
         }
     }
-    if constexpr (ANY) __syncthreads();
-    else fill_weights(weights[0]);
+    return group_sums(terms, 4);
+}
+
+// Pixels of the stages in shared memory, 32 channels each: what a warp's tile reads, and what its next two will.
+// A line's place follows from its number; lines of p, q and r are 6, 4 and 3 pixels, of which the first lies left of
+// the tile. In memory, pixels lie a multiple of all banks of L1 apart, so that lanes that want the same channels of
+// several are served one after the other; from here, matrices go to the products.
+//
+// Piece i of a pixel is column by column what product i takes: pairs i, i + 4, i + 8 and i + 12 of its channels. Where
+// the 4 pieces lie changes by line and column, so that the pixels of a matrix meet few times in a bank.
+struct StageRing {
+    static constexpr int LINES = 6, P = 0, Q = P + LINES * 6, R = Q + 4 * 4, PIXELS = R + 4 * 4;
+
+    Aligned at[PIXELS * TILE_CHANNELS / 8];
+
+    // Where a line of the stage at 1 / ratio begins, from line -1 on.
+    __device__ static __forceinline__ int begin(int ratio, int line) {
+        int pixel = ratio == 2 ? P + int(unsigned(line + LINES) % LINES) * 6 : (ratio == 4 ? Q : R) + (line & 3) * 4;
+        return pixel * TILE_CHANNELS;
+    }
+
+    // Where in a line a piece lies; piece i + 2 at this ^ 16.
+    __device__ static __forceinline__ int within(int line, int column, int piece) {
+        return column * TILE_CHANNELS + ((piece ^ ((column >> 1 ^ column >> 2) & 1)) * 8 ^ (line & 1) << 4);
+    }
+};
+
+// A pixel of a stage that a lane names to load_matrices: row lane % 16 of the first or the other 16 of a product.
+struct Row16 {
+    int ratio, line, column, piece;
+
+    __device__ __forceinline__ Row16(int first, int lane) {
+        int k = lane % 16, t = k % 8 / 2;
+        // As for pairs of lines that begin all three stages' cells.
+        Tap from = tap(first + k % 2 + k / 8 * 2, t, 0);
+        ratio = from.ratio;
+        line = from.row;
+        column = from.column + 1;
+        piece = lane / 16;
+    }
+
+    __device__ __forceinline__ int place(int pair) const {
+        int cell = ratio == 2 ? pair : ratio == 4 ? (pair + 1) >> 1 : (pair + 2) >> 2;
+        return StageRing::begin(ratio, cell + line) + StageRing::within(cell + line, column, piece);
+    }
+};
+
+// logits = classifier(relu(batch_norm(z + stages p, q and r, each interpolated to z's resolution))). Sizes and grid are
+// as join_stages has them, but channels are 32 to 256, a power of two, and `side` is channels / 32.
+// The tiles and their products are those of join_stages, but the stages go through shared memory.
+KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ z /* (images, height, width, channels) */,
+                                   const bf16* __restrict__ p /* at its resolution */, const bf16* __restrict__ q,
+                                   const bf16* __restrict__ r, int height, int width, int channels, int side,
+                                   const float* __restrict__ stats /* (2, channels) */,
+                                   const float* __restrict__ gamma /* (channels) */,
+                                   const float* __restrict__ beta /* (channels) */,
+                                   const bf16* __restrict__ w /* (2, channels) */,
+                                   const bf16* __restrict__ bias /* (2) */,
+                                   bf16* __restrict__ logits /* (images, height, width, 2) */) {
+    constexpr int AHEAD = 2;  // tiles under way
+    SHARED(Weights, weights, [1]);
+    SHARED(StageRing, rings, [THREADS / 32]);
+    // Of each warp's channels, for two sections: while one is added up, the other is filled.
+    SHARED(float, sums, [2][THREADS / 32][SECTION][TILE_COLUMNS][CLASSES]);
+    fill_weights(weights[0]);
+    Place place(side);
+    int g = place.g, t = place.t, lane = threadIdx.x % 32;
+    // Warps past the last strip repeat it, for nothing: all of a block meet at barriers.
+    int left = min(place.left(), width - TILE_COLUMNS);
+    int pieces = (height + PIECE - 1) / PIECE, image = blockIdx.z / pieces;
+    int first = blockIdx.z % pieces * PIECE, end = min(height, first + PIECE), pair = first / 2;
+    size_t area = size_t(height) * width * channels, pitch = size_t(width) * channels;
+    bf16* ring = rings[place.warp].at[0].at;
+
+    // A lane copies a pair of channels of every second column of a line.
+    p += image * area / 4;
+    q += image * area / 16;
+    r += image * area / 64;
+    int word = lane % 16, channel = place.group * TILE_CHANNELS + 2 * word;
+    auto bring = [&](int ratio, const bf16* stage, int columns, int line) {
+        int row = max(0, min(line, height / ratio - 1)), at = StageRing::begin(ratio, line);
+        for (int i = 0; i < columns; i += 2) {
+            int column = i + lane / 16, from = max(0, min(left / ratio + column - 1, width / ratio - 1));
+            if (column >= columns) continue;
+            copy_async<4>(ring + at + StageRing::within(line, column, word % 4) + word / 4 * 2,
+                          stage + unsigned(row * (width / ratio * channels)) + unsigned(from * channels + channel), 4);
+        }
+    };
+    // What a pair of lines is the first to read; its number is `of` more than a multiple of 4.
+    auto bring_pair = [&](int number, int of) {
+        bring(2, p, 6, number + 1);
+        if (of % 2 == 1) bring(4, q, 4, (number + 1) / 2);
+        if (of == 2) bring(8, r, 3, (number + 2) / 4);
+        copies_end_group();
+    };
+    for (int k = -1; k < 1; k++) {
+        bring(2, p, 6, pair + k);
+        bring(4, q, 4, pair / 2 + k);
+        bring(8, r, 3, pair / 4 + k);
+    }
+    for (int k = 0; k < AHEAD; k++) bring_pair(pair + k, k);
+
+    z += image * area + first * pitch + (left + g) * channels + place.channel();
+    uint4 ahead[AHEAD][TILE_LINES];
+    for (auto& tile : ahead) {
+        for (int l = 0; l < TILE_LINES; l++, z += pitch) tile[l] = fetch<8>(z);
+    }
+    Columns own(stats, gamma, beta, w, channels, place.channel());
+    float shift[CLASSES];
+    load_classes(bias, shift);
+    uint4 constant = tap_weights(0, lane, 0);
+    const unsigned always[4] = {constant.x, constant.y, constant.z, constant.w};
+    const Row16 upper(0, lane), lower(4, lane);
+#pragma unroll 1
+    for (int start = first; start < end; start += SECTION) {
+        int buffer = start / SECTION % 2;
+#pragma unroll
+        for (int k = 0; k < SECTION / TILE_LINES; k++, pair++) {
+            int y = start + k * TILE_LINES;
+            Tile tile;
+            for (int l = 0; l < TILE_LINES; l++, z += pitch) {
+                uint4& raw = ahead[k % AHEAD][l];
+                Pack<8> wide = widen<8>(raw);
+                for (int i = 0; i < 8; i++) tile.at(l, i) = wide.x[i];
+                if (y + AHEAD * TILE_LINES < end) raw = fetch<8>(z);
+            }
+            uint4 varying = weights[0][k][lane];
+            const unsigned now[4] = {varying.x, varying.y, varying.z, varying.w};
+            copies_done_but<AHEAD - 1>();
+            // What this pair reads is there for all lanes, and all have read what the next copies overwrite.
+            __syncwarp();
+            bring_pair(pair + AHEAD, (k + AHEAD) % PHASES);
+            int from[2] = {upper.place(pair), lower.place(pair)};
+            for (int h = 0; h < 2; h++) {
+                unsigned x[4];
+                load_matrices<true>(ring + (from[0] ^ 16 * h), x);
+                mma(tile.products[2 * h], always, x[0], x[1]);
+                mma(tile.products[2 * h + 1], always, x[2], x[3]);
+                load_matrices<true>(ring + (from[1] ^ 16 * h), x);
+                mma(tile.products[2 * h], now, x[0], x[1]);
+                mma(tile.products[2 * h + 1], now, x[2], x[3]);
+            }
+            float total = tile_logits(tile, own);
+            sums[buffer][place.warp][k * TILE_LINES + t / CLASSES][g][t % CLASSES] = total;
+        }
+        // Who fills this buffer again has passed the next section's barrier, after all have left this one.
+        __syncthreads();
+        int columns = place.strips * TILE_COLUMNS;
+        for (int i = threadIdx.x; i < columns * SECTION; i += blockDim.x) {
+            int column = i % columns, line = i / columns, x = blockIdx.y * columns + column;
+            if (x >= width) continue;
+            float total[CLASSES] = {};
+            for (int s = 0; s < side; s++) {
+                for (int k = 0; k < CLASSES; k++) {
+                    total[k] += sums[buffer][column / TILE_COLUMNS * side + s][line][column % TILE_COLUMNS][k];
+                }
+            }
+            size_t token = (size_t(image) * height + start + line) * width + x;
+            *reinterpret_cast<unsigned*>(logits + token * CLASSES) = pair_of(total[0] + shift[0], total[1] + shift[1]);
+        }
+    }
+    copies_done();
+}
+
+// The same for stages of any sizes, or null.
+KERNEL(THREADS) classify_stages_any(const bf16* z /* (images, height, width, channels) */,
+                                    const bf16* p /* at its resolution */, int p_height, int p_width, const bf16* q,
+                                    int q_height, int q_width, const bf16* r, int r_height, int r_width, int height,
+                                    int width, int channels, int side, const float* stats /* (2, channels) */,
+                                    const float* gamma /* (channels) */, const float* beta /* (channels) */,
+                                    const bf16* w /* (2, channels) */, const bf16* bias /* (2) */,
+                                    bf16* logits /* (images, height, width, 2) */) {
+    const Stage stages[3] = {{p, p_height, p_width}, {q, q_height, q_width}, {r, r_height, r_width}};
+    // Of each warp's channels.
+    SHARED(float, sums, [THREADS / 32][PIECE][TILE_COLUMNS][CLASSES]);
+    Place place(side);
+    Columns own(stats, gamma, beta, w, channels, place.channel());
     int pieces = (height + PIECE - 1) / PIECE, image = blockIdx.z / pieces;
     int first = blockIdx.z % pieces * PIECE, end = min(height, first + PIECE);
     if (place.left() < width) {
         auto each = [&](int y, Tile& tile) {
-            float terms[TILE_LINES * CLASSES] = {};
-            for (int i = 0; i < 8; i += 4) {
-                Pack<4> own[2 + CLASSES];
-                for (int k = 0; k < 2 + CLASSES; k++) own[k] = read_again(head[place.warp][2 * place.t + i / 4] + k);
-                for (int l = 0; l < TILE_LINES; l++) {
-                    for (int j = 0; j < 4; j++) {
-                        float a = relu(tile.at(l, i + j) * own[0].x[j] + own[1].x[j]);
-                        for (int k = 0; k < CLASSES; k++) terms[l * CLASSES + k] += a * own[2 + k].x[j];
-                    }
-                }
-            }
-            float total = group_sums(terms, 4);
+            float total = tile_logits(tile, own);
             sums[place.warp][y - first + place.t / CLASSES][place.g][place.t % CLASSES] = total;
         };
-        if constexpr (ANY) {
-            walk_any(place, z, stages, image, height, width, channels, first, end, each);
-        } else {
-            walk_tiles(place, z, stages[0].x, stages[1].x, stages[2].x, image, height, width, channels, first, end,
-                       weights[0], each);
-        }
+        walk_any(place, z, stages, image, height, width, channels, first, end, each);
     }
     __syncthreads();
     float shift[CLASSES];
@@ -848,66 +988,50 @@ __device__ __forceinline__ void classify_tiles(const bf16* __restrict__ z, const
     }
 }
 
-// logits = classifier(relu(batch_norm(z + stages p, q and r, each interpolated to z's resolution))). Sizes and grid are
-// as join_stages has them, but channels are 32 to 256, a power of two, and `side` is channels / 32.
-KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ z /* (images, height, width, channels) */,
-                                   const bf16* __restrict__ p /* at its resolution */, const bf16* __restrict__ q,
-                                   const bf16* __restrict__ r, int height, int width, int channels, int side,
-                                   const float* __restrict__ stats /* (2, channels) */,
-                                   const float* __restrict__ gamma /* (channels) */,
-                                   const float* __restrict__ beta /* (channels) */,
-                                   const bf16* __restrict__ w /* (2, channels) */,
-                                   const bf16* __restrict__ bias /* (2) */,
-                                   bf16* __restrict__ logits /* (images, height, width, 2) */) {
-    const Stage stages[3] = {{p, 0, 0}, {q, 0, 0}, {r, 0, 0}};
-    classify_tiles<false>(z, stages, height, width, channels, side, stats, gamma, beta, w, bias, logits);
-}
-
-// The same for stages of any sizes, or null.
-KERNEL(THREADS) classify_stages_any(const bf16* z /* (images, height, width, channels) */,
-                                    const bf16* p /* at its resolution */, int p_height, int p_width, const bf16* q,
-                                    int q_height, int q_width, const bf16* r, int r_height, int r_width, int height,
-                                    int width, int channels, int side, const float* stats /* (2, channels) */,
-                                    const float* gamma /* (channels) */, const float* beta /* (channels) */,
-                                    const bf16* w /* (2, channels) */, const bf16* bias /* (2) */,
-                                    bf16* logits /* (images, height, width, 2) */) {
-    const Stage stages[3] = {{p, p_height, p_width}, {q, q_height, q_width}, {r, r_height, r_width}};
-    classify_tiles<true>(z, stages, height, width, channels, side, stats, gamma, beta, w, bias, logits);
-}
-
 // ---- the way back to the stages
 
-// The transpose is a product with constant weights as well: a warp walks down 8 columns and 32 channels of dz, and with
-// every line sums what it and 4 columns on either side give to the 4, 2 and 1 pixels of the stages that lie there. Two
-// lines of each stage are under way at any time, at even and at odd rows: 16 rows of weights with the 16 columns.
-// Beyond an edge of dz lie its columns mirrored, which gives the edge's pixels of the stages what is theirs.
-constexpr int SPLIT_COLUMNS = 16, SPLIT_PERIOD = 16;
+// The transpose is a product with constant weights as well: a warp walks down 16 columns and 32 channels of dz, and
+// with every line sums what each 8 of them and 4 columns on either side give to the 4, 2 and 1 pixels of the stages
+// that lie there. Two lines of each stage are under way at any time, at even and at odd rows: 16 rows of weights with
+// the 16 columns. Beyond an edge of dz lie its columns mirrored, which gives the edge's pixels of the stages what is
+// theirs.
+//
+// Neighbouring lanes bring the same channels of several pixels to a product, and pixels lie a multiple of all banks of
+// L1 apart. So lines are copied to shared memory and go from there to the products as matrices; pieces of 16 bytes are
+// permuted, so that neither touches a bank twice.
+constexpr int SPLIT_PARTS = 2, SPLIT_WIDTH = SPLIT_PARTS * TILE_COLUMNS, SPLIT_COLUMNS = SPLIT_WIDTH + 8;
+// Lines of dz in shared memory: one is summed while the others are under way.
+constexpr int SPLIT_RING = 3;
+constexpr int SPLIT_PERIOD = 16;
 
-// The weights of row g, for even and odd lines of its stage, of columns that lane t brings: 4·s + t - 4 from the
-// strip's left.
+// The weights of row g, for even and odd lines of its stage, of columns 2·t, 2·t + 1, 2·t + 8 and 2·t + 9, counted
+// from 4 left of the part.
 __device__ __forceinline__ uint4 split_weights(int lane, int y) {
     int g = lane / 4, t = lane % 4, ratio = g < 4 ? 2 : g < 6 ? 4 : 8, column = g < 4 ? g : g < 6 ? g - 4 : 0;
     int above = (2 * y + 1 + ratio) / (2 * ratio) - 1;  // the stage's line above line y, from -1 on
     float weight = g < 7 ? tent(above, y, ratio) : 0.0f, next = g < 7 ? 1.0f - weight : 0.0f;
     float even = above % 2 == 0 ? weight : next, odd = above % 2 == 0 ? next : weight, across[4];
-    for (int s = 0; s < 4; s++) across[s] = tent(column, 4 * s + t - 4, ratio);
+    for (int s = 0; s < 4; s++) across[s] = tent(column, 8 * (s / 2) + 2 * t + s % 2 - 4, ratio);
     return {pair_of(across[0] * even, across[1] * even), pair_of(across[0] * odd, across[1] * odd),
             pair_of(across[2] * even, across[3] * even), pair_of(across[2] * odd, across[3] * odd)};
 }
 
 // The sums of a warp on the way to the stages: of row g of the weights, even lines in the first two numbers of each
-// product.
+// product. Column n of product i is channel 8·i + n.
 struct Split {
     float products[4][4];
 
-    // Writes the line that is complete, and begins the next but one in its place.
-    template <int ODD> __device__ __forceinline__ void write(bf16* to) {
+    // A line's channels 8·t.. + 8. All lanes of a warp call it; those that `begin` begin the next line but one.
+    __device__ __forceinline__ uint4 take(bool odd, bool begin) {
         unsigned words[4];
         for (int i = 0; i < 4; i++) {
-            words[i] = pair_of(products[i][2 * ODD], products[i][2 * ODD + 1]);
-            products[i][2 * ODD] = products[i][2 * ODD + 1] = 0.0f;
+            float(&x)[4] = products[i];
+            words[i] = odd ? pair_of(x[2], x[3]) : pair_of(x[0], x[1]);
+            if (begin && odd) x[2] = x[3] = 0.0f;
+            if (begin && !odd) x[0] = x[1] = 0.0f;
         }
-        *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
+        transpose_quad(words);
+        return {words[0], words[1], words[2], words[3]};
     }
 
     // Adds odd lines to even ones: a stage repeats its edge, so what goes to a line beyond it is the edge's.
@@ -922,70 +1046,95 @@ struct Split {
 };
 
 // The transpose of joining stages at a half, a quarter and an eighth of dz's resolution, in one pass over dz. Height,
-// width and channels are multiples of 8. Grid: (as Place has it, images).
-KERNEL(THREADS, 3) split_stages(const bf16* __restrict__ dz /* (images, height, width, channels) */, int height,
+// width and channels are multiples of 8. Grid: (as Place has it, with strips of SPLIT_WIDTH columns, images).
+KERNEL(THREADS, 2) split_stages(const bf16* __restrict__ dz /* (images, height, width, channels) */, int height,
                                 int width, int channels, int side,
                                 bf16* __restrict__ p /* (images, height / 2, width / 2, channels) */,
                                 bf16* __restrict__ q /* (images, height / 4, width / 4, channels) */,
                                 bf16* __restrict__ r /* (images, height / 8, width / 8, channels) */) {
-    constexpr int AHEAD = 2, LINES = 8;
+    constexpr int LINES = 8, LINE = SPLIT_COLUMNS * TILE_CHANNELS, EIGHT = 8 * TILE_CHANNELS;
     SHARED(uint4, weights, [SPLIT_PERIOD][32]);
+    // By pixel, 4 pieces of 8 channels: piece i of pixel x at i ^ x / 2 % 4.
+    SHARED(Aligned, lines, [THREADS / 32][SPLIT_RING * LINE / 8]);
     for (int i = threadIdx.x; i < SPLIT_PERIOD * 32; i += blockDim.x) {
         weights[i / 32][i % 32] = split_weights(i % 32, i / 32);
     }
     __syncthreads();
     Place place(side);
-    if (place.left() >= width || place.group * TILE_CHANNELS >= channels) return;
+    int left = place.strip * SPLIT_WIDTH;
+    if (left >= width || place.group * TILE_CHANNELS >= channels) return;
     int g = place.g, t = place.t, lane = threadIdx.x % 32, c = place.channel();
-    bool upper = g % 2;
-    size_t image = blockIdx.z, area = size_t(height) * width * channels, pitch = size_t(width) * channels;
-    unsigned columns[4];
-    for (int s = 0; s < 4; s++) {
-        int x = place.left() + 4 * s + t - 4;
-        x = x < 0 ? -1 - x : x >= width ? 2 * width - 1 - x : x;
-        columns[s] = unsigned(x * channels + min(place.brings(), channels - 8));
+    size_t image = blockIdx.z, area = size_t(height) * width * channels;
+    unsigned pitch = unsigned(width) * channels;
+    bf16* ring = lines[place.warp][0].at;
+    // A lane copies piece t of pixels g, g + 8 and g + 16.
+    bf16* copy = ring + g * TILE_CHANNELS + (t ^ g / 2) * 8;
+    unsigned columns[SPLIT_COLUMNS / 8];
+    for (int s = 0; s < SPLIT_COLUMNS / 8; s++) {
+        int x = left + 8 * s + g - 4;
+        // Past the right edge's mirror image, for parts beyond the width, anything does.
+        x = x < 0 ? -1 - x : x >= width ? max(2 * width - 1 - x, 0) : x;
+        columns[s] = unsigned(x * channels + min(c, channels - 8));
     }
     dz += image * area;
+    auto bring = [&](int slot, bool exists) {
+        for (int s = 0; s < SPLIT_COLUMNS / 8; s++) {
+            if (exists) copy_async<16>(copy + slot * LINE + s * EIGHT, dz + columns[s], 16);
+        }
+        dz += pitch;
+        copies_end_group();
+    };
+    // Of a part's matrices, it names pixel lane % 16 of piece lane / 16, or two pieces further.
+    int pixel = lane % 16, near = pixel * TILE_CHANNELS + (lane / 16 ^ pixel / 2 % 4) * 8, far = near ^ 16;
     // Where the lane's pixel of its stage lies, whose lines it writes.
-    int ratio = g < 4 ? 2 : g < 6 ? 4 : 8, own = place.left() / ratio + (g < 4 ? g : g < 6 ? g - 4 : 0);
-    bool inside = c < channels;
-    bool halves_line = g < 4 && inside, quarters_line = g / 2 == 2 && inside, eighths_line = g == 6 && inside;
+    int ratio = g < 4 ? 2 : g < 6 ? 4 : 8, own = left / ratio + (g < 4 ? g : g < 6 ? g - 4 : 0);
     bf16* to = (g < 4 ? p : g < 6 ? q : r) + image * (area / (ratio * ratio)) + size_t(own) * channels + c;
-    size_t to_pitch = pitch / ratio;
-    uint4 ahead[AHEAD][4];
-    for (int k = 0; k < AHEAD; k++) {
-        for (int s = 0; s < 4; s++) ahead[k][s] = fetch<8>(dz + k * pitch + columns[s]);
-    }
-    Split split = {};
+    unsigned to_pitch = pitch / ratio;
+    int next = TILE_COLUMNS / ratio * channels;  // from part to part
+    auto inside = [&](int part) { return c < channels && left + part * TILE_COLUMNS < width; };
+    Split split[SPLIT_PARTS] = {};
+    for (int k = 0; k < SPLIT_RING - 1; k++) bring(k, true);
+    int slot = 0;
     for (int start = 0; start < height; start += LINES) {
 #pragma unroll
         for (int k = 0; k < LINES; k++) {
             int y = start + k;
-            uint4 (&raw)[4] = ahead[k % AHEAD];
             uint4 varying = weights[y % SPLIT_PERIOD][lane];
             const unsigned now[4] = {varying.x, varying.y, varying.z, varying.w};
-            for (int i = 0; i < 4; i++) {
-                auto operand = [&](int s) { return halves(word_of(raw[s], i), word_of(raw[s + 1], i), upper); };
-                mma(split.products[i], now, operand(0), operand(2));
+            copies_done_but<SPLIT_RING - 2>();
+            // The line is there for all lanes, and all have read the one before, whose place the next takes.
+            __syncwarp();
+            bring(slot == 0 ? SPLIT_RING - 1 : slot - 1, y + SPLIT_RING - 1 < height);
+            for (int part = 0; part < SPLIT_PARTS; part++) {
+                for (int h = 0; h < 2; h++) {
+                    unsigned x[4];
+                    load_matrices<true>(ring + (h == 0 ? near : far) + slot * LINE + part * EIGHT, x);
+                    mma(split[part].products[2 * h], now, x[0], x[1]);
+                    mma(split[part].products[2 * h + 1], now, x[2], x[3]);
+                }
             }
-            if (y + AHEAD < height) {
-                for (int s = 0; s < 4; s++) raw[s] = fetch<8>(dz + (y + AHEAD) * pitch + columns[s]);
-            }
+            slot = slot == SPLIT_RING - 1 ? 0 : slot + 1;
             // A line of a stage is complete when the cell below it is; before the first, it lies beyond the edge.
-            bool complete = k % 2 == 0 ? halves_line : k % 4 == 1 ? quarters_line : k == 3 && eighths_line;
-            if (k == 7 || !complete) continue;
+            if (k == 7) continue;
+            bool complete = k % 2 == 0 ? g < 4 : k % 4 == 1 ? g / 2 == 2 : g == 6;
             int line = k % 2 == 0 ? y / 2 - 1 : k % 4 == 1 ? (y - 1) / 4 - 1 : (y - 3) / 8 - 1;
-            if (line < 0) {
-                split.fold();
-            } else if (k == 3 ? line % 2 == 0 : k == 2 || k == 6 || k == 5) {
-                split.write<0>(to + line * to_pitch);
-            } else {
-                split.write<1>(to + line * to_pitch);
+            for (int part = 0; part < SPLIT_PARTS; part++) {
+                if (line < 0) {
+                    if (complete) split[part].fold();
+                    continue;
+                }
+                bool odd = k == 3 ? line % 2 == 1 : k == 0 || k == 4 || k == 1;
+                uint4 words = split[part].take(odd, complete);
+                if (!complete || !inside(part)) continue;
+                *reinterpret_cast<uint4*>(to + size_t(line * to_pitch) + part * next) = words;
             }
         }
     }
-    if (g == 7 || c >= channels) return;
     // What lies beyond the lower edge is the last line's, which may be an odd one.
-    split.fold();
-    split.write<0>(to + (height / ratio - 1) * to_pitch);
+    for (int part = 0; part < SPLIT_PARTS; part++) {
+        split[part].fold();
+        uint4 words = split[part].take(false, false);
+        if (g == 7 || !inside(part)) continue;
+        *reinterpret_cast<uint4*>(to + size_t((height / ratio - 1) * to_pitch) + part * next) = words;
+    }
 }

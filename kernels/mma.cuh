@@ -93,6 +93,32 @@ __device__ __forceinline__ void copies_done() {
 #endif
 }
 
+// Ends a group of copies that this thread has begun.
+__device__ __forceinline__ void copies_end_group() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// As copies_done, but for all groups except the last N.
+template <int N> __device__ __forceinline__ void copies_done_but() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// Among the four lanes of a quad, word i of lane t becomes word t of lane i. All lanes of a warp call it.
+__device__ __forceinline__ void transpose_quad(unsigned (&x)[4]) {
+    for (int apart = 1; apart < 4; apart *= 2) {
+        bool upper = threadIdx.x & apart;
+        for (int i = 0; i < 4; i++) {
+            if (i & apart) continue;
+            unsigned other = __shfl_xor_sync(ALL_LANES, upper ? x[i] : x[i + apart], apart);
+            (upper ? x[i] : x[i + apart]) = other;
+        }
+    }
+}
+
 // Begins to bring what lies there to the L2 cache.
 __device__ __forceinline__ void prefetch(const void* from) {
 #ifdef __CUDACC__

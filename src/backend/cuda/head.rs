@@ -13,6 +13,8 @@ const PARTS: usize = 3;
 const PIECE: usize = 64;
 /// Columns and channels of a tile of a warp.
 const TILE: (usize, usize) = (8, 32);
+/// Columns that a warp of `split_stages` takes.
+const SPLIT_WIDTH: usize = 16;
 /// Warps of a block that lie side by side along the channels, at most: where whole tokens are read at once, and where
 /// neighbouring strips read the same columns.
 const SIDES: (usize, usize) = (8, 4);
@@ -26,13 +28,13 @@ fn fuses(channels: usize, labels: usize) -> bool {
     labels == 2 && channels <= 256 && channels.is_multiple_of(8) && (channels / 8).is_power_of_two()
 }
 
-/// How kernels that walk tiles share `(width, channels)` among warps: how many lie side by side along the channels,
-/// threads of a block, and the blocks along channels and width.
-fn share(width: usize, channels: usize, widest: usize) -> (usize, usize, [usize; 2]) {
+/// How kernels that walk strips of `columns` columns share `(width, channels)` among warps: how many lie side by side
+/// along the channels, threads of a block, and the blocks along channels and width.
+fn share((width, columns): (usize, usize), channels: usize, widest: usize) -> (usize, usize, [usize; 2]) {
     let groups = channels.div_ceil(TILE.1);
     let side = groups.min(widest);
     let strips = THREADS / 32 / side;
-    (side, 32 * side * strips, [groups.div_ceil(side), width.div_ceil(TILE.0).div_ceil(strips)])
+    (side, 32 * side * strips, [groups.div_ceil(side), width.div_ceil(columns).div_ceil(strips)])
 }
 
 /// Whether `parts` are at a half, a quarter and an eighth of `to`, in sizes that the kernels of tiles take.
@@ -88,7 +90,7 @@ impl<D: Device> Cuda<D> {
         channels: usize,
         moments: Option<&mut <Self as Memory>::Full>,
     ) {
-        let (side, threads, [across, along]) = share(to.width, channels, SIDES.0);
+        let (side, threads, [across, along]) = share((to.width, TILE.0), channels, SIDES.0);
         let pieces = to.images * to.height.div_ceil(PIECE);
         let slabs = pieces * to.width.div_ceil(TILE.0);
         let partial = moments.as_ref().map_or(0, |_| self.scratch(slabs * 2 * channels));
@@ -147,7 +149,7 @@ impl<D: Device> Head for Cuda<D> {
         if !fuses(channels, classifier.labels) || channels < 32 || parts.len() > PARTS {
             return classify_stages_plainly(self, parts, to, channels, z, norm, classifier, room, logits);
         }
-        let (side, threads, [across, along]) = share(to.width, channels, SIDES.0);
+        let (side, threads, [across, along]) = share((to.width, TILE.0), channels, SIDES.0);
         let exact = halves(&grids(parts), to, channels);
         let mut arguments = vec![z.at(to.rows() * channels)];
         arguments.extend(if exact { exact_stages::<D>(parts, channels) } else { stages::<D>(parts, channels) });
@@ -162,7 +164,7 @@ impl<D: Device> Head for Cuda<D> {
         let exact = halves(&grids(parts), from, channels);
         match parts {
             [(p, half), (q, quarter), (r, eighth)] if exact => {
-                let (side, threads, [across, along]) = share(from.width, channels, SIDES.1);
+                let (side, threads, [across, along]) = share((from.width, SPLIT_WIDTH), channels, SIDES.1);
                 let mut arguments = vec![dz.at(from.rows() * channels)];
                 arguments.extend([from.height, from.width, channels, side].map(Argument::from));
                 arguments.extend([(p, half), (q, quarter), (r, eighth)].map(|(x, grid)| x.to(grid.rows() * channels)));
