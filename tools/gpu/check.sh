@@ -140,6 +140,10 @@ sanitize() { # tool
         "$1" --tool "$2" --print-limit 20 ./cuda-tests --exact "$3" >"$4/$3" 2>&1
         echo "exit code $?" >>"$4/$3"' sanitize "$program" "$1" NAME "$logs"
     for log in "$logs"/*; do
+        # Some tests are about the host alone.
+        if grep -q 'terminated before first instrumented API call' "$log" && grep -q 'test result: ok. 1 passed' "$log"; then
+            continue
+        fi
         if ! grep -q 'SUMMARY: 0 ' "$log" || ! grep -q 'test result: ok. 1 passed' "$log" ||
             [[ $(tail -1 "$log") != "exit code 0" ]]; then
             echo "$(basename "$log"):" && cat "$log"

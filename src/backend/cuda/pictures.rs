@@ -130,6 +130,8 @@ impl<D: Device> Cuda<D> {
         let positions = put(bytemuck::cast_slice(&samples.iter().enumerate().map(position).collect::<Vec<i32>>()));
         let flips = put(&samples.iter().map(|s| s.augment.flip.into()).collect::<Vec<u8>>());
         let levels = put(samples.iter().map(|s| s.augment.table()).collect::<Vec<_>>().as_flattened());
+        // Kernels read pixels four bytes at a time.
+        small.resize(small.len().next_multiple_of(16), 0);
         let mut all: Vec<&[u8]> = vec![&small];
         let mut pictures = [0; 2];
         let mut behind = small.len() as u64;
