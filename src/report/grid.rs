@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use plotters::style::RGBColor;
+use rayon::prelude::*;
 
 use super::page;
 use super::plot::{self, Axis, Figure, Marker, Series};
@@ -40,9 +41,8 @@ pub fn write(out: &Path, records: &[RunRecord]) -> Result<()> {
     files::replace_json(&out.join("summary.json"), &summary)?;
     files::replace(&out.join("summary.csv"), csv(&summary.runs)?.as_bytes())?;
     files::replace(&out.join("summary.md"), markdown(&summary).as_bytes())?;
-    for (name, figure) in figures(&records, &summary) {
-        figure.write(&out.join(name), FIGURE)?;
-    }
+    // Side by side, since the next run waits for them.
+    figures(&records, &summary).into_par_iter().try_for_each(|(name, figure)| figure.write(&out.join(name), FIGURE))?;
     files::replace(&out.join("index.html"), page::html(&summary).as_bytes())
 }
 

@@ -23,8 +23,11 @@ const PLOT: (u32, u32) = (960, 640);
 /// `Io` if the folder cannot be written.
 pub fn refresh(out: &Path, name: &str, history: &[HistoryRow]) -> Result<()> {
     files::replace(&out.join("training_history.csv"), csv(history).as_bytes())?;
-    losses(name, history).write(&out.join("Losses_over_Epochs.png"), PLOT)?;
-    dice(name, history).write(&out.join("Dice_over_Epochs.png"), PLOT)
+    let (losses, dice) = rayon::join(
+        || losses(name, history).write(&out.join("Losses_over_Epochs.png"), PLOT),
+        || dice(name, history).write(&out.join("Dice_over_Epochs.png"), PLOT),
+    );
+    losses.and(dice)
 }
 
 /// Writes the final history and plots, `<run>_results.zip` of the run's folder `out`, and `all_metrics.json`; this

@@ -220,7 +220,7 @@ compile_all() {
 }
 
 pipeline() {
-    python3 -c 'import torch, transformers, peft, albumentations' 2>/dev/null ||
+    python3 -c 'import torch, transformers, peft, albumentations' ||
         skip "python3 cannot import torch, transformers, peft and albumentations: install baseline/requirements.txt"
     need_gpu
     [[ -d data ]] || skip "no pictures in this bundle: run tools/gpu/bundle.sh with SEGPEFT_KVASIR naming the archive"
