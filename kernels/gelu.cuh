@@ -41,8 +41,8 @@ struct Normal {
     }
 };
 
-// The logarithm of the tail beyond |u|, to base 2, is near a polynomial up to |u| = 5.5: GELU is off by 2.6e-7 at most, and
-// up to |u| = 3 by 5e-6 of itself. Beyond, the tail counts as 2e-8. That takes fewer instructions than Normal.
+// The logarithm of the tail beyond |u|, to base 2, is near a polynomial up to |u| = 5.5: there GELU is off by 2.6e-7 at most, and
+// up to |u| = 3 by 5e-6 of itself. Beyond 5.5 the tail counts as 2e-8. That takes fewer instructions than Normal.
 __device__ __forceinline__ float gelu(float u) {
     float a = fminf(fabsf(u), 5.5f), power = 3.32594188e-5f;
     power = power * a - 0.000762818003f;

@@ -1,6 +1,6 @@
 // The way back through a Mix-FFN, from the gradient d of its output to that of the LayerNorm's output, in one kernel: the hidden
-// tensors, four times as large as the tokens, are read at most once and, but for what products with weights' gradients want,
-// not written.
+// tensors, four times as large as the tokens, are read once, but for what blocks share at their edges, and, but for what products
+// with weights' gradients want, not written.
 //
 // A block takes a strip of a picture's columns, one wider on each side than what it puts out, and walks down its rows; a warp has
 // 8 of the CHUNK hidden channels that are under way at a time, a lane two of them at WIDE tokens side by side. That is how the
@@ -304,8 +304,8 @@ __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w
     }
 }
 
-// Grid: (strips, ceil(height / rows)); strips are of 30 (14 for `all`) of the images·(width + 1) - 1 columns. For 64
-// channels, twice as many of each, and `room` is used.
+// Grid: (strips, ceil(height / rows)); strips are of 30 (14 for `all`) of the images·(width + 1) - 1 columns. With
+// 64 channels there are two chunks, and `room` is used.
 KERNEL(BLOCK, 1) mix_ffn_backward_32(const bf16* d /* (tokens, 32) */, const bf16* h /* (tokens, 128) */,
                                      const bf16* w2 /* (32, 128) */, const float* w /* (9, 128) */,
                                      const float* b /* (128) */, const bf16* w1 /* (128, 32) */, int images,

@@ -120,18 +120,6 @@ struct Pixels {
     }
 };
 
-// Four lanes side by side hold four words each: lane t receives word t of each, in their order.
-__device__ __forceinline__ void exchange(unsigned (&x)[4]) {
-    for (int apart = 1; apart <= 2; apart *= 2) {
-        bool upper = threadIdx.x & apart;
-        for (int i = 0; i < 4; i++) {
-            if (i & apart) continue;
-            unsigned other = __shfl_xor_sync(ALL_LANES, upper ? x[i] : x[i + apart], apart);
-            (upper ? x[i] : x[i + apart]) = other;
-        }
-    }
-}
-
 template <int N>
 __device__ void embed(const unsigned char* pixels, const int* positions, const unsigned char* levels,
                       const unsigned char* flips, int size, int out_size, int lines, const bf16* w, const bf16* bias,
@@ -169,7 +157,8 @@ __device__ void embed(const unsigned char* pixels, const int* positions, const u
         float d[TILES][4] = {};
 #pragma unroll 5
         for (int k = 0; k < DEPTH; k += 16) {
-            unsigned a[4] = {pair(low, k / 2 + t), pair(high, k / 2 + t), pair(low, k / 2 + t + 4), pair(high, k / 2 + t + 4)};
+            int at = k / 2 + t;
+            unsigned a[4] = {pair(low, at), pair(high, at), pair(low, at + 4), pair(high, at + 4)};
             for (int n = 0; n < TILES; n += 2) {
                 unsigned b[4];
                 ::across(weights, 8 * n, k, b);
@@ -209,11 +198,11 @@ __device__ void embed(const unsigned char* pixels, const int* positions, const u
             // A lane receives whole tiles, 16 bytes each.
             for (int n = 0; n < TILES; n += 4) {
                 unsigned out[4] = {normed[n], normed[n + 1], normed[n + 2], normed[n + 3]};
-                exchange(out);
+                transpose_quad(out);
                 if (inside) *reinterpret_cast<uint4*>(y + token * N + 8 * (n + t)) = {out[0], out[1], out[2], out[3]};
                 if (raw == nullptr) continue;
                 unsigned before[4] = {words[n], words[n + 1], words[n + 2], words[n + 3]};
-                exchange(before);
+                transpose_quad(before);
                 if (inside) {
                     *reinterpret_cast<uint4*>(raw + token * N + 8 * (n + t)) = {before[0], before[1], before[2], before[3]};
                 }
@@ -223,12 +212,12 @@ __device__ void embed(const unsigned char* pixels, const int* positions, const u
     }
 }
 
-// y = layer_norm(patches·wᵀ + bias) for windows of 7 x 7 pixels, 4 apart, padded by 3, in pictures of a multiple of 4; what the LayerNorm's gradient takes, if
-// raw is given. Grid: (ceil(out_size / STRIP), ceil(out_size / lines), images).
+// y = layer_norm(patches·wᵀ + bias) for windows of 7 x 7 pixels, 4 apart, padded by 3, in pictures of a multiple of 4;
+// what the LayerNorm's gradient takes, if raw is given. Grid: (ceil(out_size / STRIP), ceil(out_size / lines), images).
 KERNEL(THREADS, 3) embed_pixels_32(
     const unsigned char* pixels /* (pictures, size, size, 3) */, const int* positions /* (images): which picture */,
-    const unsigned char* levels /* (images, 256) */, const unsigned char* flips /* (images) */, int size, int out_size, int lines,
-    const bf16* w /* (32, 7·7·3) */, const bf16* bias /* (32) or null */, const float* gamma /* (32) */,
+    const unsigned char* levels /* (images, 256) */, const unsigned char* flips /* (images) */, int size, int out_size,
+    int lines, const bf16* w /* (32, 7·7·3) */, const bf16* bias /* (32) or null */, const float* gamma /* (32) */,
     const float* beta /* (32) */, bf16* y /* (images·out_size², 32) */,
     bf16* raw /* (images·out_size², 32) or null: before the LayerNorm */,
     float* stats /* (images·out_size², 2), with raw: mean, 1/std */) {
@@ -255,8 +244,8 @@ KERNEL(THREADS, 2) embed_pixels_64(
 // Channels by taps: a warp takes tiles of 8 taps, as many apart as there are warps, and sums over the block's windows.
 template <int N>
 __device__ void embed_backward(const unsigned char* pixels, const int* positions, const unsigned char* levels,
-                               const unsigned char* flips, int size, int out_size, int lines, const bf16* draw, float* partial,
-                               unsigned short (*table)[3], unsigned short* staged, Row<N>* gradients) {
+                               const unsigned char* flips, int size, int out_size, int lines, const bf16* draw,
+                               float* partial, unsigned short (*table)[3], unsigned short* staged, Row<N>* gradients) {
     constexpr int TAPS = SIDE * LINE, TILES = (TAPS + 7) / 8, WARPS = THREADS / 32, EACH = (TILES + WARPS - 1) / WARPS;
     fill_table(levels + blockIdx.z * 256, table);
     const unsigned char* image = pixels + size_t(positions[blockIdx.z]) * size * size * 3;
@@ -299,7 +288,8 @@ __device__ void embed_backward(const unsigned char* pixels, const int* positions
             // Windows past the last one have no gradient; they repeat its pixels.
             int at[4];
             for (int i = 0; i < 4; i++) {
-                at[i] = min(k % STRIP + 2 * t + i % 2 + i / 2 * 8, windows - 1) * (STRIDE * 3) + k / STRIP * (STRIDE * PITCH);
+                int window = min(k % STRIP + 2 * t + i % 2 + i / 2 * 8, windows - 1);
+                at[i] = window * (STRIDE * 3) + k / STRIP * (STRIDE * PITCH);
             }
 #pragma unroll
             for (int j = 0; j < EACH; j++) {

@@ -112,7 +112,8 @@ impl<D: Device> Cuda<D> {
 
 impl<D: Device> Head for Cuda<D> {
     fn batch_moments(&self, z: &Self::Act, rows: usize, channels: usize, moments: &mut Self::Full) {
-        // As wide as a tile, where that divides.
+        // As wide as a tile, where that divides. What a run measures goes through join_stages: here a grid has no room for the
+        // rows of very many pictures.
         let width = if rows.is_multiple_of(TILE.0) { TILE.0 } else { 1 };
         let grid = Grid { images: 1, height: rows / width, width };
         self.join(z.at(rows * channels), &[], grid, channels, Some(moments));

@@ -12,7 +12,7 @@ use super::{Argument, Device, Pictures};
 use crate::backend::{Inputs, Memory};
 use crate::{Error, Result};
 
-/// Threads of a block in all kernels but attention's.
+/// Threads of a block, where nothing else is said.
 pub(super) const THREADS: usize = 256;
 
 /// Numbers of type `E` on a device.
