@@ -637,9 +637,9 @@ struct Step {
     // Keys' rows of queries' columns. First of all, keys in one step's, values in the other's.
     Turned ds[MOST_KEYS];
     Row<32> q[STRIDE], d_o[STRIDE];
-    // Of two queries each: -lse to base 2; -delta, twice, as a product takes it.
-    float2 less[STRIDE / 2];
-    float4 minus[STRIDE / 2];
+    // -lse to base 2; -delta, of two queries twice, as a product takes it.
+    alignas(16) float less[STRIDE];
+    alignas(16) float minus[2 * STRIDE];
 };
 
 // The gradients of a warp's keys and values, over `steps` steps.
@@ -670,7 +670,7 @@ __device__ __forceinline__ void own_keys(Step (&shared)[2], int steps, int keys,
         for (int n = 0; n < STRIDE / 16; n++) {
             float s[2][2][4] = {}, ds[2][2][4];
             for (int i = 0; i < 2; i++) {
-                float4 x = now.minus[n * 8 + i * 4 + t];
+                float4 x = reinterpret_cast<const float4*>(now.minus)[n * 8 + i * 4 + t];
                 for (int m = 0; m < 2; m++) {
                     ds[m][i][0] = x.x;
                     ds[m][i][1] = x.y;
@@ -689,7 +689,8 @@ __device__ __forceinline__ void own_keys(Step (&shared)[2], int steps, int keys,
             }
             // Queries past the end are zero in both tiles, so what stands in their columns does not count.
             unsigned p[2][4], dp[2][4];
-            float2 base[2] = {now.less[n * 8 + t], now.less[n * 8 + t + 4]};
+            const float2* less = reinterpret_cast<const float2*>(now.less) + n * 8 + t;
+            float2 base[2] = {less[0], less[4]};
             for (int m = 0; m < 2; m++) {
                 for (int i = 0; i < 8; i++) {
                     float& x = s[m][i / 4][i % 4];
@@ -759,9 +760,9 @@ __device__ __forceinline__ void own_queries(Step (&shared)[2], const bf16* q, co
         uint4 d = *reinterpret_cast<const uint4*>(&shared[buffer].d_o[line].at[part * 8]);
         float delta = group_sum(dot(out.x, d.x) + dot(out.y, d.y) + dot(out.z, d.z) + dot(out.w, d.w), 4);
         if (part == 0) {
-            (&shared[buffer].less[line / 2].x)[line % 2] = less;
-            (&shared[buffer].minus[line / 2].x)[line % 2] = -delta;
-            (&shared[buffer].minus[line / 2].z)[line % 2] = -delta;
+            shared[buffer].less[line] = less;
+            shared[buffer].minus[line / 2 * 4 + line % 2] = -delta;
+            shared[buffer].minus[line / 2 * 4 + 2 + line % 2] = -delta;
         }
     };
     int buffer = steps % 2;
