@@ -683,7 +683,9 @@ __device__ __forceinline__ void own_keys(Step (&shared)[2], int steps, int keys,
                 load_matrices<false>((i < 2 ? now.q : now.d_o)[n * 16].at + across_at + i % 2 * 16, b);
                 for (int m = 0; m < 2; m++) {
                     for (int j = 0; j < 2; j++) {
-                        mma((i < 2 ? s : ds)[m][j], (i < 2 ? ka : va)[m][i % 2], b[2 * j], b[2 * j + 1]);
+                        // Not an array chosen by a condition: g++ 12 under UndefinedBehaviorSanitizer makes a copy of it.
+                        if (i < 2) mma(s[m][j], ka[m][i % 2], b[2 * j], b[2 * j + 1]);
+                        else mma(ds[m][j], va[m][i % 2], b[2 * j], b[2 * j + 1]);
                     }
                 }
             }
@@ -715,7 +717,8 @@ __device__ __forceinline__ void own_keys(Step (&shared)[2], int steps, int keys,
                 load_matrices<true>((i < 2 ? now.d_o : now.q)[n * 16].at + along_at + i % 2 * 16, b);
                 for (int m = 0; m < 2; m++) {
                     for (int j = 0; j < 2; j++) {
-                        mma((i < 2 ? dv : dk)[m][i % 2 * 2 + j], (i < 2 ? p : dp)[m], b[2 * j], b[2 * j + 1]);
+                        if (i < 2) mma(dv[m][i % 2 * 2 + j], p[m], b[2 * j], b[2 * j + 1]);
+                        else mma(dk[m][i % 2 * 2 + j], dp[m], b[2 * j], b[2 * j + 1]);
                     }
                 }
             }
