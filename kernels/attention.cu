@@ -34,17 +34,6 @@ constexpr float LN_2 = 0.693147181f;
 // Of scores, where heads have 32 channels: 1 / sqrt(32).
 constexpr float SCALE = 0.176776695f;
 
-// 2^x in one instruction.
-__device__ __forceinline__ float power_of_two(float x) {
-#ifdef __CUDACC__
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#else
-    return std::exp2(x);
-#endif
-}
-
 // This thread's number, asked for anew: what follows from it is not kept in registers through the loops over keys.
 __device__ __forceinline__ unsigned own_thread() {
     unsigned thread = threadIdx.x;

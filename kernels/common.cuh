@@ -36,6 +36,11 @@ __device__ __forceinline__ unsigned pair_of(float low, float high) {
     return reinterpret_cast<unsigned&>(pair);
 }
 
+// The two numbers of such a pair.
+__device__ __forceinline__ float2 widen(unsigned pair) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+
 // V numbers as they lie in memory: what a thread that reads ahead holds, at half the registers of a Pack.
 template <int V> struct Words {
     typedef bf16 type;
@@ -103,6 +108,25 @@ template <int V> __device__ __forceinline__ void store(bf16* to, const Pack<V>& 
 
 // Number of this thread in a one-dimensional grid.
 __device__ __forceinline__ size_t thread_number() { return size_t(blockIdx.x) * blockDim.x + threadIdx.x; }
+
+// ---- arithmetic
+
+// sum += a·b
+__device__ __forceinline__ void add(float2& sum, float2 a, float2 b) {
+    sum.x += a.x * b.x;
+    sum.y += a.y * b.y;
+}
+
+// 2^x to a unit or two in the last place, in one instruction; what would be subnormal is 0.
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef __CUDACC__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
 
 // ---- reductions
 

@@ -28,16 +28,6 @@ template <int V> __device__ __forceinline__ void store_pair(bf16* to, float2 p) 
     else *to = __float2bfloat16_rn(p.x);
 }
 
-__device__ __forceinline__ float2 widen(unsigned pair) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-
-// sum += a·b
-__device__ __forceinline__ void add(float2& sum, float2 a, float2 b) {
-    sum.x += a.x * b.x;
-    sum.y += a.y * b.y;
-}
-
 // p + numbers, in global memory, kept as it is: else the compiler adds it up again at each use. Null does not stay null.
 template <class T> __device__ __forceinline__ T* settled(T* p, size_t numbers) {
 #ifdef __CUDACC__

@@ -2,17 +2,7 @@
 #pragma once
 #include "common.cuh"
 
-// 2^x and 1/x to a unit or two in the last place; what would be subnormal is 0.
-__device__ __forceinline__ float power_of_two(float x) {
-#ifdef __CUDACC__
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#else
-    return exp2f(x);
-#endif
-}
-
+// 1/x to a unit or two in the last place; what would be subnormal is 0.
 __device__ __forceinline__ float reciprocal(float x) {
 #ifdef __CUDACC__
     float y;

@@ -51,13 +51,6 @@ __device__ __forceinline__ int settled(int x) {
     return x;
 }
 
-__device__ __forceinline__ float2 widen_two(unsigned pair) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-
-// sum + a·b
-__device__ __forceinline__ float2 add(float2 sum, float2 a, float2 b) { return {sum.x + a.x * b.x, sum.y + a.y * b.y}; }
-
 // Eight numbers that a product reads, by 16-byte access.
 __device__ __forceinline__ uint4 sixteen(const bf16* from) { return *reinterpret_cast<const uint4*>(from); }
 
@@ -253,14 +246,14 @@ __device__ __forceinline__ void mix_ffn(const bf16* x, const Layer& layer, const
                 // row_of(corner + y·ACROSS + i), as the corner's number is a multiple of 4, and of 8 on one side.
                 int at = row_of(y * ACROSS + i);
                 at += at % 2 == 0 ? corner + side : corner - side;
-                row[i] = widen_two(*reinterpret_cast<const unsigned*>(&hidden[at].at[2 * pair]));
+                row[i] = widen(*reinterpret_cast<const unsigned*>(&hidden[at].at[2 * pair]));
             }
             for (int i = 0; i < PATCH; i++) {
                 for (int line = 0; line < 3; line++) {
                     int to = y - line;
                     if (to < 0 || to >= PATCH) continue;
                     if (line == 0) u[to][i] = bias;
-                    for (int j = 0; j < 3; j++) u[to][i] = add(u[to][i], row[i + j], taps[3 * line + j]);
+                    for (int j = 0; j < 3; j++) add(u[to][i], row[i + j], taps[3 * line + j]);
                 }
             }
             if (y < 2) continue;

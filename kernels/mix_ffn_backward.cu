@@ -31,16 +31,6 @@ __device__ __forceinline__ unsigned& pair_at(Piece& piece, int channel) {
     return *reinterpret_cast<unsigned*>(&piece.at[channel]);
 }
 
-__device__ __forceinline__ float2 widen(unsigned pair) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-
-// sum += a·b
-__device__ __forceinline__ void add(float2& sum, float2 a, float2 b) {
-    sum.x += a.x * b.x;
-    sum.y += a.y * b.y;
-}
-
 __device__ __forceinline__ float2 two(const float* from) { return *reinterpret_cast<const float2*>(from); }
 
 // x, of which the compiler no longer knows where it comes from.

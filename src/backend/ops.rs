@@ -395,34 +395,22 @@ pub struct FfnOutputs<'a, B: Memory> {
 
 /// The Mix-FFN as one operation.
 pub trait MixFfn: Depthwise + LayerNorm {
-    /// Whether [`MixFfn::mix_ffn`] is more than its parts one after the other.
+    /// Whether there is such an operation.
     fn fuses_mix_ffn(&self, _channels: usize, _hidden: usize) -> bool {
         false
     }
-    /// `y = x + factor(image)·ffn(layer_norm(x))`, and the LayerNorm behind. By its parts, in memory of its own, where a backend
-    /// does not fuse them, for others to be tested against.
+    /// `y = x + factor(image)·ffn(layer_norm(x))`, and the LayerNorm behind. The same as [`LayerNorm::layer_norm`],
+    /// [`Linear::linear`], [`Depthwise::depthwise_gelu`], [`Linear::linear`] and [`LayerNorm::residual_norm`]; called where the
+    /// backend fuses them.
     fn mix_ffn(
         &self,
-        x: &Self::Act,
-        grid: Grid,
-        weights: &FfnWeights<'_, Self>,
-        drop: Option<Dropout>,
-        outputs: FfnOutputs<'_, Self>,
+        _x: &Self::Act,
+        _grid: Grid,
+        _weights: &FfnWeights<'_, Self>,
+        _drop: Option<Dropout>,
+        _outputs: FfnOutputs<'_, Self>,
     ) {
-        let &FfnWeights { norm, expand, mix, contract, next, channels, hidden } = weights;
-        let rows = grid.rows();
-        let (wide, narrow) = (rows * hidden, rows * channels);
-        let [mut own_h, mut g] = [0, 1].map(|_| self.act(wide));
-        let [mut own_normed, mut branch] = [0, 1].map(|_| self.act(narrow));
-        let (normed, h) = (outputs.normed.unwrap_or(&mut own_normed), outputs.h.unwrap_or(&mut own_h));
-        self.layer_norm(x, norm.0, norm.1, rows, channels, normed, outputs.stats);
-        let product = Product { rows, inputs: channels, outputs: hidden };
-        self.linear(normed, expand.0, expand.1, product, h, false);
-        self.depthwise_gelu(h, mix.0, mix.1, grid, hidden, &mut g);
-        let product = Product { rows, inputs: hidden, outputs: channels };
-        self.linear(&g, contract.0, contract.1, product, &mut branch, false);
-        let (to, stats) = outputs.next;
-        self.residual_norm(x, &branch, drop, grid, channels, next, outputs.y, to, stats);
+        unreachable!("this backend has the parts alone")
     }
 }
 

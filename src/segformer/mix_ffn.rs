@@ -37,8 +37,12 @@ pub struct FfnActs<B: Backend> {
 impl MixFfn {
     /// Whether the backend makes the forward pass in one operation, with the LayerNorms in front and behind.
     pub fn fuses<B: Backend>(&self, backend: &B) -> bool {
-        let plain = self.expand.side.is_none() && self.contract.side.is_none();
-        plain && backend.fuses_mix_ffn(self.channels, self.hidden)
+        self.is_plain() && backend.fuses_mix_ffn(self.channels, self.hidden)
+    }
+
+    /// Whether its products are all there is: no separate path beside one.
+    fn is_plain(&self) -> bool {
+        self.expand.side.is_none() && self.contract.side.is_none()
     }
 
     /// `y = x + drop·ffn(norm(x))`, and the LayerNorm behind; `normed` is that of x, and is made here if the layer
@@ -116,11 +120,8 @@ impl MixFfn {
         let wanted = [Some(self.mix_weight), Some(self.mix_bias), self.expand.bias];
         let wanted = wanted.map(|id| id.filter(|&id| gradients.get(id).is_some()));
         let all_or_none = wanted.iter().all(|id| id.is_some() == wanted[0].is_some());
-        let joint = below
-            && all_or_none
-            && self.expand.side.is_none()
-            && self.contract.side.is_none()
-            && backend.joins_mix_ffn_backward(grid, self.channels, self.hidden);
+        let joint =
+            below && all_or_none && self.is_plain() && backend.joins_mix_ffn_backward(grid, self.channels, self.hidden);
         let dh = other;
         if joint {
             let weights = MixFfnWeights {

@@ -457,6 +457,32 @@ case!(
 );
 
 /// By the joint operation where there is one, else by those that it joins.
+fn mix_ffn_forward<B: Backend>(
+    backend: &B,
+    x: &B::Act,
+    grid: Grid,
+    weights: &FfnWeights<'_, B>,
+    drop: Option<Dropout>,
+    outputs: FfnOutputs<'_, B>,
+) {
+    let &FfnWeights { norm, expand, mix, contract, next, channels, hidden } = weights;
+    if backend.fuses_mix_ffn(channels, hidden) {
+        return backend.mix_ffn(x, grid, weights, drop, outputs);
+    }
+    let rows = grid.rows();
+    let [mut own_h, mut g] = [(); 2].map(|()| backend.act(rows * hidden));
+    let [mut own_normed, mut branch] = [(); 2].map(|()| backend.act(rows * channels));
+    let (normed, h) = (outputs.normed.unwrap_or(&mut own_normed), outputs.h.unwrap_or(&mut own_h));
+    backend.layer_norm(x, norm.0, norm.1, rows, channels, normed, outputs.stats);
+    backend.linear(normed, expand.0, expand.1, Product { rows, inputs: channels, outputs: hidden }, h, false);
+    backend.depthwise_gelu(h, mix.0, mix.1, grid, hidden, &mut g);
+    let product = Product { rows, inputs: hidden, outputs: channels };
+    backend.linear(&g, contract.0, contract.1, product, &mut branch, false);
+    let (to, stats) = outputs.next;
+    backend.residual_norm(x, &branch, drop, grid, channels, next, outputs.y, to, stats);
+}
+
+/// The way back, likewise.
 fn mix_ffn_backward<B: Backend>(
     backend: &B,
     (d, h): (&B::Act, &B::Act),
@@ -665,7 +691,7 @@ case!(
             let [mut stats, mut next_stats] = [16, 17].map(|site| lab.full(2 * rows, site));
             let (normed, h) = (kept.then_some(&mut normed), kept.then_some(&mut h));
             let to = FfnOutputs { y: &mut y, next: (&mut next, &mut next_stats), stats: &mut stats, normed, h };
-            lab.0.mix_ffn(&x, grid, &weights, drop, to);
+            mix_ffn_forward(lab.0, &x, grid, &weights, drop, to);
             // On the way to y, the normalised, the hidden and the mixed tokens are rounded. What is behind is of the rounded y,
             // the largest of which is larger than the largest mean.
             outputs.extend([

@@ -1,4 +1,4 @@
-//! The Mix-FFN, by its parts.
+//! No joint Mix-FFN: by its parts, it goes through the caches.
 
 use super::{Cpu, Real};
 use crate::backend::MixFfn;
