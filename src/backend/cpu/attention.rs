@@ -1,36 +1,14 @@
 //! Attention, a tile of queries at a time: the tile's scores against all keys fit into the second-level cache.
 
-use std::cell::RefCell;
-
-use super::buffer::LINE;
 use super::layer_norm::{fold, sum};
 use super::linear::{View, product};
+use super::room::with_room;
 use super::simd::{LANES, Level, vectorised};
 use super::{Buffer, Cpu, Real};
 use crate::backend::{Attention, AttentionShape};
 
 /// Queries of a tile.
 const TILE: usize = 256;
-
-thread_local! {
-    /// Score tiles of this thread, kept from call to call, as raw 8-byte words so that one store serves every number type.
-    static TILES: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Calls `work` with two tiles of `len` numbers that live as long as the thread.
-fn with_tiles<T: Real>(len: usize, work: impl FnOnce(&mut [T], &mut [T])) {
-    TILES.with_borrow_mut(|words| {
-        let needed = (2 * len * size_of::<T>() + LINE).div_ceil(8);
-        if words.len() < needed {
-            words.resize(needed, 0);
-        }
-        // SAFETY: T is f32 or f64: every bit pattern is a number, and 8-byte words are aligned for both.
-        let (_, numbers, _) = unsafe { words.align_to_mut::<T>() };
-        let start = numbers.as_ptr().align_offset(LINE).min(LINE / size_of::<T>());
-        let (a, b) = numbers[start..][..2 * len].split_at_mut(len);
-        work(a, b);
-    });
-}
 
 /// The rows of one head from token `first` on.
 fn head_view<T>(data: &[T], shape: AttentionShape, first: usize, head: usize) -> View<'_, T> {
@@ -95,7 +73,7 @@ impl<T: Real> Attention for Cpu<T> {
         self.each(token_tiles.zip(denominators).enumerate(), |(tile, (o, denominators))| {
             let (image, first) = (tile / per_image, tile % per_image * TILE);
             let (token, count) = (image * queries + first, o.len() / channels);
-            with_tiles(TILE * keys, |scores, _| {
+            with_room([TILE * keys], |[scores]| {
                 for (head, lse) in denominators.into_iter().enumerate() {
                     let (qt, kt, vt) = (
                         head_view(q, shape, token, head),
@@ -158,7 +136,7 @@ impl<T: Real> Attention for Cpu<T> {
         // As many tiles at a time as the unit has threads: first each thread makes one, then each adds all of them up for some
         // of the keys, tile by tile, so that the sums do not depend on how many there are.
         let team = self.team();
-        with_tiles(team * TILE * keys, |p, ds| {
+        with_room([team * TILE * keys; 2], |[p, ds]| {
             for (image, dq) in dq[..images * queries * channels].chunks_mut(queries * channels).enumerate() {
                 for head in 0..heads {
                     let (kt, vt) = (head_view(k, shape, image * keys, head), head_view(v, shape, image * keys, head));

@@ -250,8 +250,38 @@ fn add_shift<T: Real>(d: &[T], grid: Grid, channels: usize, db: &mut [T]) {
     );
 }
 
+/// Convolves lines `rows` of x and hands them to `finish`, whose outputs begin with them.
+fn convolve<T: Real, F: Finish<T>>(
+    x: &[T],
+    w: &[T],
+    (grid, channels, mirrored): (Grid, usize, bool),
+    rows: Range<usize>,
+    finish: F,
+) {
+    vectorised(
+        #[inline(always)]
+        |level| {
+            let work = Convolution { x, w, grid, channels, mirrored, first: rows.start, level, finish };
+            each_block(rows, 0..channels, work);
+        },
+    );
+}
+
+/// `g = gelu(conv(h) + b)` of some lines, with which g begins.
+pub(super) fn gelu_of_convolution<T: Real>(
+    h: &[T],
+    w: &[T],
+    b: &[T],
+    grid: Grid,
+    channels: usize,
+    rows: Range<usize>,
+    g: &mut [T],
+) {
+    convolve(h, w, (grid, channels, false), rows, Gelu { b, g });
+}
+
 impl<T: Real> Cpu<T> {
-    /// Convolves x, row by row to what `finish` makes of the number of the first row and the outputs from there on.
+    /// [`convolve`] on the threads of the unit; `finish` is made of the outputs from the first of `rows` rows on.
     fn convolve<F: Finish<T>, O: Send>(
         &self,
         x: &[T],
@@ -263,15 +293,8 @@ impl<T: Real> Cpu<T> {
     ) {
         let all = grid.images * grid.height;
         self.each(outputs.enumerate(), |(part, output)| {
-            let finish = finish(output);
             let first = part * rows;
-            vectorised(
-                #[inline(always)]
-                |level| {
-                    let work = Convolution { x, w, grid, channels, mirrored, first, level, finish };
-                    each_block(first..all.min(first + rows), 0..channels, work);
-                },
-            );
+            convolve(x, w, (grid, channels, mirrored), first..all.min(first + rows), finish(output));
         });
     }
 }

@@ -39,6 +39,32 @@ pub(super) fn accumulate<T: Real, const N: usize>(rows: [&[T]; N], join: impl Fn
     fold(lanes)
 }
 
+/// Rows of `channels`, normalised with scale and shift; `stats` receives (mean, 1/std) per row.
+pub(super) fn normalise<T: Real>(
+    x: &[T],
+    (gamma, beta): (&Buffer<T>, &Buffer<T>),
+    channels: usize,
+    y: &mut [T],
+    stats: &mut [T],
+) {
+    let share = T::of(1.0 / channels as f64);
+    let (gamma, beta) = (&gamma[..channels], &beta[..channels]);
+    vectorised(
+        #[inline(always)]
+        |level| {
+            let rows = x.chunks_exact(channels).zip(y.chunks_exact_mut(channels)).zip(stats.chunks_exact_mut(2));
+            for ((x, y), stats) in rows {
+                let mean = sum([x], |[x]| x) * share;
+                let variance = sum([x], |[x]| (x - mean) * (x - mean)) * share;
+                let scale = T::ONE / (variance + T::of(EPSILON)).sqrt();
+                each([x, gamma, beta], y, |[x, gamma, beta], _| ((x - mean) * scale).mul_add(gamma, beta, level));
+                stats[0] = mean;
+                stats[1] = scale;
+            }
+        },
+    );
+}
+
 impl<T: Real> LayerNorm for Cpu<T> {
     fn layer_norm(
         &self,
@@ -50,31 +76,11 @@ impl<T: Real> LayerNorm for Cpu<T> {
         y: &mut Buffer<T>,
         stats: &mut Buffer<T>,
     ) {
-        let share = T::of(1.0 / channels as f64);
-        let (gamma, beta) = (&gamma[..channels], &beta[..channels]);
         let part = self.share(rows, 1);
         let x = x[..rows * channels].chunks(part * channels);
         let y = y[..rows * channels].chunks_mut(part * channels);
         let parts = x.zip(y).zip(stats[..2 * rows].chunks_mut(2 * part));
-        self.each(parts, |((x, y), stats)| {
-            vectorised(
-                #[inline(always)]
-                |level| {
-                    let rows =
-                        x.chunks_exact(channels).zip(y.chunks_exact_mut(channels)).zip(stats.chunks_exact_mut(2));
-                    for ((x, y), stats) in rows {
-                        let mean = sum([x], |[x]| x) * share;
-                        let variance = sum([x], |[x]| (x - mean) * (x - mean)) * share;
-                        let scale = T::ONE / (variance + T::of(EPSILON)).sqrt();
-                        each([x, gamma, beta], y, |[x, gamma, beta], _| {
-                            ((x - mean) * scale).mul_add(gamma, beta, level)
-                        });
-                        stats[0] = mean;
-                        stats[1] = scale;
-                    }
-                },
-            )
-        });
+        self.each(parts, |((x, y), stats)| normalise(x, (gamma, beta), channels, y, stats));
     }
 
     fn layer_norm_backward(

@@ -1,6 +1,133 @@
-//! No joint Mix-FFN: by its parts, it goes through the caches.
+//! The Mix-FFN, a strip of lines at a time: hidden tokens stay in the second-level cache from the expansion to the contraction.
 
-use super::{Cpu, Real};
-use crate::backend::MixFfn;
+use std::ops::Range;
 
-impl<T: Real> MixFfn for Cpu<T> {}
+use super::depthwise::gelu_of_convolution;
+use super::layer_norm::normalise;
+use super::linear::linear;
+use super::residual::add_branch;
+use super::room::with_room;
+use super::{Buffer, Cpu, Real};
+use crate::backend::{Dropout, FfnOutputs, FfnWeights, Grid, MixFfn, Product};
+
+/// Tokens of a strip, where a line has no more.
+const TOKENS: usize = 512;
+
+/// Some lines of a picture.
+struct Lines<'a, T> {
+    first: usize,
+    y: &'a mut [T],
+    next: (&'a mut [T], &'a mut [T]),
+    stats: &'a mut [T],
+    normed: Option<&'a mut [T]>,
+    h: Option<&'a mut [T]>,
+}
+
+/// Copies lines `made`, of `numbers` each, to `to`, which holds those from `first` on; lines beyond are left out.
+fn keep<T: Copy>(from: &[T], made: Range<usize>, numbers: usize, to: &mut [T], first: usize) {
+    let (start, end) = (made.start.max(first), made.end.min(first + to.len() / numbers));
+    if start < end {
+        let from = &from[(start - made.start) * numbers..(end - made.start) * numbers];
+        to[(start - first) * numbers..(end - first) * numbers].copy_from_slice(from);
+    }
+}
+
+impl<T: Real> MixFfn for Cpu<T> {
+    fn fuses_mix_ffn(&self, _: usize, _: usize) -> bool {
+        true
+    }
+
+    fn mix_ffn(
+        &self,
+        x: &Buffer<T>,
+        grid: Grid,
+        weights: &FfnWeights<'_, Self>,
+        drop: Option<Dropout>,
+        outputs: FfnOutputs<'_, Self>,
+    ) {
+        let FfnWeights { channels, hidden, .. } = *weights;
+        let Grid { images, height, width } = grid;
+        let (line, wide, pairs) = (width * channels, width * hidden, 2 * width);
+        let share = self.share(height, 1);
+        let FfnOutputs { y, next: (next, next_stats), stats, normed, h } = outputs;
+        let (mut y, mut next, mut next_stats, mut stats) =
+            (&mut y[..], &mut next[..], &mut next_stats[..], &mut stats[..]);
+        let (mut normed, mut h) = (normed.map(|x| &mut x[..]), h.map(|x| &mut x[..]));
+        for image in 0..images {
+            let x = &x[image * height * line..][..height * line];
+            let factor = drop.map_or(T::ONE, |drop| T::of(f64::from(drop.factor(image as u64))));
+            let mut parts = Vec::new();
+            for first in (0..height).step_by(share) {
+                let count = share.min(height - first);
+                parts.push(Lines {
+                    first,
+                    y: take(&mut y, count * line),
+                    next: (take(&mut next, count * line), take(&mut next_stats, count * pairs)),
+                    stats: take(&mut stats, count * pairs),
+                    normed: normed.as_mut().map(|x| take(x, count * line)),
+                    h: h.as_mut().map(|x| take(x, count * wide)),
+                });
+            }
+            self.each(parts.into_iter(), |part| lines(x, (height, width), weights, factor, part));
+        }
+    }
+}
+
+/// The first `len` numbers, which are left out from then on.
+fn take<'a, T>(rest: &mut &'a mut [T], len: usize) -> &'a mut [T] {
+    let (first, others) = std::mem::take(rest).split_at_mut(len);
+    *rest = others;
+    first
+}
+
+/// The lines of `part` of the picture x, strip by strip.
+fn lines<T: Real>(
+    x: &[T],
+    (height, width): (usize, usize),
+    weights: &FfnWeights<'_, Cpu<T>>,
+    factor: T,
+    mut part: Lines<'_, T>,
+) {
+    let FfnWeights { norm, expand, mix, contract, next, channels, hidden } = *weights;
+    let (line, wide, pairs) = (width * channels, width * hidden, 2 * width);
+    let strip = (TOKENS / width).clamp(1, height);
+    // With the lines above and below.
+    let most = strip + 2;
+    with_room([most * line, most * pairs, most * wide, strip * wide, strip * line], |rooms| {
+        let [normed, stats, h, g, branch] = rooms;
+        let (first, end) = (part.first, part.first + part.y.len() / line);
+        // Of h, lines top..bottom are there.
+        let mut top = first.saturating_sub(1);
+        let mut bottom = top;
+        for start in (first..end).step_by(strip) {
+            let stop = end.min(start + strip);
+            let above = start.saturating_sub(1);
+            h.copy_within((above - top) * wide..(bottom - top) * wide, 0);
+            top = above;
+            let made = bottom..height.min(stop + 1);
+            bottom = made.end;
+            let count = made.len();
+            let (normed, stats) = (&mut normed[..count * line], &mut stats[..count * pairs]);
+            normalise(&x[made.start * line..made.end * line], norm, channels, normed, stats);
+            let p = Product { rows: count * width, inputs: channels, outputs: hidden };
+            let new = &mut h[(made.start - top) * wide..(made.end - top) * wide];
+            linear(normed, expand.0, expand.1.map(|bias| &bias[..]), p, new, false);
+            keep(stats, made.clone(), pairs, part.stats, first);
+            if let Some(to) = &mut part.normed {
+                keep(normed, made.clone(), line, to, first);
+            }
+            if let Some(to) = &mut part.h {
+                keep(new, made.clone(), wide, to, first);
+            }
+            let there = Grid { images: 1, height: bottom - top, width };
+            gelu_of_convolution(h, mix.0, mix.1, there, hidden, start - top..stop - top, g);
+            let p = Product { rows: (stop - start) * width, inputs: hidden, outputs: channels };
+            linear(g, contract.0, contract.1.map(|bias| &bias[..]), p, branch, false);
+            let own = (start - first) * line..(stop - first) * line;
+            let y = &mut part.y[own.clone()];
+            add_branch(&x[start * line..stop * line], branch, factor, y);
+            let (out, stats) = &mut part.next;
+            normalise(y, next, channels, &mut out[own], &mut stats[(start - first) * pairs..(stop - first) * pairs]);
+        }
+    });
+}

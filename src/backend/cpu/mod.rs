@@ -19,6 +19,7 @@ mod patches;
 mod real;
 mod residual;
 mod resize;
+mod room;
 mod simd;
 
 pub use buffer::Buffer;

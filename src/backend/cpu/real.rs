@@ -9,7 +9,7 @@ use super::simd::Level;
 
 /// A floating-point type of the CPU backend.
 pub trait Real:
-    Copy
+    bytemuck::Pod
     + Send
     + Sync
     + Debug

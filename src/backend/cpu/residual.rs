@@ -4,6 +4,14 @@ use super::simd::{LANES, each, vectorised};
 use super::{Buffer, Cpu, Real};
 use crate::backend::{Dropout, Grid, Residual};
 
+/// `y = x + factor·branch`
+pub(super) fn add_branch<T: Real>(x: &[T], branch: &[T], factor: T, y: &mut [T]) {
+    vectorised(
+        #[inline(always)]
+        |_| each([x, branch], y, |[x, branch], _| x + factor * branch),
+    );
+}
+
 impl<T: Real> Residual for Cpu<T> {
     fn residual(
         &self,
@@ -20,10 +28,7 @@ impl<T: Real> Residual for Cpu<T> {
             let part = self.share(n, LANES);
             let inputs = x[image * n..][..n].chunks(part).zip(branch[image * n..][..n].chunks(part));
             self.each(inputs.zip(y[image * n..][..n].chunks_mut(part)), |((x, branch), y)| {
-                vectorised(
-                    #[inline(always)]
-                    |_| each([x, branch], y, |[x, branch], _| x + factor * branch),
-                );
+                add_branch(x, branch, factor, y);
             });
         }
     }

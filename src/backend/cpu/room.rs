@@ -1,0 +1,32 @@
+//! Memory for what goes no further than the second-level cache.
+
+use std::cell::RefCell;
+
+use super::Real;
+use super::buffer::LINE;
+
+thread_local! {
+    /// Room of this thread, kept from call to call, as raw 8-byte words so that one store serves every number type.
+    static ROOM: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Calls `work` with rooms for so many numbers each, which begin at cache lines and hold whatever was left there. They live as
+/// long as the thread; `work` must not ask for more.
+pub(super) fn with_room<T: Real, R, const N: usize>(lens: [usize; N], work: impl FnOnce([&mut [T]; N]) -> R) -> R {
+    let line = LINE / size_of::<T>();
+    ROOM.with_borrow_mut(|words| {
+        let whole = lens.map(|len| len.next_multiple_of(line));
+        let needed = (whole.iter().sum::<usize>() + line) * size_of::<T>() / size_of::<u64>();
+        if words.len() < needed {
+            words.resize(needed, 0);
+        }
+        let numbers: &mut [T] = bytemuck::cast_slice_mut(words);
+        let start = numbers.as_ptr().align_offset(LINE).min(line);
+        let mut rest = &mut numbers[start..];
+        work(std::array::from_fn(|i| {
+            let (room, others) = std::mem::take(&mut rest).split_at_mut(whole[i]);
+            rest = others;
+            &mut room[..lens[i]]
+        }))
+    })
+}
