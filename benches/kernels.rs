@@ -14,8 +14,8 @@ use criterion::{Criterion, SamplingMode, Throughput};
 use segpeft_native::backend::cuda::{Cuda, Driver, Spent};
 use segpeft_native::backend::{
     Attention, AttentionShape, BatchNormView, Classifier, Depthwise, Dropout, EmbedPixels, FfnOutputs, FfnWeights,
-    Grid, Head, HeadPass, InFront, LayerNorm, Linear, Loss, Memory, MixFfn, MixFfnBackward, MixFfnParts, MixFfnWeights,
-    Patches, Product, Residual, Resize, Sample, Window,
+    FirstStage, Grid, Head, HeadPass, InFront, LayerNorm, Linear, Loss, Memory, MixFfn, MixFfnBackward, MixFfnParts,
+    MixFfnWeights, Patches, Product, Residual, Resize, Sample, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -406,11 +406,12 @@ fn head(batch: usize) -> Vec<Case> {
         ),
         plain(
             name("classify_stages"),
-            move |Lab { cuda, x: [a, b, c], w: [w, bias], p, y: [z, room], dw: [logits, _], .. }| {
+            move |Lab { cuda, x: [a, b, c], w: [w, bias], p, y: [tokens, room], dw: [logits, z], .. }| {
                 let parts =
                     [(&*a, grid(batch, STAGES[1].0)), (b, grid(batch, STAGES[2].0)), (c, grid(batch, STAGES[3].0))];
+                let first = FirstStage { tokens, weight: w, bias: Some(bias), inputs: STAGES[0].1 };
                 let classifier = Classifier { weight: w, bias, labels: LABELS };
-                cuda.classify_stages(&parts, to, WIDTH, z, view(p), classifier, room, logits);
+                cuda.classify_stages(Some(first), &parts, to, WIDTH, z, view(p), classifier, room, logits);
             },
         ),
         plain(

@@ -1,5 +1,6 @@
 // The end of the decoder: stages joined → BatchNorm (eps 1e-5) → ReLU → dropout → classifier, forward and backward.
-// In evaluation all of it is one kernel (classify_stages), and the joined stages are never written.
+// In evaluation all of it is one kernel (classify_stages), with the first stage's product in front, and the joined stages
+// are nowhere in memory.
 //
 // The reduction over rows and the element-wise work of a pass are one kernel wherever the algorithm allows it. For two
 // classes everything between z and the logits is one pass over z either way: the activation, its gradient and the
@@ -18,6 +19,17 @@ __device__ __forceinline__ float relu(float x) {
     return y;
 #else
     return x < 0.0f ? 0.0f : x;
+#endif
+}
+
+// relu(low) and relu(high) as a pair.
+__device__ __forceinline__ unsigned relu_pair(float low, float high) {
+#ifdef __CUDACC__
+    unsigned pair;
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return pair_of(relu(low), relu(high));
 #endif
 }
 
@@ -831,10 +843,20 @@ struct Row16 {
     }
 };
 
-// logits = classifier(relu(batch_norm(z + stages p, q and r, each interpolated to z's resolution))). Sizes and grid are
-// as join_stages has them, but channels are 32 to 256, a power of two, and `side` is channels / 32.
-// The tiles and their products are those of join_stages, but the stages go through shared memory.
-KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ z /* (images, height, width, channels) */,
+// Channels of the first stage's tokens, which make z.
+constexpr int FIRST = 32;
+
+// logits = classifier(relu(batch_norm(z + stages p, q and r, each interpolated to z's resolution))), where z = tokens ·
+// firstᵀ + shift is nowhere in memory. Sizes and grid are as join_stages has them, but channels are 32 to 256, a power
+// of two, and `side` is channels / 32.
+//
+// The tiles and their products with the stages are those of join_stages, but the stages go through shared memory. The 16
+// pixels of a tile are the rows of all products. Where a product sums over tokens' channels, these have another order,
+// as in mix_ffn.cu, so that a lane's part of a token, or of a row of `first`, is 16 bytes of memory. What the tile's
+// products leave in a lane, the classifier's read: the channels that it sums over are in their columns' order.
+KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ tokens /* (images, height, width, 32) */,
+                                   const bf16* __restrict__ first /* (channels, 32) */,
+                                   const bf16* __restrict__ shift /* (channels) or null */,
                                    const bf16* __restrict__ p /* at its resolution */, const bf16* __restrict__ q,
                                    const bf16* __restrict__ r, int height, int width, int channels, int side,
                                    const float* __restrict__ stats /* (2, channels) */,
@@ -844,18 +866,19 @@ KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ z /* (images, height
                                    const bf16* __restrict__ bias /* (2) */,
                                    bf16* __restrict__ logits /* (images, height, width, 2) */) {
     constexpr int AHEAD = 2;  // tiles under way
+    constexpr float NOTHING[4] = {};
     SHARED(Weights, weights, [1]);
     SHARED(StageRing, rings, [THREADS / 32]);
-    // Of each warp's channels, for two sections: while one is added up, the other is filled.
-    SHARED(float, sums, [2][THREADS / 32][SECTION][TILE_COLUMNS][CLASSES]);
+    // Of each warp's channels, both classes, for two sections: while one is added up, the other is filled.
+    SHARED(float2, sums, [2][THREADS / 32][SECTION][TILE_COLUMNS]);
     fill_weights(weights[0]);
     Place place(side);
     int g = place.g, t = place.t, lane = threadIdx.x % 32;
     // Warps past the last strip repeat it, for nothing: all of a block meet at barriers.
     int left = min(place.left(), width - TILE_COLUMNS);
     int pieces = (height + PIECE - 1) / PIECE, image = blockIdx.z / pieces;
-    int first = blockIdx.z % pieces * PIECE, end = min(height, first + PIECE), pair = first / 2;
-    size_t area = size_t(height) * width * channels, pitch = size_t(width) * channels;
+    int top = blockIdx.z % pieces * PIECE, end = min(height, top + PIECE), pair = top / 2;
+    size_t area = size_t(height) * width * channels, pitch = size_t(width) * FIRST;
     bf16* ring = rings[place.warp].at[0].at;
 
     // A lane copies a pair of channels of every second column of a line.
@@ -886,29 +909,43 @@ KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ z /* (images, height
     }
     for (int k = 0; k < AHEAD; k++) bring_pair(pair + k, k);
 
-    z += image * area + first * pitch + (left + g) * channels + place.channel();
+    tokens += (size_t(image) * height + top) * pitch + (left + g) * FIRST + 8 * t;
     uint4 ahead[AHEAD][TILE_LINES];
     for (auto& tile : ahead) {
-        for (int l = 0; l < TILE_LINES; l++, z += pitch) tile[l] = fetch<8>(z);
+        for (int l = 0; l < TILE_LINES; l++, tokens += pitch) tile[l] = fetch<8>(tokens);
     }
     Columns own(stats, gamma, beta, w, channels, place.channel());
-    float shift[CLASSES];
-    load_classes(bias, shift);
+    if (shift != nullptr) {
+        Pack<8> constants = load<8>(shift + place.channel());
+        for (int i = 0; i < 8; i++) own.offset.x[i] += constants.x[i] * own.slope.x[i];
+    }
+    // Of `first`, the row of column g in each of a tile's products; of the classifier, class g.
+    uint4 rows[4], row = {0, 0, 0, 0};
+    for (int i = 0; i < 4; i++) rows[i] = fetch<8>(first + (place.brings() + g % 2 + 2 * i) * FIRST + 8 * t);
+    if (g < CLASSES) row = fetch<8>(w + g * channels + place.channel());
+    float constants[CLASSES];
+    load_classes(bias, constants);
     uint4 constant = tap_weights(0, lane, 0);
     const unsigned always[4] = {constant.x, constant.y, constant.z, constant.w};
     const Row16 upper(0, lane), lower(4, lane);
 #pragma unroll 1
-    for (int start = first; start < end; start += SECTION) {
+    for (int start = top; start < end; start += SECTION) {
         int buffer = start / SECTION % 2;
 #pragma unroll
         for (int k = 0; k < SECTION / TILE_LINES; k++, pair++) {
             int y = start + k * TILE_LINES;
             Tile tile;
-            for (int l = 0; l < TILE_LINES; l++, z += pitch) {
-                uint4& raw = ahead[k % AHEAD][l];
-                Pack<8> wide = widen<8>(raw);
-                for (int i = 0; i < 8; i++) tile.at(l, i) = wide.x[i];
-                if (y + AHEAD * TILE_LINES < end) raw = fetch<8>(z);
+            {
+                uint4(&raw)[TILE_LINES] = ahead[k % AHEAD];
+                const unsigned low[4] = {raw[0].x, raw[1].x, raw[0].y, raw[1].y};
+                const unsigned high[4] = {raw[0].z, raw[1].z, raw[0].w, raw[1].w};
+                for (int i = 0; i < 4; i++) {
+                    mma(tile.products[i], low, rows[i].x, rows[i].y, NOTHING);
+                    mma(tile.products[i], high, rows[i].z, rows[i].w);
+                }
+                for (int l = 0; l < TILE_LINES; l++, tokens += pitch) {
+                    if (y + AHEAD * TILE_LINES < end) raw[l] = fetch<8>(tokens);
+                }
             }
             uint4 varying = weights[0][k][lane];
             const unsigned now[4] = {varying.x, varying.y, varying.z, varying.w};
@@ -926,8 +963,19 @@ KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ z /* (images, height
                 mma(tile.products[2 * h], now, x[0], x[1]);
                 mma(tile.products[2 * h + 1], now, x[2], x[3]);
             }
-            float total = tile_logits(tile, own);
-            sums[buffer][place.warp][k * TILE_LINES + t / CLASSES][g][t % CLASSES] = total;
+            float totals[4] = {};
+            for (int h = 0; h < 2; h++) {
+                unsigned x[4];
+                for (int i = 0; i < 4; i++) {
+                    // Of line i % 2, the pair of channels that product 2·h + i / 2 made.
+                    int c = 4 * h + i / 2 * 2, l = i % 2;
+                    x[i] = relu_pair(own.before(tile.at(l, c), c), own.before(tile.at(l, c + 1), c + 1));
+                }
+                mma(totals, x, h == 0 ? row.x : row.z, h == 0 ? row.y : row.w);
+            }
+            for (int l = 0; l < TILE_LINES && t == 0; l++) {
+                sums[buffer][place.warp][k * TILE_LINES + l][g] = {totals[2 * l], totals[2 * l + 1]};
+            }
         }
         // Who fills this buffer again has passed the next section's barrier, after all have left this one.
         __syncthreads();
@@ -935,14 +983,14 @@ KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ z /* (images, height
         for (int i = threadIdx.x; i < columns * SECTION; i += blockDim.x) {
             int column = i % columns, line = i / columns, x = blockIdx.y * columns + column;
             if (x >= width) continue;
-            float total[CLASSES] = {};
+            float2 total = {constants[0], constants[1]};
             for (int s = 0; s < side; s++) {
-                for (int k = 0; k < CLASSES; k++) {
-                    total[k] += sums[buffer][column / TILE_COLUMNS * side + s][line][column % TILE_COLUMNS][k];
-                }
+                float2 part = sums[buffer][column / TILE_COLUMNS * side + s][line][column % TILE_COLUMNS];
+                total.x += part.x;
+                total.y += part.y;
             }
             size_t token = (size_t(image) * height + start + line) * width + x;
-            *reinterpret_cast<unsigned*>(logits + token * CLASSES) = pair_of(total[0] + shift[0], total[1] + shift[1]);
+            *reinterpret_cast<unsigned*>(logits + token * CLASSES) = pair_of(total.x, total.y);
         }
     }
     copies_done();

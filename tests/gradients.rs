@@ -374,7 +374,7 @@ fn the_decoder_line_by_line_is_the_decoder_pass_by_pass() {
         let norm = BatchNormView { stats: &stats, gamma: &gamma, beta: &beta };
         let classifier = Classifier { weight: &weight, bias: &bias, labels };
         let (mut used, mut room, mut logits) = (z.clone(), filled(9.0, n), filled(9.0, to.rows() * labels));
-        cpu.classify_stages(&part_list, to, channels, &mut used, norm, classifier, &mut room, &mut logits);
+        cpu.classify_stages(None, &part_list, to, channels, &mut used, norm, classifier, &mut room, &mut logits);
         let (mut activation, mut plain_logits) = (filled(9.0, n), filled(9.0, to.rows() * labels));
         cpu.head_activation(&plain, norm, None, to.rows(), channels, &mut activation);
         let product = Product { rows: to.rows(), inputs: channels, outputs: labels };

@@ -539,6 +539,26 @@ impl<B: Memory> Clone for Classifier<'_, B> {
 
 impl<B: Memory> Copy for Classifier<'_, B> {}
 
+/// The product that makes z of the first stage, which stands at the logits' resolution.
+pub struct FirstStage<'a, B: Memory> {
+    /// `(rows, inputs)`
+    pub tokens: &'a B::Act,
+    /// `(channels, inputs)`
+    pub weight: &'a B::Act,
+    /// `(channels)`
+    pub bias: Option<&'a B::Act>,
+    /// Channels of the stage.
+    pub inputs: usize,
+}
+
+impl<B: Linear> FirstStage<'_, B> {
+    /// Writes z `(rows, channels)`.
+    pub(super) fn multiply(&self, backend: &B, rows: usize, channels: usize, z: &mut B::Act) {
+        let product = Product { rows, inputs: self.inputs, outputs: channels };
+        backend.linear(self.tokens, self.weight, self.bias, product, z, false);
+    }
+}
+
 /// What one pass over z, from BatchNorm to the logits or back, reads.
 pub struct HeadPass<'a, B: Memory> {
     /// `(rows, channels)`
@@ -591,10 +611,16 @@ pub trait Head: Resize + Linear {
             self.batch_moments(z, to.rows(), channels, moments);
         }
     }
-    /// From the stages to the logits in evaluation: [`Head::join_stages`], then [`Head::classify`] without dropout. z, which
-    /// holds the first stage's part, is used up; `room` is `(to, channels)`.
+    /// Whether [`Head::classify_stages`] does these sizes, with a first stage of `inputs` channels, without z and room, which
+    /// may then be empty.
+    fn classifies_stages(&self, _inputs: usize, _parts: &[Grid], _to: Grid, _channels: usize, _labels: usize) -> bool {
+        false
+    }
+    /// From the stages to the logits in evaluation: z, [`Head::join_stages`], then [`Head::classify`] without dropout. z
+    /// comes from `first`, or without it holds the first stage's part, and is used up; `room` is `(to, channels)`.
     fn classify_stages(
         &self,
+        first: Option<FirstStage<'_, Self>>,
         parts: &[(&Self::Act, Grid)],
         to: Grid,
         channels: usize,
@@ -604,7 +630,7 @@ pub trait Head: Resize + Linear {
         room: &mut Self::Act,
         logits: &mut Self::Act,
     ) {
-        classify_stages_plainly(self, parts, to, channels, z, norm, classifier, room, logits);
+        classify_stages_plainly(self, first, parts, to, channels, z, norm, classifier, room, logits);
     }
     /// The transpose of the resizing in [`Head::join_stages`]: each of `parts` receives the gradient at its grid.
     fn split_stages(&self, dz: &Self::Act, from: Grid, channels: usize, parts: &mut [(&mut Self::Act, Grid)]) {
@@ -723,6 +749,7 @@ pub trait Head: Resize + Linear {
 /// [`Head::classify_stages`] by its parts.
 pub(super) fn classify_stages_plainly<B: Head>(
     backend: &B,
+    first: Option<FirstStage<'_, B>>,
     parts: &[(&B::Act, Grid)],
     to: Grid,
     channels: usize,
@@ -732,6 +759,9 @@ pub(super) fn classify_stages_plainly<B: Head>(
     room: &mut B::Act,
     logits: &mut B::Act,
 ) {
+    if let Some(first) = first {
+        first.multiply(backend, to.rows(), channels, z);
+    }
     backend.join_stages(parts, to, channels, z, None);
     backend.classify(
         HeadPass { z, norm, drop: None, rows: to.rows(), channels, classifier },

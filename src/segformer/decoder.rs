@@ -8,7 +8,7 @@ use super::model::{Pass, Scratch, SideScratch, Worker};
 use super::norm::Norm;
 use super::tensors::{Gradients, Id, Tensor, Tensors};
 use crate::backend::{
-    Backend, Base, BatchNormView, Classifier, Dropout, Grid, HeadPass, Sample, SmallProduct, Transpose,
+    Backend, Base, BatchNormView, Classifier, Dropout, FirstStage, Grid, HeadPass, Sample, SmallProduct, Transpose,
 };
 use crate::random::Purpose;
 
@@ -42,7 +42,7 @@ pub struct Decoder {
 
 /// What the phases of a step hand on, per unit.
 pub struct DecoderActs<B: Backend> {
-    /// Before BatchNorm, `(rows, width)`.
+    /// Before BatchNorm, `(rows, width)`; empty in a model for evaluation that [makes no use of it](Decoder::writes_z).
     pub z: B::Act,
     /// Which activations pass ReLU and dropout, where a pass back follows that reads it.
     pub passed: B::Act,
@@ -57,18 +57,24 @@ pub struct DecoderActs<B: Backend> {
 }
 
 impl Decoder {
-    /// Zeroed storage for logits on `grid`; with `keep`, what a backward pass needs.
-    pub fn acts<B: Backend>(&self, backend: &B, grid: Grid, keep: bool) -> DecoderActs<B> {
-        let rows = grid.rows();
+    /// Zeroed storage for stages on `grids`; with `keep`, what a backward pass needs.
+    pub fn acts<B: Backend>(&self, backend: &B, grids: &[Grid], keep: bool) -> DecoderActs<B> {
+        let rows = grids[0].rows();
         let passed = if keep { backend.passed(rows, self.width, self.labels) } else { backend.act(0) };
         DecoderActs {
-            z: backend.act(rows * self.width),
+            z: backend.act(if keep || self.writes_z(backend, grids) { rows * self.width } else { 0 }),
             passed,
             logits: backend.act(rows * self.labels),
             dlogits: backend.act(rows * self.labels),
             moments: backend.full(2 * self.width),
             sums: backend.full(2 * self.width),
         }
+    }
+
+    /// Whether evaluation of stages on `grids` writes z, and reads it again.
+    pub fn writes_z<B: Backend>(&self, backend: &B, grids: &[Grid]) -> bool {
+        let first = &self.folded[0];
+        first.side.is_some() || !backend.classifies_stages(first.inputs, &grids[1..], grids[0], self.width, self.labels)
     }
 
     /// Columns of F that belong to `stage`.
@@ -81,16 +87,14 @@ impl Decoder {
         pass.dropout(Purpose::HeadDropout, 0, self.dropout, grid.area() * self.width)
     }
 
-    /// The stages' parts of z: the first goes to z, the others to `rooms`, each at its resolution.
+    /// The parts of z that come from all stages but the first, to `rooms`, each at its resolution.
     fn parts<'s, B: Backend>(
         &self,
         pass: &Pass<'_, B>,
         stages: &[StageActs<B>],
-        z: &mut B::Act,
         rooms: impl Iterator<Item = &'s mut B::Act>,
         side: &mut SideScratch<B>,
     ) -> Vec<(&'s B::Act, Grid)> {
-        self.folded[0].forward(pass, &stages[0].out, stages[0].grid.rows(), z, side);
         let others = self.folded.iter().zip(stages).skip(1).zip(rooms);
         let part = |((folded, stage), room): ((&Affine, &StageActs<B>), &'s mut B::Act)| {
             folded.forward(pass, &stage.out, stage.grid.rows(), room, side);
@@ -108,7 +112,8 @@ impl Decoder {
         scratch: &mut Scratch<B>,
     ) {
         let Scratch { wide, tokens, side, .. } = scratch;
-        let parts = self.parts(pass, stages, &mut acts.z, wide.iter_mut().chain(tokens), side);
+        self.folded[0].forward(pass, &stages[0].out, stages[0].grid.rows(), &mut acts.z, side);
+        let parts = self.parts(pass, stages, wide.iter_mut().chain(tokens), side);
         pass.backend.join_stages(&parts, stages[0].grid, self.width, &mut acts.z, Some(&mut acts.moments));
     }
 
@@ -123,9 +128,17 @@ impl Decoder {
     ) {
         let Scratch { wide: [room, own], tokens, side, .. } = scratch;
         let DecoderActs { z, logits, .. } = acts;
-        let parts = self.parts(pass, stages, z, [own].into_iter().chain(tokens), side);
+        let (folded, StageActs { grid, out, .. }) = (&self.folded[0], &stages[0]);
+        let first = if folded.side.is_some() {
+            folded.forward(pass, out, grid.rows(), z, side);
+            None
+        } else {
+            let (weight, bias) = (pass.tensors.product(folded.weight), folded.bias.map(|id| pass.tensors.product(id)));
+            Some(FirstStage { tokens: out, weight, bias, inputs: folded.inputs })
+        };
+        let parts = self.parts(pass, stages, [own].into_iter().chain(tokens), side);
         let (norm, classifier) = self.end(pass, stats);
-        pass.backend.classify_stages(&parts, stages[0].grid, self.width, z, norm, classifier, room, logits);
+        pass.backend.classify_stages(first, &parts, *grid, self.width, z, norm, classifier, room, logits);
     }
 
     /// Numbers that the decoder needs in each of `Scratch::tokens`, where stages go that find no wide room on the way back: all

@@ -195,9 +195,10 @@ impl<B: Backend> Model<B> {
                         acts
                     })
                     .collect();
+                let grids: Vec<Grid> = stages.iter().map(|stage| stage.grid).collect();
                 Unit {
                     images: per_unit,
-                    decoder: plan.decoder.acts(&backend, stages[0].grid, trains),
+                    decoder: plan.decoder.acts(&backend, &grids, trains),
                     stages,
                     loss: backend.full(per_unit),
                     counts: backend.counts(per_unit * plan.decoder.labels * plan.decoder.labels),
@@ -215,10 +216,10 @@ impl<B: Backend> Model<B> {
         });
         let rows = largest(&|s| grids[s].rows());
         let patches = largest(&|s| plan.stages[s].patch_len(if s == 0 { pixels } else { grids[s - 1] }));
-        let wide = [
-            hidden.max(rows * width).max(patches),
-            hidden.max(largest(&|s| if s == 0 { 0 } else { grids[s].rows() * width })),
-        ];
+        // What stands for a pass over z, unless evaluation makes none.
+        let z = if trains || plan.decoder.writes_z(&backend, &grids) { rows * width } else { 0 };
+        let wide =
+            [hidden.max(z).max(patches), hidden.max(largest(&|s| if s == 0 { 0 } else { grids[s].rows() * width }))];
         let with_side = plan.side_inputs() > 0;
         let side_len = if with_side { tokens.max(hidden).max(patches) } else { 0 };
         let low = if with_side { rows * plan.rank } else { 0 };

@@ -11,9 +11,9 @@ use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
-    AdamW, AttentionShape, Backend, Base, BatchNormView, Classifier, Dropout, FfnOutputs, FfnWeights, Grid, Head as _,
-    HeadPass, InFront, Loss as _, Memory, MixFfnParts, MixFfnWeights, Moving, Patches as _, Product, Sample, Scaled,
-    SmallProduct, Transpose, Window,
+    AdamW, AttentionShape, Backend, Base, BatchNormView, Classifier, Dropout, FfnOutputs, FfnWeights, FirstStage, Grid,
+    Head as _, HeadPass, InFront, Loss as _, Memory, MixFfnParts, MixFfnWeights, Moving, Patches as _, Product, Sample,
+    Scaled, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -820,7 +820,14 @@ case!(
 
 case!(
     classify_stages,
-    ClassifyStages { images: usize, to: (usize, usize), parts: Vec<(usize, usize)>, channels: usize, labels: usize },
+    ClassifyStages {
+        images: usize,
+        to: (usize, usize),
+        first: Option<usize>,
+        parts: Vec<(usize, usize)>,
+        channels: usize,
+        labels: usize
+    },
     |self, lab| {
         let grid = |(height, width)| Grid { images: self.images, height, width };
         let (to, channels, labels) = (grid(self.to), self.channels, self.labels);
@@ -833,25 +840,35 @@ case!(
         let (w, bias) = (lab.act(labels * channels, 5), lab.act(labels, 6));
         let classifier = Classifier { weight: &w, bias: &bias, labels };
         let (n, n_logits) = (to.rows() * channels, to.rows() * labels);
-        let (mut z, mut room, mut logits) = (lab.act(n, 1), lab.act(n, 8), lab.act(n_logits, 9));
-        lab.0.classify_stages(&parts, to, channels, &mut z, norm, classifier, &mut room, &mut logits);
-        // Where it is not fused, z and the activations are rounded on the way.
-        let fused = labels == 2 && (32..=256).contains(&channels) && channels.is_power_of_two() && parts.len() <= 3;
-        vec![lab.read("logits", &logits, n_logits, 1.0, if fused { 0.0 } else { 3.0 })]
+        let inputs = self.first.unwrap_or(0);
+        let sizes: Vec<Grid> = parts.iter().map(|(_, part)| *part).collect();
+        let fused = lab.0.classifies_stages(inputs, &sizes, to, channels, labels);
+        let n_room = if fused { 0 } else { n };
+        let (mut z, mut room, mut logits) = (lab.act(n_room, 1), lab.act(n_room, 8), lab.act(n_logits, 9));
+        let (tokens, weight, shift) = (lab.act(to.rows() * inputs, 7), lab.act(channels * inputs, 14), lab.act(channels, 15));
+        // The bias may be absent.
+        let bias = (channels > 32).then_some(&shift);
+        let first = self.first.map(|inputs| FirstStage { tokens: &tokens, weight: &weight, bias, inputs });
+        lab.0.classify_stages(first, &parts, to, channels, &mut z, norm, classifier, &mut room, &mut logits);
+        // On the way, activations are rounded, or z alone, or all by which the operation is more than one.
+        let joint = labels == 2 && (32..=256).contains(&channels) && channels.is_power_of_two() && parts.len() <= 3;
+        vec![lab.read("logits", &logits, n_logits, 1.0, if joint { 1.0 } else { 3.0 })]
     },
     [
-        (1, (5, 7), vec![(2, 3)], 32, 2),
-        (2, (130, 9), vec![(65, 5), (33, 3), (17, 2)], 64, 2),
-        (2, (72, 40), vec![(36, 20), (18, 10), (9, 5)], 64, 2),
-        (1, (8, 16), vec![(4, 8), (2, 4), (1, 2)], 256, 2),
-        (2, (136, 24), vec![(68, 12), (34, 6), (17, 3)], 32, 2),
-        (1, (24, 8), vec![(12, 4), (6, 2), (3, 1)], 128, 2),
-        (3, (12, 16), vec![(6, 8), (3, 4)], 128, 2),
-        (2, (8, 10), vec![(4, 5), (2, 3), (1, 2)], 256, 2),
-        (1, (3, 2), vec![], 256, 2),
-        (1, (8, 8), vec![(4, 4), (2, 2), (1, 1), (1, 1)], 64, 2),
-        (2, (8, 8), vec![(4, 4), (2, 2), (1, 1)], 24, 2),
-        (1, (8, 8), vec![(4, 4), (2, 2)], 64, 3)
+        (1, (5, 7), Some(32), vec![(2, 3)], 32, 2),
+        (2, (130, 9), None, vec![(65, 5), (33, 3), (17, 2)], 64, 2),
+        (2, (72, 40), Some(32), vec![(36, 20), (18, 10), (9, 5)], 64, 2),
+        (1, (8, 16), Some(32), vec![(4, 8), (2, 4), (1, 2)], 256, 2),
+        (2, (136, 24), Some(32), vec![(68, 12), (34, 6), (17, 3)], 32, 2),
+        (1, (24, 8), Some(32), vec![(12, 4), (6, 2), (3, 1)], 128, 2),
+        (1, (24, 8), Some(64), vec![(12, 4), (6, 2), (3, 1)], 128, 2),
+        (1, (16, 8), None, vec![(8, 4), (4, 2), (2, 1)], 256, 2),
+        (3, (12, 16), Some(20), vec![(6, 8), (3, 4)], 128, 2),
+        (2, (8, 10), Some(32), vec![(4, 5), (2, 3), (1, 2)], 256, 2),
+        (1, (3, 2), None, vec![], 256, 2),
+        (1, (8, 8), Some(32), vec![(4, 4), (2, 2), (1, 1), (1, 1)], 64, 2),
+        (2, (8, 8), Some(32), vec![(4, 4), (2, 2), (1, 1)], 24, 2),
+        (1, (8, 8), Some(32), vec![(4, 4), (2, 2)], 64, 3)
     ]
 );
 

@@ -6,7 +6,7 @@ use half::bf16;
 use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device};
-use segpeft_native::backend::{AdamW, Backend, Memory, Sample};
+use segpeft_native::backend::{AdamW, Backend, Grid, Memory, Sample};
 use segpeft_native::error::Kind;
 use segpeft_native::lora;
 use segpeft_native::segformer::{Id, Model, ModelOptions, SegformerConfig, StepRandom, Trainable, modules};
@@ -100,15 +100,14 @@ fn compare(what: &str, trainable: &Trainable) {
     }
 }
 
-fn compare_on<D: Device>(backend: Cuda<D>, what: &str, trainable: &Trainable) {
-    let (config, size) = config();
-    let pictures = Pictures::new(0..3, size, config.num_labels() == 3);
-    let options = ModelOptions { size, batch: 3 };
-    let mut cpu = model(Cpu::<f32>::new(None).expect("threads"), &config, options, trainable, None);
-    let mut cuda = model(backend, &config, options, trainable, None);
-
-    let samples = pictures.samples();
-    let (ours, theirs) = (cuda.evaluate(&samples), cpu.evaluate(&samples));
+fn compare_evaluation<D: Device>(
+    what: &str,
+    cuda: &mut Model<Cuda<D>>,
+    cpu: &mut Model<Cpu<f32>>,
+    samples: &[Sample<'_>],
+) {
+    let (ours, theirs) = (cuda.evaluate(samples), cpu.evaluate(samples));
+    cuda.backend().check().expect("the device works");
     for (a, b) in ours.loss.iter().zip(&theirs.loss) {
         assert!((a - b).abs() <= 0.01 * b, "{what}: evaluation loss {a}, on the CPU {b}");
     }
@@ -116,7 +115,16 @@ fn compare_on<D: Device>(backend: Cuda<D>, what: &str, trainable: &Trainable) {
     let moved: u64 = ours.counts.iter().zip(&theirs.counts).map(|(a, b)| a.abs_diff(*b)).sum();
     assert_eq!(ours.counts.iter().sum::<u64>(), pixels);
     assert!(moved as f64 <= 0.04 * pixels as f64, "{what}: {moved} of {pixels} counts differ");
+}
 
+fn compare_on<D: Device>(backend: Cuda<D>, what: &str, trainable: &Trainable) {
+    let (config, size) = config();
+    let pictures = Pictures::new(0..3, size, config.num_labels() == 3);
+    let options = ModelOptions { size, batch: 3 };
+    let mut cpu = model(Cpu::<f32>::new(None).expect("threads"), &config, options, trainable, None);
+    let mut cuda = model(backend, &config, options, trainable, None);
+
+    compare_evaluation(what, &mut cuda, &mut cpu, &pictures.samples());
     let expected = step(&mut cpu, &pictures, 0);
     let found = step(&mut cuda, &pictures, 0);
     cuda.backend().check().expect("the device works");
@@ -287,6 +295,40 @@ fn a_device_lost_in_mid_step_is_one_clear_error() {
     assert!(model.get(Id(0)).iter().all(|x| x.is_nan()), "no weights to write into a checkpoint");
     assert!(model.evaluate(&samples).loss.iter().all(|x| x.is_nan()));
     assert_eq!(model.backend().check().expect_err("it stays so").to_string(), error.to_string());
+}
+
+/// In sizes for which the decoder's last kernel makes z itself, so that a model for evaluation has no room for it; and with an
+/// adapter of its own path on the first stage, which is added to z.
+#[test]
+fn evaluation_alone() {
+    let (tiny, size) = config();
+    let (hidden_sizes, id2label) = (vec![32, 24, 40, 48], SegformerConfig::default().id2label);
+    let config = SegformerConfig { hidden_sizes, id2label, ..tiny };
+    let patterns = lora::preset("all-linear").expect("preset");
+    let (matches, _) = lora::select(&modules(&config), &patterns, |_| false).expect("targets");
+    let adapters = Trainable::Adapters { matches, rank: 4, scale: 2.0, dropout: 0.1, head: false };
+    let grids = [16, 8, 4, 2].map(|side| Grid { images: 3, height: side, width: side });
+    let (pictures, options) = (Pictures::new(0..3, size, false), ModelOptions { size, batch: 3 });
+    fn compare<D: Device>(
+        backend: Cuda<D>,
+        mut cpu: Model<Cpu<f32>>,
+        trainable: &Trainable,
+        pictures: &Pictures,
+        grids: &[Grid],
+    ) {
+        let (config, options) = (cpu.config().clone(), ModelOptions { size: cpu.size(), batch: cpu.batch() });
+        let mut cuda = model(backend, &config, options, trainable, None);
+        let own_path = matches!(trainable, Trainable::Adapters { .. });
+        assert_eq!(cuda.plan().decoder.writes_z(cuda.backend(), grids), own_path);
+        compare_evaluation("evaluation", &mut cuda, &mut cpu, &pictures.samples());
+    }
+    for trainable in [Trainable::Nothing, adapters] {
+        let cpu = model(Cpu::<f32>::new(None).expect("threads"), &config, options, &trainable, None);
+        match gpu() {
+            Some(driver) => compare(Cuda::new(driver.clone()), cpu, &trainable, &pictures, &grids),
+            None => compare(Cuda::new(Host::new(Order::Forward)), cpu, &trainable, &pictures, &grids),
+        }
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::linear::linear;
 use super::resize::{resize_line, spread_line};
 use super::simd::{Level, each, vectorised};
 use super::{Buffer, Cpu, Real};
-use crate::backend::{BatchNormView, Classifier, Dropout, Grid, Head, Product};
+use crate::backend::{BatchNormView, Classifier, Dropout, FirstStage, Grid, Head, Product};
 
 /// Added to the variance.
 const EPSILON: f64 = 1e-5;
@@ -150,9 +150,10 @@ impl<T: Real> Head for Cpu<T> {
         }
     }
 
-    /// A line at a time, which stays in the second-level cache.
+    /// Behind z, a line at a time, which stays in the second-level cache.
     fn classify_stages(
         &self,
+        first: Option<FirstStage<'_, Self>>,
         parts: &[(&Buffer<T>, Grid)],
         to: Grid,
         channels: usize,
@@ -162,6 +163,9 @@ impl<T: Real> Head for Cpu<T> {
         room: &mut Buffer<T>,
         logits: &mut Buffer<T>,
     ) {
+        if let Some(first) = first {
+            first.multiply(self, to.rows(), channels, z);
+        }
         let Classifier { weight, bias, labels } = classifier;
         let (line, logit_line) = (to.width * channels, to.width * labels);
         let lines = self.share(to.images * to.height, 1);

@@ -3,7 +3,7 @@
 use super::memory::{ColumnSums, THREADS, column_span, slabs, width};
 use super::{Argument, Cuda, Device};
 use crate::backend::{
-    BatchNormView, Classifier, Dropout, Grid, Head, HeadPass, Memory, classify_backward_input_plainly,
+    BatchNormView, Classifier, Dropout, FirstStage, Grid, Head, HeadPass, Memory, classify_backward_input_plainly,
     classify_backward_plainly, classify_plainly, classify_stages_plainly, split_stages_plainly,
 };
 
@@ -13,6 +13,8 @@ const PARTS: usize = 3;
 const PIECE: usize = 64;
 /// Columns and channels of a tile of a warp.
 const TILE: (usize, usize) = (8, 32);
+/// Channels of the first stage of which `classify_stages` makes z.
+const FIRST: usize = 32;
 /// Columns that a warp of `split_stages` takes.
 const SPLIT_WIDTH: usize = 16;
 /// Warps of a block that lie side by side along the channels, at most: where whole tokens are read at once, and where
@@ -26,6 +28,11 @@ const EACH: (usize, usize) = (16, 8);
 /// Whether the fused kernels serve these sizes.
 fn fuses(channels: usize, labels: usize) -> bool {
     labels == 2 && channels <= 256 && channels.is_multiple_of(8) && (channels / 8).is_power_of_two()
+}
+
+/// Whether those do whose warps take the channels of a tile.
+fn tiles(channels: usize, labels: usize) -> bool {
+    fuses(channels, labels) && channels >= TILE.1
 }
 
 /// How kernels that walk strips of `columns` columns share `(width, channels)` among warps: how many lie side by side
@@ -136,8 +143,14 @@ impl<D: Device> Head for Cuda<D> {
         self.join_stages(rest, to, channels, z, moments);
     }
 
+    /// Only at fixed ratios is interpolation a product with constant weights.
+    fn classifies_stages(&self, inputs: usize, parts: &[Grid], to: Grid, channels: usize, labels: usize) -> bool {
+        inputs == FIRST && tiles(channels, labels) && halves(parts, to, channels)
+    }
+
     fn classify_stages(
         &self,
+        first: Option<FirstStage<'_, Self>>,
         parts: &[(&Self::Act, Grid)],
         to: Grid,
         channels: usize,
@@ -147,17 +160,32 @@ impl<D: Device> Head for Cuda<D> {
         room: &mut Self::Act,
         logits: &mut Self::Act,
     ) {
-        if !fuses(channels, classifier.labels) || channels < 32 || parts.len() > PARTS {
-            return classify_stages_plainly(self, parts, to, channels, z, norm, classifier, room, logits);
-        }
+        let (sizes, rows, labels) = (grids(parts), to.rows(), classifier.labels);
+        // At fixed ratios join_stages has tensor cores, where classify_stages_any interpolates number by number.
+        let any = tiles(channels, labels) && parts.len() <= PARTS && !halves(&sizes, to, channels);
+        let (kernel, mut arguments) = match first {
+            Some(first) if self.classifies_stages(first.inputs, &sizes, to, channels, labels) => {
+                let bias = first.bias.map_or(Argument::pointer(0), |bias| bias.at(channels));
+                let mut arguments = vec![first.tokens.at(rows * FIRST), first.weight.at(channels * FIRST), bias];
+                arguments.extend(exact_stages::<D>(parts, channels));
+                ("classify_stages", arguments)
+            }
+            first if any => {
+                if let Some(first) = first {
+                    first.multiply(self, rows, channels, z);
+                }
+                let mut arguments = vec![z.at(rows * channels)];
+                arguments.extend(stages::<D>(parts, channels));
+                ("classify_stages_any", arguments)
+            }
+            first => {
+                return classify_stages_plainly(self, first, parts, to, channels, z, norm, classifier, room, logits);
+            }
+        };
         let (side, threads, [across, along]) = share((to.width, TILE.0), channels, SIDES.0);
-        let exact = halves(&grids(parts), to, channels);
-        let mut arguments = vec![z.at(to.rows() * channels)];
-        arguments.extend(if exact { exact_stages::<D>(parts, channels) } else { stages::<D>(parts, channels) });
         arguments.extend([to.height, to.width, channels, side].map(Argument::from));
         arguments.extend(view::<D>(&norm, channels));
-        arguments.extend([classifier.weight.at(2 * channels), classifier.bias.at(2), logits.to(2 * to.rows())]);
-        let kernel = if exact { "classify_stages" } else { "classify_stages_any" };
+        arguments.extend([classifier.weight.at(2 * channels), classifier.bias.at(2), logits.to(2 * rows)]);
         self.launch_blocks(kernel, [across, along, to.images * to.height.div_ceil(PIECE)], threads, &arguments);
     }
 
