@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, SamplingMode, Throughput};
 use segpeft_native::backend::cuda::{Cuda, Driver, Spent};
 use segpeft_native::backend::{
-    Attention, AttentionShape, BatchNormView, Classifier, Depthwise, Dropout, EmbedPixels, FfnOutputs, FfnWeights,
-    FirstStage, Grid, Head, HeadPass, InFront, LayerNorm, Linear, Loss, Memory, MixFfn, MixFfnBackward, MixFfnParts,
-    MixFfnWeights, Patches, Product, Residual, Resize, Sample, Window,
+    Attention, AttentionBranch, AttentionOutputs, AttentionShape, AttentionWeights, BatchNormView, Classifier,
+    Depthwise, Dropout, EmbedPixels, FfnOutputs, FfnWeights, FirstStage, Grid, Head, HeadPass, InFront, LayerNorm,
+    Linear, Loss, Memory, MixFfn, MixFfnBackward, MixFfnParts, MixFfnWeights, Patches, Product, Residual, Resize,
+    Sample, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -267,6 +268,22 @@ fn blocks(batch: usize) -> Vec<Case> {
                 cuda.attention_backward(q, k, v, o, lse, d, shape, dq, dk, dv);
             },
         ));
+
+        // With its products and the residual: for a pass back, and for none.
+        for (what, keeps) in [("attention_branch", true), ("attention_branch, none kept", false)] {
+            if !matches!(c, 32 | 64) {
+                break;
+            }
+            cases.push(case(
+                name(what, c),
+                2 * product + 4 * rows * c * c,
+                move |Lab { cuda, x: [x, normed, o], w: [k, v], y: [y, q], s: [lse, _], .. }| {
+                    let weights = AttentionWeights { query: (k, Some(v)), output: (k, Some(v)) };
+                    let outputs = AttentionOutputs { y, kept: keeps.then_some((q, o, lse)) };
+                    cuda.attention_branch(x, normed, k, v, shape, &weights, Some(drop), outputs);
+                },
+            ));
+        }
 
         cases.push(plain(name("depthwise_gelu", hidden), move |Lab { cuda, x: [h, ..], p, y: [y, _], .. }| {
             cuda.depthwise_gelu(h, p, p, g, hidden, y);

@@ -1,5 +1,6 @@
 // All kernels as one unit: what build.rs compiles for GPUs, and host/ for the CPU. A namespace per file keeps helpers of
 // one name apart; the kernels themselves have C names.
+#include "attention.cuh"
 #include "common.cuh"
 #include "gelu.cuh"
 #include "interpolate.cuh"
@@ -8,6 +9,9 @@
 
 namespace attention {
 #include "attention.cu"
+}
+namespace attention_branch {
+#include "attention_branch.cu"
 }
 namespace depthwise {
 #include "depthwise.cu"

@@ -9,306 +9,42 @@
 // forward pass goes, and those of keys and values by warps that own keys, while the block walks over a slice of the
 // queries, the next tile of which is copied meanwhile. Slices are added in order, without atomics. Warps own 32 rows of
 // a narrow head, 16 of a wide one: shared memory could not feed the tensor cores with fewer.
+#include "attention.cuh"
 #include "mma.cuh"
 
-constexpr int QUERY_BLOCK = 256;
 constexpr int KEY_BLOCK = 128;
-// With the least blocks that a multiprocessor shall hold at once: at most 128 and 168 registers.
-#define QUERY_BOUNDS QUERY_BLOCK, 2
+// At most 168 registers.
 #define KEY_BOUNDS KEY_BLOCK, 3
-
-// Tiles of 16 rows that a warp owns.
-template <int D> constexpr int TILES = 64 / D;
-// Keys and values in shared memory at a time.
-template <int D> constexpr int WINDOW = 8192 / D;
-// Keys per step of the online softmax.
-constexpr int CHUNK = 32;
 // Queries in shared memory at a time, beside the next ones.
 constexpr int STEP = 64;
-// Probabilities may exceed 1 by this power of two before sums are rescaled: f32 has room, and most steps need none.
-constexpr float SLACK = 8.0f;
-// So little may a sum of theirs come to that nothing overflows, where their size is not looked at step by step.
-constexpr float ROOM = 0x1p64f;
-constexpr float LOG2_E = 1.44269504f;
-constexpr float LN_2 = 0.693147181f;
-// Of scores, where heads have 32 channels: 1 / sqrt(32).
-constexpr float SCALE = 0.176776695f;
-
-// This thread's number, asked for anew: what follows from it is not kept in registers through the loops over keys.
-__device__ __forceinline__ unsigned own_thread() {
-    unsigned thread = threadIdx.x;
-#ifdef __CUDACC__
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-#endif
-    return thread;
-}
-
-// Eight channels of a row of which `left` are left, zero beyond. WIDE: heads are multiples of 8.
-template <bool WIDE> __device__ __forceinline__ uint4 eight(const bf16* from /* (left) */, int left) {
-    if constexpr (WIDE) {
-        return left > 0 ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
-    } else {
-        float x[8];
-        for (int i = 0; i < 8; i++) x[i] = i < left ? __bfloat162float(from[i]) : 0.0f;
-        return {pair_of(x[0], x[1]), pair_of(x[2], x[3]), pair_of(x[4], x[5]), pair_of(x[6], x[7])};
-    }
-}
-
-// Adds A·tileᵀ for rows row.. row + 16 of a tile: s's columns from 8·n on.
-template <int D, int N>
-__device__ __forceinline__ void add_scores(const unsigned (&a)[TILES<D>][D / 16][4], const Row<D>* tile, int row,
-                                           float (&s)[TILES<D>][N][4], int n = 0) {
-    for (int i = 0; i < D / 16; i++) {
-        unsigned b[4];
-        across(tile, row, i * 16, b);
-        for (int m = 0; m < TILES<D>; m++) {
-            mma(s[m][n], a[m][i], b[0], b[1]);
-            mma(s[m][n + 1], a[m][i], b[2], b[3]);
-        }
-    }
-}
-
-// Adds P·tile for rows row.. row + 16 of a tile.
-template <int D>
-__device__ __forceinline__ void accumulate(const unsigned (&p)[TILES<D>][4], const Row<D>* tile, int row,
-                                           float (&d)[TILES<D>][D / 8][4]) {
-    for (int i = 0; i < D / 16; i++) {
-        unsigned b[4];
-        along(tile, row, i * 16, b);
-        for (int m = 0; m < TILES<D>; m++) {
-            mma(d[m][2 * i], p[m], b[0], b[1]);
-            mma(d[m][2 * i + 1], p[m], b[2], b[3]);
-        }
-    }
-}
-
-// Two tiles of D, rounded, as an A.
-__device__ __forceinline__ void as_operand(const float (&left)[4], const float (&right)[4], unsigned (&a)[4]) {
-    a[0] = pair_of(left[0], left[1]);
-    a[1] = pair_of(left[2], left[3]);
-    a[2] = pair_of(right[0], right[1]);
-    a[3] = pair_of(right[2], right[3]);
-}
-
-// ---- a warp owns queries
-//
-// Here channels are in another order: of 32, pair i of a lane's eight, 8·t.. 8·t + 8, stands at 8·i + 2·t. So what an
-// operand needs in a lane, and what a product leaves there, are 16 bytes in a row of memory.
-
-template <int D>
-__device__ __forceinline__ void load_ordered(const bf16* from, size_t start, int first, int rows, int channels,
-                                             int head, Row<D>* to) {
-    constexpr int LINES = QUERY_BLOCK / (D / 2);
-    unsigned thread = own_thread();
-    int row = thread / (D / 2), c = thread % (D / 2) * 2;
-    int filled = min(WINDOW<D>, (rows - first + CHUNK - 1) / CHUNK * CHUNK), there_are = rows - first;
-    const bf16* at = from + (start + size_t(first + row) * channels + c);
-    bf16* there = &to[row].at[c / 32 * 32 + c % 8 * 4 + c % 32 / 8 * 2];
-#pragma unroll 1
-    for (; row < filled; row += LINES, at += LINES * channels, there += LINES * (sizeof(Row<D>) / sizeof(bf16))) {
-        int left = row < there_are ? head - c : 0;
-        if (head % 8 == 0) {
-            copy_async<4>(there, at, left > 0 ? 4 : 0);
-        } else {
-            there[0] = left > 0 ? at[0] : __float2bfloat16_rn(0.0f);
-            there[1] = left > 1 ? at[1] : __float2bfloat16_rn(0.0f);
-        }
-    }
-}
-
-// Begins to load keys and values from `first` on, up to a window, for the whole block; zero beyond `rows`, and beyond
-// `head`. There after copies_done and a barrier.
-template <int D>
-__device__ __forceinline__ void load_window(const bf16* k /* (rows, channels) from `start` on */,
-                                            const bf16* v /* as k */, size_t start, int first, int rows, int channels,
-                                            int head, Row<D> (&to)[2][WINDOW<D>]) {
-    __syncthreads();
-    load_ordered<D>(k, start, first, rows, channels, head, to[0]);
-    load_ordered<D>(v, start, first, rows, channels, head, to[1]);
-}
-
-// Rows first.. first + 16 as A.
-template <int D, bool WIDE>
-__device__ __forceinline__ void load_a(const bf16* from, size_t start, int first, int rows, int channels, int head,
-                                       unsigned (&a)[D / 16][4]) {
-    unsigned thread = own_thread();
-    for (int half = 0; half < 2; half++) {
-        int row = first + thread % 32 / 4 + half * 8;
-        for (int n = 0; n < D / 32; n++) {
-            int c = n * 32 + thread % 4 * 8;
-            uint4 x = eight<WIDE>(from + (start + size_t(row) * channels + c), row < rows ? head - c : 0);
-            a[2 * n][half] = x.x;
-            a[2 * n][half + 2] = x.y;
-            a[2 * n + 1][half] = x.z;
-            a[2 * n + 1][half + 2] = x.w;
-        }
-    }
-}
-
-template <int D>
-__device__ __forceinline__ void load_operand(const bf16* from /* (rows, channels) from `start` on */, size_t start,
-                                             int first, int rows, int channels, int head, unsigned (&a)[D / 16][4]) {
-    if (head % 8 == 0) load_a<D, true>(from, start, first, rows, channels, head, a);
-    else load_a<D, false>(from, start, first, rows, channels, head, a);
-    // Adds nothing, which the compiler cannot know: what was loaded together would else be moved apart, into the four
-    // neighbouring registers that a product takes, before every product.
-    for (int i = 0; i < D / 16 * 4; i++) a[i / 4][i % 4] |= blockIdx.z;
-}
-
-// Writes eight numbers at once, to global memory. `store` leaves that to the compiler, which makes four writes of it
-// here.
-__device__ __forceinline__ void store_eight(bf16* to, const Pack<8>& p) {
-#ifdef __CUDACC__
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-                 "r"(pair_of(p.x[0], p.x[1])), "r"(pair_of(p.x[2], p.x[3])), "r"(pair_of(p.x[4], p.x[5])),
-                 "r"(pair_of(p.x[6], p.x[7]))
-                 : "memory");
-#else
-    store<8>(to, p);
-#endif
-}
-
-// Writes 16 x D accumulators, times `factors` for rows g and g + 8, to rows `first` on.
-template <int D>
-__device__ __forceinline__ void store_rows(const float (&d)[D / 8][4], const float (&factors)[2], int first, int rows,
-                                           int channels, int head, bf16* to, size_t start) {
-    unsigned thread = own_thread();
-    for (int half = 0; half < 2; half++) {
-        int row = first + thread % 32 / 4 + half * 8;
-        if (row >= rows) continue;
-        for (int n = 0; n < D / 32; n++) {
-            int c = n * 32 + thread % 4 * 8, left = head - c;
-            bf16* at = to + (start + size_t(row) * channels + c);
-            Pack<8> p;
-            for (int i = 0; i < 8; i++) p.x[i] = d[n * 4 + i / 2][half * 2 + i % 2] * factors[half];
-            if (head % 8 == 0) {
-                if (left > 0) store_eight(at, p);
-            } else {
-                for (int i = 0; i < 8; i++) {
-                    if (i < left) at[i] = __float2bfloat16_rn(p.x[i]);
-                }
-            }
-        }
-    }
-}
 
 template <int D>
 __device__ __forceinline__ void forward(const bf16* q, const bf16* k, const bf16* v, int heads, int head, int queries,
                                         int keys, int span, float scale, bf16* o, float* lse) {
-    SHARED(Row<D>, rows, [2][WINDOW<D>]);  // keys, values
+    SHARED(Turned<D>, rows, [2][WINDOW<D>]);  // keys, values
     constexpr int M = TILES<D>;
     int image = blockIdx.y / heads, h = blockIdx.y % heads, channels = heads * head;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4 * 2;
     size_t query_start = size_t(image) * queries * channels + h * head;
     size_t key_start = size_t(image) * keys * channels + h * head;
     int begin = blockIdx.x * span, end = min(queries, begin + span);
-    float factor = scale * LOG2_E;
+    auto load_from = [&](int start) { load_window<D>(k, v, key_start, start, keys, channels, head, rows); };
 
 #pragma unroll 1
     for (int tile = begin; tile < end; tile += QUERY_BLOCK / 2 * M) {
-        int first = tile + warp * 16 * M;
+        int first = tile + threadIdx.x / 32 * 16 * M;
         bool fresh = tile == begin || keys > WINDOW<D>;
-        if (fresh) load_window<D>(k, v, key_start, 0, keys, channels, head, rows);
+        if (fresh) load_from(0);
         unsigned a[M][D / 16][4];
 #pragma unroll
         for (int m = 0; m < M; m++) load_operand<D>(q, query_start, first + 16 * m, end, channels, head, a[m]);
-        // Of rows g and g + 8; logarithms are to base 2.
-        float top[M][2], sum[M][2] = {}, out[M][D / 8][4] = {};
-        for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY;
-#pragma unroll 1
-        for (int start = 0; start < keys; start += WINDOW<D>) {
-            if (start > 0) load_window<D>(k, v, key_start, start, keys, channels, head, rows);
-            if (fresh) {
-                copies_done();
-                __syncthreads();
-            }
-            if (first >= end) continue;
-            int count = min(WINDOW<D>, keys - start);
-            // The first step's largest score is as good as any, as long as nothing overflows by it. If it does, and from
-            // the second window on, where there is no going back, every step sees to its own.
-            bool careful = start > 0;
-#pragma unroll 1
-            for (;;) {
-                const Row<D>* at = rows[0];
-#pragma unroll 1
-                for (int chunk = 0; chunk < count; chunk += CHUNK, at += CHUNK) {
-                    float s[M][CHUNK / 8][4] = {};
-                    for (int n = 0; n < CHUNK / 16; n++) add_scores<D>(a, at, n * 16, s, 2 * n);
-                    if (chunk + CHUNK > count) {
-                        for (int n = 0; n < CHUNK / 8; n++) {
-                            for (int i = 0; i < 4 * M; i++) {
-                                if (chunk + n * 8 + t + i % 2 >= count) s[i / 4][n][i % 4] = -INFINITY;
-                            }
-                        }
-                    }
-                    if (careful || chunk == 0) {
-                        float largest[M][2];
-                        int rises = 0;
-                        for (int m = 0; m < M; m++) {
-                            for (int half = 0; half < 2; half++) {
-                                float most = -INFINITY;
-                                for (int n = 0; n < CHUNK / 8; n++) {
-                                    most = fmaxf(most, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-                                }
-                                largest[m][half] = most * factor;
-                                rises |= largest[m][half] > top[m][half] + SLACK;
-                            }
-                        }
-                        if (__any_sync(ALL_LANES, rises)) {
-                            for (int m = 0; m < M; m++) {
-                                for (int half = 0; half < 2; half++) {
-                                    float most = fmaxf(top[m][half], largest[m][half]);
-                                    most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));
-                                    most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
-                                    float shrink = power_of_two(top[m][half] - most);
-                                    top[m][half] = most;
-                                    sum[m][half] *= shrink;
-                                    for (int n = 0; n < D / 8; n++) {
-                                        out[m][n][2 * half] *= shrink;
-                                        out[m][n][2 * half + 1] *= shrink;
-                                    }
-                                }
-                            }
-                        }
-                    }
-                    for (int n = 0; n < CHUNK / 8; n++) {
-                        for (int m = 0; m < M; m++) {
-                            for (int i = 0; i < 4; i++) {
-                                s[m][n][i] = power_of_two(s[m][n][i] * factor - top[m][i / 2]);
-                                sum[m][i / 2] += s[m][n][i];
-                            }
-                        }
-                    }
-                    for (int n = 0; n < CHUNK / 16; n++) {
-                        unsigned p[M][4];
-                        for (int m = 0; m < M; m++) as_operand(s[m][2 * n], s[m][2 * n + 1], p[m]);
-                        accumulate<D>(p, at, WINDOW<D> + n * 16, out);
-                    }
-                }
-                bool over = false;
-                for (int i = 0; i < 2 * M; i++) over |= !(sum[i / 2][i % 2] <= ROOM);
-                if (careful || !__any_sync(ALL_LANES, over)) break;
-                careful = true;
-                for (int i = 0; i < 2 * M; i++) {
-                    top[i / 2][i % 2] = -INFINITY;
-                    sum[i / 2][i % 2] = 0;
-                }
-                for (int i = 0; i < M * D / 2; i++) out[i / (D / 2)][i % (D / 2) / 4][i % 4] = 0;
-            }
-        }
+        Softmax<D> softmax;
+        attend<D>(a, keys, fresh, first >= end, scale * LOG2_E, load_from, rows, softmax);
         if (first >= end) continue;
 #pragma unroll
         for (int m = 0; m < M; m++) {
             float shares[2];
-            for (int half = 0; half < 2; half++) {
-                float total = group_sum(sum[m][half], 4);
-                shares[half] = __fdividef(1.0f, total);
-                int row = first + m * 16 + g + half * 8;
-                if (t == 0 && row < end) {
-                    lse[size_t(blockIdx.y) * queries + row] = top[m][half] * LN_2 + __logf(total);
-                }
-            }
-            store_rows<D>(out[m], shares, first + m * 16, end, channels, head, o, query_start);
+            end_softmax(softmax.top[m], softmax.sum[m], first + m * 16, end, lse + size_t(blockIdx.y) * queries, shares);
+            store_rows<D>(softmax.out[m], shares, first + m * 16, end, channels, head, o, query_start);
         }
     }
 }
@@ -338,7 +74,7 @@ template <int D>
 __device__ __forceinline__ void query_gradient(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
                                                const bf16* d_o, const float* lse, int heads, int head, int queries,
                                                int keys, int span, float scale, bf16* dq, float* terms) {
-    SHARED(Row<D>, rows, [2][WINDOW<D>]);  // keys, values
+    SHARED(Turned<D>, rows, [2][WINDOW<D>]);  // keys, values
     constexpr int M = TILES<D>;
     int image = blockIdx.y / heads, h = blockIdx.y % heads, channels = heads * head;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4 * 2;
@@ -384,7 +120,7 @@ __device__ __forceinline__ void query_gradient(const bf16* q, const bf16* k, con
             }
             if (first >= end) continue;
             int count = min(WINDOW<D>, keys - start);
-            const Row<D>* at = rows[0];
+            Turned<D>* at = rows[0];
 #pragma unroll 1
             for (int chunk = 0; chunk < count; chunk += 16, at += 16) {
                 float s[M][2][4] = {}, ds[M][2][4];
@@ -596,14 +332,6 @@ constexpr int STRIDE = 32;
 // Numbers from a row of a tile to the next.
 constexpr int ROW = sizeof(Row<32>) / sizeof(bf16);
 
-// A row of 32 channels or queries, in four parts, which take turns from two rows to the next: the same part of eight
-// neighbouring rows is in different banks.
-struct Turned {
-    uint4 at[4];
-};
-
-__device__ __forceinline__ uint4* turned(Turned* rows, int row, int part) { return &rows[row].at[part ^ row / 2 % 4]; }
-
 // All threads of a block whose warps have parted.
 __device__ __forceinline__ void meet() {
 #ifdef __CUDACC__
@@ -624,7 +352,7 @@ __device__ __forceinline__ unsigned held(unsigned x) {
 // What the warps of a block share of a step.
 struct Step {
     // Keys' rows of queries' columns. First of all, keys in one step's, values in the other's.
-    Turned ds[MOST_KEYS];
+    Turned<32> ds[MOST_KEYS];
     Row<32> q[STRIDE], d_o[STRIDE];
     // -lse to base 2; -delta, of two queries twice, as a product takes it.
     alignas(16) float less[STRIDE];

@@ -281,3 +281,16 @@ struct Dropout {
         return p;
     }
 };
+
+// The arguments of a Dropout with a factor per image: that reads memory, and its numbers are of no use before the end of a
+// kernel.
+struct DropPath {
+    unsigned key0, key1, site;
+    const unsigned* step;
+    u64 first;
+    float rate;
+
+    __device__ __forceinline__ float factor(int image) const {
+        return Dropout(key0, key1, site, step, first, rate).factors<1>(image).x[0];
+    }
+};

@@ -7,9 +7,7 @@
 // thread 4 x 4 with two channels, and contracts the same 32, so that between these two it needs no other warp. Sums of
 // the contraction stay in registers to the end.
 //
-// Products have their channels in another order: where they sum, pair i of the channels 8·t.. 8·t + 8 stands at
-// 8·i + 2·t, by 32 channels; and column 2·t of the i-th of four tiles of D is that pair. So a lane's part of a weight is
-// 16 bytes of memory, and what the tiles of D leave in a lane is 16 bytes of a token.
+// Products have their channels in the order for 16-byte access (mma.cuh).
 #include <climits>
 
 #include "gelu.cuh"
@@ -51,19 +49,6 @@ __device__ __forceinline__ int settled(int x) {
     return x;
 }
 
-// Eight numbers that a product reads, by 16-byte access.
-__device__ __forceinline__ uint4 sixteen(const bf16* from) { return *reinterpret_cast<const uint4*>(from); }
-
-// D += A·B for one of the two halves of 32 summed channels.
-__device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], const uint4& b, int half) {
-    if (half == 0) mma(d, a, b.x, b.y);
-    else mma(d, a, b.z, b.w);
-}
-
-__device__ __forceinline__ uint4 words_of(const float (&x)[8]) {
-    return {pair_of(x[0], x[1]), pair_of(x[2], x[3]), pair_of(x[4], x[5]), pair_of(x[6], x[7])};
-}
-
 // Makes deviations from their mean of the C channels of a token, of which each of C/N neighbouring lanes has N; returns
 // (mean, 1/std).
 template <int C, int N> __device__ __forceinline__ float2 centre(float (&x)[N]) {
@@ -94,18 +79,6 @@ struct Layer {
     const bf16 *contract, *contract_bias;
     const float *next_gamma, *next_beta;
     int hidden;
-};
-
-// The arguments of a Dropout, which reads memory and is of no use before the end.
-struct Drop {
-    unsigned key0, key1, site;
-    const unsigned* step;
-    u64 first;
-    float rate;
-
-    __device__ __forceinline__ float factor(int image) const {
-        return Dropout(key0, key1, site, step, first, rate).factors<1>(image).x[0];
-    }
 };
 
 // What it writes; normed and h may be null.
@@ -151,7 +124,7 @@ __device__ __forceinline__ void normalise(const bf16* x, const float* gamma, con
 }
 
 template <int C>
-__device__ __forceinline__ void mix_ffn(const bf16* x, const Layer& layer, const Drop& drop, int height, int width,
+__device__ __forceinline__ void mix_ffn(const bf16* x, const Layer& layer, const DropPath& drop, int height, int width,
                                         const Outputs& out) {
     SHARED(Row<C>, normed, [ROWS]);
     SHARED(Bare, hidden, [CELLS]);
@@ -178,8 +151,7 @@ __device__ __forceinline__ void mix_ffn(const bf16* x, const Layer& layer, const
     // What the thread convolves: channels 2·pair and 2·pair + 1, and the cell in the corner above it.
     int pair = lane % 16, side = lane / 16;
     int corner = warp / 2 * PATCH * ACROSS + (warp % 2 * 2 + side) * PATCH;
-    // Of 32 consecutive rows of a weight, the one in column g of a product's first tile; two more per tile.
-    int own_row = g / 2 * 8 + g % 2;
+    int own_row = weight_row(g);
     // Of four tokens, 8 of every 32 channels in a lane.
     float sums[2][EIGHTS][4] = {};
     if (layer.contract_bias != nullptr) {

@@ -31,6 +31,30 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsig
 #endif
 }
 
+// ---- the order for 16-byte access
+//
+// Products may have their channels in another order: where they sum, pair i of the channels 8·t.. 8·t + 8 stands at
+// 8·i + 2·t, by 32 channels; and column 2·t of the i-th of four tiles of D is that pair. So a lane's part of a token or of a
+// weight's row is 16 bytes of memory, and what the tiles of D leave in a lane is 16 bytes of a token.
+
+// Eight numbers that a product reads, by 16-byte access.
+__device__ __forceinline__ uint4 sixteen(const bf16* from) { return *reinterpret_cast<const uint4*>(from); }
+
+// D += A·B for one of the two halves of 32 summed channels.
+__device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], const uint4& b, int half) {
+    if (half == 0) mma(d, a, b.x, b.y);
+    else mma(d, a, b.z, b.w);
+}
+
+// Of 32 consecutive rows of a weight, the one in column g of a product's first tile; two more per tile.
+__device__ __forceinline__ int weight_row(int g) { return g / 2 * 8 + g % 2; }
+
+__device__ __forceinline__ uint4 words_of(const float (&x)[8]) {
+    return {pair_of(x[0], x[1]), pair_of(x[2], x[3]), pair_of(x[4], x[5]), pair_of(x[6], x[7])};
+}
+
+// ---- operands in shared memory
+
 // Four 8 x 8 matrices from shared memory: lane l names row l % 8 of matrix l / 8, 16 aligned bytes. Of each, lane
 // 4·g + t receives columns 2t, 2t + 1 of row g; transposed, rows 2t, 2t + 1 of column g.
 template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(const bf16* row, unsigned (&x)[4]) {

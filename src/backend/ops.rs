@@ -12,6 +12,7 @@ pub trait Backend:
     + LayerNorm
     + EmbedPixels
     + Attention
+    + AttentionBranch
     + Depthwise
     + MixFfn
     + MixFfnBackward
@@ -31,6 +32,7 @@ impl<B> Backend for B where
         + LayerNorm
         + EmbedPixels
         + Attention
+        + AttentionBranch
         + Depthwise
         + MixFfn
         + MixFfnBackward
@@ -318,6 +320,58 @@ pub trait Attention: Memory {
         dk: &mut Self::Act,
         dv: &mut Self::Act,
     );
+}
+
+/// The products around attention: `(channels, channels)` each, with a bias.
+pub struct AttentionWeights<'a, B: Memory> {
+    /// Of the queries.
+    pub query: (&'a B::Act, Option<&'a B::Act>),
+    /// Of the outputs.
+    pub output: (&'a B::Act, Option<&'a B::Act>),
+}
+
+/// What the queries' side of attention leaves.
+pub struct AttentionOutputs<'a, B: Memory> {
+    /// The residual stream.
+    pub y: &'a mut B::Act,
+    /// Queries, outputs in front of the output product, and logarithms of the softmax denominators
+    /// `(images, heads, queries)`, if wanted.
+    pub kept: Option<(&'a mut B::Act, &'a mut B::Act, &'a mut B::Full)>,
+}
+
+/// The queries' side of attention as one operation.
+pub trait AttentionBranch: Attention + Residual {
+    /// Whether there is such an operation, however many images; `keep`: with what a backward pass needs.
+    fn fuses_attention(&self, _shape: AttentionShape, _keep: bool) -> bool {
+        false
+    }
+    /// `y = x + factor(image)·(attention(normed·Wqᵀ + b, k, v)·Woᵀ + b)`. The same as [`Linear::linear`],
+    /// [`Attention::attention`], [`Linear::linear`] and [`Residual::residual`].
+    fn attention_branch(
+        &self,
+        _x: &Self::Act,
+        _normed: &Self::Act,
+        _k: &Self::Act,
+        _v: &Self::Act,
+        _shape: AttentionShape,
+        _weights: &AttentionWeights<'_, Self>,
+        _drop: Option<Dropout>,
+        _outputs: AttentionOutputs<'_, Self>,
+    ) {
+        unreachable!("this backend has the parts alone")
+    }
+    /// That y again, to the bit, from the outputs `o` it kept: where a backward pass needs it, and it was not.
+    fn attention_join(
+        &self,
+        _x: &Self::Act,
+        _o: &Self::Act,
+        _shape: AttentionShape,
+        _output: (&Self::Act, Option<&Self::Act>),
+        _drop: Option<Dropout>,
+        _y: &mut Self::Act,
+    ) {
+        unreachable!("this backend has the parts alone, or keeps nothing")
+    }
 }
 
 /// The middle of a Mix-FFN: depth-wise 3x3 convolution with zero padding, bias, GELU in its erf form (Hendrycks and

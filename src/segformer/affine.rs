@@ -53,6 +53,11 @@ impl SidePath {
 }
 
 impl Affine {
+    /// Weight and bias as products read them.
+    pub fn operands<'a, B: Backend>(&self, pass: &Pass<'a, B>) -> (&'a B::Act, Option<&'a B::Act>) {
+        (pass.tensors.product(self.weight), self.bias.map(|id| pass.tensors.product(id)))
+    }
+
     /// `y = x·Wᵀ + b`, with the separate path added.
     pub fn forward<B: Backend>(
         &self,
@@ -63,8 +68,8 @@ impl Affine {
         scratch: &mut SideScratch<B>,
     ) {
         let (backend, tensors) = (pass.backend, pass.tensors);
-        let bias = self.bias.map(|id| tensors.product(id));
-        backend.linear(x, tensors.product(self.weight), bias, product(self, rows), y, false);
+        let (w, bias) = self.operands(pass);
+        backend.linear(x, w, bias, product(self, rows), y, false);
         if let Some(side) = &self.side {
             self.low(side, pass, x, rows, scratch);
             backend.linear(&scratch.low, tensors.product(side.b), None, side.up(rows, self.outputs), y, true);
@@ -85,7 +90,7 @@ impl Affine {
     ) {
         let rows = grid.rows();
         if drop.is_none() && self.side.is_none() {
-            let (w, bias) = (pass.tensors.product(self.weight), self.bias.map(|id| pass.tensors.product(id)));
+            let (w, bias) = self.operands(pass);
             pass.backend.linear_residual(x, input, w, bias, product(self, rows), room, y);
         } else {
             self.forward(pass, input, rows, room, scratch);

@@ -3,9 +3,9 @@
 
 use super::affine::Affine;
 use super::model::{Pass, Scratch};
-use super::norm::{Branch, Front, Joint, Norm, Normed};
+use super::norm::{Branch, Front, Norm, Normed};
 use super::tensors::Gradients;
-use crate::backend::{AttentionShape, Backend, Dropout, Grid, Window};
+use crate::backend::{AttentionOutputs, AttentionShape, AttentionWeights, Backend, Dropout, Grid, Window};
 
 /// The layer.
 pub struct AttentionLayer {
@@ -35,7 +35,7 @@ pub struct AttentionLayer {
 
 /// What the backward pass needs besides the layer's input.
 pub struct AttentionActs<B: Backend> {
-    /// Q.
+    /// Q, if it is stored.
     pub q: B::Act,
     /// Reduced tokens before their LayerNorm, with its (mean, 1/std).
     pub reduced: Option<(B::Act, B::Full)>,
@@ -45,9 +45,9 @@ pub struct AttentionActs<B: Backend> {
     pub k: B::Act,
     /// V.
     pub v: B::Act,
-    /// Attention output before the output product.
+    /// Attention output before the output product, if it is stored.
     pub o: B::Act,
-    /// Logarithms of the softmax denominators.
+    /// Logarithms of the softmax denominators, if they are stored.
     pub lse: B::Full,
 }
 
@@ -67,21 +67,29 @@ impl AttentionLayer {
         }
     }
 
-    /// Attention to norm(x), up to the output product, which [`AttentionLayer::join`] or [`AttentionLayer::join_and_norm`]
-    /// makes; `normed` is norm(x).
+    /// Whether the backend makes the queries' side in one operation; `keep`: with what a backward pass needs.
+    pub fn fuses<B: Backend>(&self, backend: &B, grid: Grid, keep: bool) -> bool {
+        let is_plain = self.query.side.is_none() && self.output.side.is_none();
+        is_plain && backend.fuses_attention(self.shape(grid), keep)
+    }
+
+    /// `y = x + drop·attention(norm(x))`, and the LayerNorm behind, unless what follows makes that; `normed` is norm(x).
     pub fn forward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
+        x: &B::Act,
         grid: Grid,
+        drop: Option<Dropout>,
         normed: &Normed<B>,
         acts: &mut AttentionActs<B>,
+        y: &mut B::Act,
+        behind: Option<(&Norm, &mut Normed<B>)>,
         scratch: &mut Scratch<B>,
     ) {
         let backend = pass.backend;
         let (rows, key_rows) = (grid.rows(), self.keys(grid).rows());
         let Scratch { tokens: [t0, t1, ..], wide: [patches, _], side, .. } = scratch;
         let normed = normed.out.as_ref().unwrap_or(t0);
-        self.query.forward(pass, normed, rows, &mut acts.q, side);
         let source = match (&self.reduction, &mut acts.reduced) {
             (Some((convolution, norm)), Some((raw, stats))) => {
                 let patches = acts.patches.as_mut().unwrap_or(patches);
@@ -94,26 +102,29 @@ impl AttentionLayer {
         };
         self.key.forward(pass, source, key_rows, &mut acts.k, side);
         self.value.forward(pass, source, key_rows, &mut acts.v, side);
-        backend.attention(&acts.q, &acts.k, &acts.v, self.shape(grid), &mut acts.o, &mut acts.lse);
+        let shape = self.shape(grid);
+        if self.fuses(backend, grid, pass.keeps()) {
+            let weights = AttentionWeights { query: self.query.operands(pass), output: self.output.operands(pass) };
+            let kept = pass.keeps().then_some((&mut acts.q, &mut acts.o, &mut acts.lse));
+            let outputs = AttentionOutputs { y, kept };
+            backend.attention_branch(x, normed, &acts.k, &acts.v, shape, &weights, drop, outputs);
+            if let Some((norm, Normed { out, stats })) = behind {
+                norm.forward(pass, y, rows, out.as_mut().unwrap_or(t0), stats);
+            }
+            return;
+        }
+        self.query.forward(pass, normed, rows, &mut acts.q, side);
+        backend.attention(&acts.q, &acts.k, &acts.v, shape, &mut acts.o, &mut acts.lse);
+        match behind {
+            Some((norm, normed)) => {
+                self.output.join_and_norm(pass, x, &acts.o, grid, drop, t1, normed.joint(y, norm), t0, side);
+            }
+            None => self.output.join(pass, x, &acts.o, grid, drop, t1, y, side),
+        }
     }
 
-    /// `y = x + drop·attention(norm(x))`, and the LayerNorm behind.
-    pub fn join_and_norm<B: Backend>(
-        &self,
-        pass: &Pass<'_, B>,
-        x: &B::Act,
-        grid: Grid,
-        drop: Option<Dropout>,
-        acts: &AttentionActs<B>,
-        joint: Joint<'_, B>,
-        scratch: &mut Scratch<B>,
-    ) {
-        let Scratch { tokens: [t0, t1, ..], side, .. } = scratch;
-        self.output.join_and_norm(pass, x, &acts.o, grid, drop, t1, joint, t0, side);
-    }
-
-    /// The same without the LayerNorm: cheap enough to make again in the backward pass rather than keep. Leaves `tokens[0]` of
-    /// `scratch` alone.
+    /// The y of the forward pass again: cheap enough not to be kept for the backward pass. Leaves `tokens[0]` of `scratch`
+    /// alone.
     pub fn join<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
@@ -125,7 +136,11 @@ impl AttentionLayer {
         scratch: &mut Scratch<B>,
     ) {
         let Scratch { tokens: [_, branch, ..], side, .. } = scratch;
-        self.output.join(pass, x, &acts.o, grid, drop, branch, y, side);
+        if self.fuses(pass.backend, grid, pass.keeps()) {
+            pass.backend.attention_join(x, &acts.o, self.shape(grid), self.output.operands(pass), drop, y);
+        } else {
+            self.output.join(pass, x, &acts.o, grid, drop, branch, y, side);
+        }
     }
 
     /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients. With `drop`, `tokens[0]` of

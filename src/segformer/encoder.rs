@@ -92,17 +92,19 @@ impl Stage {
         let blocks = (self.blocks[..held].iter())
             .map(|block| {
                 let keys = block.attention.keys(grid).rows();
+                let stored = keep || !block.attention.fuses(backend, grid, keep);
+                let queries = || backend.act(if stored { rows * channels } else { 0 });
                 BlockActs {
                     attention: AttentionActs {
-                        q: tokens(),
+                        q: queries(),
                         reduced: (block.attention.reduction.is_some())
                             .then(|| (backend.act(keys * channels), backend.full(2 * keys))),
                         patches: (block.attention.reduction.as_ref())
                             .and_then(|(convolution, _)| patches(convolution, keys)),
                         k: backend.act(keys * channels),
                         v: backend.act(keys * channels),
-                        o: tokens(),
-                        lse: backend.full(rows * block.attention.heads),
+                        o: queries(),
+                        lse: backend.full(if stored { rows * block.attention.heads } else { 0 }),
                     },
                     ffn: FfnActs {
                         h: backend.act(if keep || !block.ffn.fuses(backend) { rows * block.ffn.hidden } else { 0 }),
@@ -162,13 +164,8 @@ impl Stage {
             let turn = |half: usize| (2 * j + half) % (2 * held);
             let Ok([first, second]) = norms.get_disjoint_mut([turn(0), turn(1)]) else { unreachable!("of two halves") };
             let drop = block.drop(pass, 0);
-            block.attention.forward(pass, grid, first, attention, scratch);
-            if block.ffn.fuses(pass.backend) {
-                block.attention.join(pass, before, grid, drop, attention, middle, scratch);
-            } else {
-                let joint = second.joint(&mut *middle, &block.ffn.norm);
-                block.attention.join_and_norm(pass, before, grid, drop, attention, joint, scratch);
-            }
+            let behind = (!block.ffn.fuses(pass.backend)).then_some((&block.ffn.norm, second));
+            block.attention.forward(pass, before, grid, drop, first, attention, middle, behind, scratch);
             let Ok([second, next]) = norms.get_disjoint_mut([turn(1), turn(2)]) else { unreachable!("of two halves") };
             let joint = match self.blocks.get(j + 1) {
                 Some(following) => next.joint(after, &following.attention.norm),

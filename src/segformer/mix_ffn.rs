@@ -61,14 +61,12 @@ impl MixFfn {
         let rows = grid.rows();
         let Scratch { tokens: [t0, t1, ..], wide: [g, _], side, .. } = scratch;
         if self.fuses(pass.backend) {
-            let product =
-                |affine: &Affine| (pass.tensors.product(affine.weight), affine.bias.map(|id| pass.tensors.product(id)));
             let value = |id| pass.tensors.value(id);
             let weights = FfnWeights {
                 norm: (value(self.norm.gamma), value(self.norm.beta)),
-                expand: product(&self.expand),
+                expand: self.expand.operands(pass),
                 mix: (value(self.mix_weight), value(self.mix_bias)),
-                contract: product(&self.contract),
+                contract: self.contract.operands(pass),
                 next: (value(joint.norm.gamma), value(joint.norm.beta)),
                 channels: self.channels,
                 hidden: self.hidden,

@@ -11,9 +11,9 @@ use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
-    AdamW, AttentionShape, Backend, Base, BatchNormView, Classifier, Dropout, FfnOutputs, FfnWeights, FirstStage, Grid,
-    Head as _, HeadPass, InFront, Loss as _, Memory, MixFfnParts, MixFfnWeights, Moving, Patches as _, Product, Sample,
-    Scaled, SmallProduct, Transpose, Window,
+    AdamW, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Base, BatchNormView, Classifier, Dropout,
+    FfnOutputs, FfnWeights, FirstStage, Grid, Head as _, HeadPass, InFront, Loss as _, Memory, MixFfnParts,
+    MixFfnWeights, Moving, Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -397,6 +397,94 @@ case!(
         vec![lab.read("o", &o, nq, 1.0, 1.0), lab.read_full("lse", &lse, queries)]
     },
     [(32, 40, 256), (32, 40, 600), (64, 40, 128), (64, 40, 300)]
+);
+
+/// By the joint operation where there is one, else by those that it joins; then y again from what was kept.
+fn attention_branch<B: Backend>(
+    backend: &B,
+    (x, normed): (&B::Act, &B::Act),
+    (k, v): (&B::Act, &B::Act),
+    shape: AttentionShape,
+    weights: &AttentionWeights<'_, B>,
+    drop: Option<Dropout>,
+    outputs: AttentionOutputs<'_, B>,
+) -> Option<B::Act> {
+    let AttentionShape { images, heads, head, queries, .. } = shape;
+    let (rows, channels) = (images * queries, heads * head);
+    let again = || backend.act(rows * channels);
+    if backend.fuses_attention(shape, outputs.kept.is_some()) {
+        let AttentionOutputs { y, kept: Some((q, o, lse)) } = outputs else {
+            backend.attention_branch(x, normed, k, v, shape, weights, drop, outputs);
+            return None;
+        };
+        let mut again = again();
+        let kept = Some((q, &mut *o, lse));
+        backend.attention_branch(x, normed, k, v, shape, weights, drop, AttentionOutputs { y, kept });
+        backend.attention_join(x, o, shape, weights.output, drop, &mut again);
+        return Some(again);
+    }
+    let [mut own_q, mut own_o, mut branch] = [(); 3].map(|()| again());
+    let mut own_lse = backend.full(rows * heads);
+    let kept = outputs.kept.is_some();
+    let (q, o, lse) = outputs.kept.unwrap_or((&mut own_q, &mut own_o, &mut own_lse));
+    let product = Product { rows, inputs: channels, outputs: channels };
+    backend.linear(normed, weights.query.0, weights.query.1, product, q, false);
+    backend.attention(q, k, v, shape, o, lse);
+    backend.linear(o, weights.output.0, weights.output.1, product, &mut branch, false);
+    let grid = Grid { images, height: queries, width: 1 };
+    backend.residual(x, &branch, drop, grid, channels, outputs.y);
+    kept.then(|| {
+        let mut again = again();
+        backend.residual(x, &branch, drop, grid, channels, &mut again);
+        again
+    })
+}
+
+case!(
+    attention_branches,
+    AttentionBranches { images: usize, heads: usize, queries: usize, keys: usize, rate: f32, biases: bool },
+    |self, lab| {
+        let &Self { images, heads, queries, keys, rate, biases } = self;
+        let shape = AttentionShape { images, heads, head: 32, queries, keys };
+        let (channels, n_lse) = (heads * 32, images * heads * queries);
+        let (nq, nk) = (images * queries * channels, images * keys * channels);
+        let (x, normed, k, v) = (lab.act(nq, 1), lab.act(nq, 2), lab.act(nk, 3), lab.act(nk, 4));
+        let (query, output) = (lab.act(channels * channels, 5), lab.act(channels * channels, 6));
+        let (query_bias, output_bias) = (lab.act(channels, 7), lab.act(channels, 8));
+        let weights = AttentionWeights {
+            query: (&query, biases.then_some(&query_bias)),
+            output: (&output, biases.then_some(&output_bias)),
+        };
+        let drop = (rate > 0.0).then(|| drop_of(Purpose::DropPath, rate));
+        let run = |outputs| attention_branch(lab.0, (&x, &normed), (&k, &v), shape, &weights, drop, outputs);
+        let [mut y, mut y_alone, mut q, mut o] = [9, 10, 11, 12].map(|site| lab.act(nq, site));
+        let mut lse = lab.full(n_lse, 13);
+        let again = run(AttentionOutputs { y: &mut y, kept: Some((&mut q, &mut o, &mut lse)) }).expect("it keeps");
+        assert!(run(AttentionOutputs { y: &mut y_alone, kept: None }).is_none());
+        for other in [&again, &y_alone] {
+            assert_eq!(lab.0.download_act(&y, nq), lab.0.download_act(other, nq), "{self:?}");
+        }
+        // Queries are rounded, which moves probabilities; these are, and the outputs.
+        vec![
+            lab.read("y", &y, nq, 1.0, 2.0),
+            lab.read("q", &q, nq, 1.0, 0.0),
+            lab.read("o", &o, nq, 1.0, 2.0),
+            Output { summed: 1.0, ..lab.read_full("lse", &lse, n_lse) },
+        ]
+    },
+    [
+        (1, 1, 70, 64, 0.0, true),
+        (3, 1, 300, 256, 0.4, true),
+        (2, 1, 1, 2, 0.0, false),
+        (3, 1, 257, 300, 0.4, false),
+        (1, 2, 70, 64, 0.0, true),
+        (3, 2, 300, 256, 0.4, true),
+        (2, 2, 1, 2, 0.0, false),
+        (3, 2, 33, 600, 0.4, false),
+        (2, 2, 290, 97, 0.0, true),
+        // Several tiles of queries to a block.
+        (1024, 1, 257, 3, 0.4, true),
+    ]
 );
 
 case!(

@@ -86,6 +86,13 @@ pub fn config() -> (SegformerConfig, usize) {
     (config, numbers["image_size"].as_u64().expect("size") as usize)
 }
 
+/// The tiny model with first stages as wide as SegFormer-B0's, where operations are joined.
+pub fn joint_config() -> (SegformerConfig, usize) {
+    let (tiny, size) = config();
+    let (hidden_sizes, num_attention_heads) = (vec![32, 64, 40, 48], vec![1, 2, 5, 4]);
+    (SegformerConfig { hidden_sizes, num_attention_heads, ..tiny }, size)
+}
+
 /// Adapters on the attention of a model, whose head is trained too.
 pub fn adapters(config: &SegformerConfig, dropout: f32) -> Trainable {
     let patterns = lora::preset("attention").expect("preset");
@@ -93,10 +100,10 @@ pub fn adapters(config: &SegformerConfig, dropout: f32) -> Trainable {
     Trainable::Adapters { matches, rank: 4, scale: 2.0, dropout, head: true }
 }
 
-fn compare(what: &str, trainable: &Trainable) {
+fn compare(what: &str, model: (SegformerConfig, usize), trainable: &Trainable) {
     match gpu() {
-        Some(driver) => compare_on(Cuda::new(driver.clone()), what, trainable),
-        None => compare_on(Cuda::new(Host::new(Order::Forward)), what, trainable),
+        Some(driver) => compare_on(Cuda::new(driver.clone()), what, model, trainable),
+        None => compare_on(Cuda::new(Host::new(Order::Forward)), what, model, trainable),
     }
 }
 
@@ -117,8 +124,12 @@ fn compare_evaluation<D: Device>(
     assert!(moved as f64 <= 0.04 * pixels as f64, "{what}: {moved} of {pixels} counts differ");
 }
 
-fn compare_on<D: Device>(backend: Cuda<D>, what: &str, trainable: &Trainable) {
-    let (config, size) = config();
+fn compare_on<D: Device>(
+    backend: Cuda<D>,
+    what: &str,
+    (config, size): (SegformerConfig, usize),
+    trainable: &Trainable,
+) {
     let pictures = Pictures::new(0..3, size, config.num_labels() == 3);
     let options = ModelOptions { size, batch: 3 };
     let mut cpu = model(Cpu::<f32>::new(None).expect("threads"), &config, options, trainable, None);
@@ -259,12 +270,14 @@ fn a_smaller_last_micro_batch_hides_no_loss() {
 /// Activations that are made again are those that were kept.
 #[test]
 fn saving_memory_changes_no_bit() {
-    let (config, size) = config();
-    let pictures = Pictures::new(0..3, size, config.num_labels() == 3);
-    for trainable in [Trainable::Everything, adapters(&config, 0.0)] {
+    let (tiny, size) = config();
+    let joint = SegformerConfig { drop_path_rate: 0.3, ..joint_config().0 };
+    let pictures = Pictures::new(0..3, size, tiny.num_labels() == 3);
+    let cases = [&tiny, &joint].map(|config| [Trainable::Everything, adapters(config, 0.0)].map(|what| (config, what)));
+    for (config, trainable) in cases.into_iter().flatten() {
         let gradients = |saves| {
             let backend = Cuda::new(Host::new(Order::Forward)).saving_memory(saves);
-            let mut model = model(backend, &config, ModelOptions { size, batch: 3 }, &trainable, None);
+            let mut model = model(backend, config, ModelOptions { size, batch: 3 }, &trainable, None);
             let bytes = model.planned_bytes();
             (bytes, step(&mut model, &pictures, 0).gradients)
         };
@@ -343,15 +356,20 @@ fn adapters_follow_the_curve() {
 
 #[test]
 fn full_fine_tuning() {
-    compare("full", &Trainable::Everything);
+    compare("full", config(), &Trainable::Everything);
+}
+
+#[test]
+fn merged_adapters_by_joint_operations() {
+    compare("merged, joint", joint_config(), &adapters(&joint_config().0, 0.0));
 }
 
 #[test]
 fn merged_adapters() {
-    compare("merged", &adapters(&config().0, 0.0));
+    compare("merged", config(), &adapters(&config().0, 0.0));
 }
 
 #[test]
 fn adapters_with_dropout() {
-    compare("separate", &adapters(&config().0, 0.1));
+    compare("separate", config(), &adapters(&config().0, 0.1));
 }

@@ -4,6 +4,7 @@
 //! threads meet only where the algorithm does (BatchNorm, the update).
 
 mod attention;
+mod attention_branch;
 mod buffer;
 mod depthwise;
 mod head;

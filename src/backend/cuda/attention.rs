@@ -7,7 +7,7 @@ use super::{Argument, Cuda, Device};
 use crate::backend::{Attention, AttentionShape};
 
 /// Threads of a block whose warps own queries.
-const QUERY_BLOCK: usize = 256;
+pub(super) const QUERY_BLOCK: usize = 256;
 /// Threads of a block whose warps own keys.
 const KEY_BLOCK: usize = 128;
 /// Threads of a block that makes all gradients at once.
@@ -27,7 +27,7 @@ const SMALLEST_SLICE: usize = 256;
 const MOST_TILES: usize = 4;
 
 /// Channels of a head that has kernels of its own: SegFormer-B0's, and in all others it is 64.
-const NARROW: usize = 32;
+pub(super) const NARROW: usize = 32;
 
 /// The kernel for heads of this many channels.
 ///
@@ -39,18 +39,18 @@ fn kernel_for(head: usize, narrow: &'static str, wide: &'static str) -> &'static
 }
 
 /// Lengths of queries, keys and the logarithms of the denominators.
-fn lengths(shape: AttentionShape) -> (usize, usize, usize) {
+pub(super) fn lengths(shape: AttentionShape) -> (usize, usize, usize) {
     let AttentionShape { images, heads, head, queries, keys } = shape;
     (images * queries * heads * head, images * keys * heads * head, images * heads * queries)
 }
 
 /// Queries, or keys, that a block of so many threads takes at a time.
-fn tile(head: usize, threads: usize) -> usize {
+pub(super) fn tile(head: usize, threads: usize) -> usize {
     if head == NARROW { threads } else { threads / 2 }
 }
 
 /// Queries per block where warps own queries, and the grid.
-fn query_blocks(shape: AttentionShape) -> (usize, [usize; 3]) {
+pub(super) fn query_blocks(shape: AttentionShape) -> (usize, [usize; 3]) {
     let AttentionShape { images, heads, head, queries, .. } = shape;
     let tile = tile(head, QUERY_BLOCK);
     let span = tile * (queries.div_ceil(tile) * images * heads / BLOCKS).clamp(1, MOST_TILES);

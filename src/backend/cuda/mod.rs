@@ -9,6 +9,7 @@
 
 mod arena;
 mod attention;
+mod attention_branch;
 mod depthwise;
 mod device;
 mod driver;
