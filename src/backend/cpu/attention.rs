@@ -8,7 +8,7 @@ use super::{Buffer, Cpu, Real};
 use crate::backend::{Attention, AttentionShape};
 
 /// Queries of a tile.
-const TILE: usize = 256;
+pub(super) const TILE: usize = 256;
 
 /// The rows of one head from token `first` on.
 fn head_view<T>(data: &[T], shape: AttentionShape, first: usize, head: usize) -> View<'_, T> {
@@ -47,6 +47,87 @@ fn exponentials<T: Real>(row: &mut [T], shift: T, level: Level) -> T {
     fold(lanes)
 }
 
+/// Some queries of a picture.
+pub(super) struct Tile<'a, T> {
+    /// The picture.
+    pub image: usize,
+    /// The first of the queries, counted over all pictures.
+    pub token: usize,
+    /// What becomes of them, `(queries, channels)`.
+    pub out: &'a mut [T],
+    /// For each head, what the logarithms of their denominators go to, if they are wanted.
+    pub lse: Vec<&'a mut [T]>,
+}
+
+/// Tiles of [`TILE`] queries, or what is left of a picture.
+pub(super) fn tiles<'a, T: Real>(
+    AttentionShape { images, heads, head, queries, .. }: AttentionShape,
+    out: &'a mut [T],
+    lse: Option<&'a mut [T]>,
+) -> impl Iterator<Item = Tile<'a, T>> {
+    let channels = heads * head;
+    let per_image = queries.div_ceil(TILE);
+    let mut of_heads: Vec<Vec<&mut [T]>> = (0..images * per_image).map(|_| Vec::with_capacity(heads)).collect();
+    for (row, lse) in lse.into_iter().flat_map(|lse| lse[..images * heads * queries].chunks_mut(queries)).enumerate() {
+        for (tile, lse) in lse.chunks_mut(TILE).enumerate() {
+            of_heads[row / heads * per_image + tile].push(lse);
+        }
+    }
+    let out = out[..images * queries * channels].chunks_mut(queries * channels);
+    let out = out.flat_map(move |out| out.chunks_mut(TILE * channels));
+    out.zip(of_heads).enumerate().map(move |(tile, (out, lse))| {
+        let image = tile / per_image;
+        Tile { image, token: image * queries + tile % per_image * TILE, out, lse }
+    })
+}
+
+/// Attention of the queries q from `token` on, as many as `o` has room for, to keys and values of picture `image`; `scores` is
+/// room for a number per query and key.
+pub(super) fn attend<'l, T: Real>(
+    (q, token): (&[T], usize),
+    (k, v, image): (&[T], &[T], usize),
+    shape: AttentionShape,
+    scores: &mut [T],
+    o: &mut [T],
+    mut lse: impl Iterator<Item = &'l mut [T]>,
+) {
+    let AttentionShape { heads, head: width, keys, .. } = shape;
+    let channels = heads * width;
+    let scale = T::of(1.0 / (width as f64).sqrt());
+    let count = o.len() / channels;
+    for head in 0..heads {
+        let (qt, kt, vt) = (
+            head_view(q, shape, token, head),
+            head_view(k, shape, image * keys, head),
+            head_view(v, shape, image * keys, head),
+        );
+        product((count, keys, width), scale, qt, kt.t(), scores, 0, keys, false);
+        let (mut shares, mut logarithms) = ([T::ZERO; TILE], [T::ZERO; TILE]);
+        vectorised(
+            #[inline(always)]
+            |level| {
+                let rows = scores.chunks_exact_mut(keys).zip(shares.iter_mut().zip(&mut logarithms)).take(count);
+                for (row, (share, logarithm)) in rows {
+                    let most = largest(row);
+                    let total = exponentials(row, most, level);
+                    *share = T::ONE / total;
+                    *logarithm = most + total.ln(level);
+                }
+            },
+        );
+        if let Some(lse) = lse.next() {
+            lse.copy_from_slice(&logarithms[..count]);
+        }
+        product((count, width, keys), T::ONE, View::rows(scores, keys), vt, o, head * width, channels, false);
+        // The outputs are shorter than the scores, so they are what is divided by the denominators.
+        for (o, share) in o.chunks_exact_mut(channels).zip(shares) {
+            for o in &mut o[head * width..][..width] {
+                *o *= share;
+            }
+        }
+    }
+}
+
 impl<T: Real> Attention for Cpu<T> {
     fn attention(
         &self,
@@ -57,60 +138,9 @@ impl<T: Real> Attention for Cpu<T> {
         o: &mut Buffer<T>,
         lse: &mut Buffer<T>,
     ) {
-        let AttentionShape { images, heads, head: width, queries, keys } = shape;
-        let channels = heads * width;
-        let scale = T::of(1.0 / (width as f64).sqrt());
-        let token_tiles =
-            o[..images * queries * channels].chunks_mut(queries * channels).flat_map(|o| o.chunks_mut(TILE * channels));
-        // Of every tile, a piece for each head.
-        let per_image = queries.div_ceil(TILE);
-        let mut denominators: Vec<Vec<&mut [T]>> = (0..images * per_image).map(|_| Vec::with_capacity(heads)).collect();
-        for (row, lse) in lse[..images * heads * queries].chunks_mut(queries).enumerate() {
-            for (tile, lse) in lse.chunks_mut(TILE).enumerate() {
-                denominators[row / heads * per_image + tile].push(lse);
-            }
-        }
-        self.each(token_tiles.zip(denominators).enumerate(), |(tile, (o, denominators))| {
-            let (image, first) = (tile / per_image, tile % per_image * TILE);
-            let (token, count) = (image * queries + first, o.len() / channels);
-            with_room([TILE * keys], |[scores]| {
-                for (head, lse) in denominators.into_iter().enumerate() {
-                    let (qt, kt, vt) = (
-                        head_view(q, shape, token, head),
-                        head_view(k, shape, image * keys, head),
-                        head_view(v, shape, image * keys, head),
-                    );
-                    product((count, keys, width), scale, qt, kt.t(), scores, 0, keys, false);
-                    let mut shares = [T::ZERO; TILE];
-                    vectorised(
-                        #[inline(always)]
-                        |level| {
-                            let rows = scores.chunks_exact_mut(keys).zip(shares.iter_mut().zip(lse));
-                            for (row, (share, lse)) in rows {
-                                let most = largest(row);
-                                let total = exponentials(row, most, level);
-                                *share = T::ONE / total;
-                                *lse = most + total.ln(level);
-                            }
-                        },
-                    );
-                    product(
-                        (count, width, keys),
-                        T::ONE,
-                        View::rows(scores, keys),
-                        vt,
-                        o,
-                        head * width,
-                        channels,
-                        false,
-                    );
-                    // The outputs are shorter than the scores, so they are what is divided by the denominators.
-                    for (o, share) in o.chunks_exact_mut(channels).zip(shares) {
-                        for o in &mut o[head * width..][..width] {
-                            *o *= share;
-                        }
-                    }
-                }
+        self.each(tiles(shape, o, Some(lse)), |Tile { image, token, out: o, lse }| {
+            with_room([TILE * shape.keys], |[scores]| {
+                attend((q, token), (k, v, image), shape, scores, o, lse.into_iter())
             });
         });
     }

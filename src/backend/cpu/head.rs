@@ -2,6 +2,7 @@
 
 use super::linear::linear;
 use super::resize::{resize_line, spread_line};
+use super::room::{strip, with_room};
 use super::simd::{Level, each, vectorised};
 use super::{Buffer, Cpu, Real};
 use crate::backend::{BatchNormView, Classifier, Dropout, FirstStage, Grid, Head, Product};
@@ -151,6 +152,10 @@ impl<T: Real> Head for Cpu<T> {
     }
 
     /// Behind z, a line at a time, which stays in the second-level cache.
+    fn classifies_stages(&self, _: usize, _: &[Grid], _: Grid, _: usize, _: usize) -> bool {
+        true
+    }
+
     fn classify_stages(
         &self,
         first: Option<FirstStage<'_, Self>>,
@@ -160,32 +165,43 @@ impl<T: Real> Head for Cpu<T> {
         z: &mut Buffer<T>,
         norm: BatchNormView<'_, Buffer<T>>,
         classifier: Classifier<'_, Self>,
-        room: &mut Buffer<T>,
+        _: &mut Buffer<T>,
         logits: &mut Buffer<T>,
     ) {
-        if let Some(first) = first {
-            first.multiply(self, to.rows(), channels, z);
-        }
         let Classifier { weight, bias, labels } = classifier;
         let (line, logit_line) = (to.width * channels, to.width * labels);
-        let lines = self.share(to.images * to.height, 1);
-        let z = z[..to.rows() * channels].chunks_mut(lines * line);
-        let shares = z.zip(logits.chunks_mut(lines * logit_line)).zip(room.chunks_mut(lines * line));
-        self.each(shares.enumerate(), |(share, ((z, logits), room))| {
-            let room = &mut room[..line];
-            for (row, (z, logits)) in z.chunks_exact_mut(line).zip(logits.chunks_exact_mut(logit_line)).enumerate() {
-                vectorised(
-                    #[inline(always)]
-                    |level| {
-                        for (part, from) in parts {
-                            resize_line(part, *from, to, channels, share * lines + row, z, true);
+        let (lines, strip) = (self.share(to.images * to.height, 1), strip(to));
+        let logits = logits[..to.rows() * labels].chunks_mut(lines * logit_line);
+        self.each(logits.enumerate(), |(share, logits)| {
+            with_room([strip * line, line], |[room, activation]| {
+                for (number, logits) in logits.chunks_mut(strip * logit_line).enumerate() {
+                    let (start, count) = (share * lines + number * strip, logits.len() / logit_line);
+                    let room = &mut room[..count * line];
+                    match &first {
+                        Some(FirstStage { tokens, weight, bias, inputs }) => {
+                            let product = Product { rows: count * to.width, inputs: *inputs, outputs: channels };
+                            let tokens = &tokens[start * to.width * inputs..];
+                            linear(tokens, weight, bias.map(|bias| &bias[..]), product, room, false);
                         }
-                        activate(z, norm, None, 0, channels, room, level);
-                    },
-                );
-                let product = Product { rows: to.width, inputs: channels, outputs: labels };
-                linear(room, weight, Some(bias), product, logits, false);
-            }
+                        None => room.copy_from_slice(&z[start * line..][..count * line]),
+                    }
+                    for (row, (z, logits)) in
+                        room.chunks_exact_mut(line).zip(logits.chunks_exact_mut(logit_line)).enumerate()
+                    {
+                        vectorised(
+                            #[inline(always)]
+                            |level| {
+                                for (part, from) in parts {
+                                    resize_line(part, *from, to, channels, start + row, z, true);
+                                }
+                                activate(z, norm, None, 0, channels, activation, level);
+                            },
+                        );
+                        let product = Product { rows: to.width, inputs: channels, outputs: labels };
+                        linear(activation, weight, Some(bias), product, logits, false);
+                    }
+                }
+            });
         });
     }
 

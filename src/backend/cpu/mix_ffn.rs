@@ -6,12 +6,9 @@ use super::depthwise::gelu_of_convolution;
 use super::layer_norm::normalise;
 use super::linear::linear;
 use super::residual::add_branch;
-use super::room::with_room;
+use super::room::{strip, take, with_room};
 use super::{Buffer, Cpu, Real};
 use crate::backend::{Dropout, FfnOutputs, FfnWeights, Grid, MixFfn, Product};
-
-/// Tokens of a strip, where a line has no more.
-const TOKENS: usize = 512;
 
 /// Some lines of a picture.
 struct Lines<'a, T> {
@@ -68,29 +65,17 @@ impl<T: Real> MixFfn for Cpu<T> {
                     h: h.as_mut().map(|x| take(x, count * wide)),
                 });
             }
-            self.each(parts.into_iter(), |part| lines(x, (height, width), weights, factor, part));
+            self.each(parts.into_iter(), |part| lines(x, grid, weights, factor, part));
         }
     }
 }
 
-/// The first `len` numbers, which are left out from then on.
-fn take<'a, T>(rest: &mut &'a mut [T], len: usize) -> &'a mut [T] {
-    let (first, others) = std::mem::take(rest).split_at_mut(len);
-    *rest = others;
-    first
-}
-
 /// The lines of `part` of the picture x, strip by strip.
-fn lines<T: Real>(
-    x: &[T],
-    (height, width): (usize, usize),
-    weights: &FfnWeights<'_, Cpu<T>>,
-    factor: T,
-    mut part: Lines<'_, T>,
-) {
+fn lines<T: Real>(x: &[T], grid: Grid, weights: &FfnWeights<'_, Cpu<T>>, factor: T, mut part: Lines<'_, T>) {
     let FfnWeights { norm, expand, mix, contract, next, channels, hidden } = *weights;
+    let Grid { height, width, .. } = grid;
     let (line, wide, pairs) = (width * channels, width * hidden, 2 * width);
-    let strip = (TOKENS / width).clamp(1, height);
+    let strip = strip(grid);
     // With the lines above and below.
     let most = strip + 2;
     with_room([most * line, most * pairs, most * wide, strip * wide, strip * line], |rooms| {

@@ -2,9 +2,12 @@
 
 use std::ops::Range;
 
+use super::layer_norm::normalise;
+use super::linear::{View, linear, product};
+use super::room::{strip, take, with_room};
 use super::simd::{each, vectorised};
 use super::{Buffer, Cpu, Real};
-use crate::backend::{EmbedPixels, Grid, Patches, Sample, Window};
+use crate::backend::{EmbedPixels, Grid, Patches, Product, Sample, Window};
 use crate::dataset::{IMAGENET_MEAN, IMAGENET_STD};
 
 /// Calls `visit(window number, ky·side + kx, taps, row-major position of the first input token or None in the padding)` for
@@ -45,64 +48,169 @@ fn each_run(
     }
 }
 
-impl<T: Real> EmbedPixels for Cpu<T> {}
+/// Gathers the windows over a picture, line by line of windows.
+struct PixelWindows<'a, T> {
+    sample: &'a Sample<'a>,
+    size: usize,
+    window: Window,
+    /// What becomes of a channel's levels.
+    table: [[T; 256]; 3],
+    /// A line of normalised pixels with its padding, for each line of a window.
+    lines: Vec<T>,
+    /// Lines of the picture that have been normalised, counted from the first one of padding.
+    done: usize,
+}
+
+impl<'a, T: Real> PixelWindows<'a, T> {
+    fn new(sample: &'a Sample<'a>, size: usize, window: Window) -> Self {
+        let levels = sample.augment.table();
+        let table = std::array::from_fn(|c| {
+            std::array::from_fn(|v| {
+                let level = f64::from(levels[v]) / 255.0;
+                T::of((level - f64::from(IMAGENET_MEAN[c])) / f64::from(IMAGENET_STD[c]))
+            })
+        });
+        let lines = vec![T::ZERO; window.side * (size + 2 * window.padding) * 3];
+        Self { sample, size, window, table, lines, done: 0 }
+    }
+
+    /// Numbers of a window.
+    fn row(window: Window) -> usize {
+        window.side * window.side * 3
+    }
+
+    /// Writes lines of windows to `out`, `(lines, width, side·side·3)`, from number `first` on; lines go upwards from call to call.
+    fn gather(&mut self, first: usize, width: usize, out: &mut [T]) {
+        let (size, Window { side, stride, padding }, row) = (self.size, self.window, Self::row(self.window));
+        let line = (size + 2 * padding) * 3;
+        for (oy, out) in (first..).zip(out.chunks_exact_mut(width * row)) {
+            for y in self.done.max(oy * stride)..oy * stride + side {
+                let to = &mut self.lines[y % side * line..][..line];
+                let inside = (padding..size + padding).contains(&y);
+                if !inside {
+                    to.fill(T::ZERO);
+                    continue;
+                }
+                let from = &self.sample.pixels[(y - padding) * size * 3..][..size * 3];
+                let to = &mut to[padding * 3..][..size * 3];
+                let normalise = |to: &mut [T], from: &[u8]| {
+                    for c in 0..3 {
+                        to[c] = self.table[c][usize::from(from[c])];
+                    }
+                };
+                if self.sample.augment.flip {
+                    to.chunks_exact_mut(3).zip(from.rchunks_exact(3)).for_each(|(to, from)| normalise(to, from));
+                } else {
+                    to.chunks_exact_mut(3).zip(from.chunks_exact(3)).for_each(|(to, from)| normalise(to, from));
+                }
+            }
+            self.done = oy * stride + side;
+            for (ox, out) in out.chunks_exact_mut(row).enumerate() {
+                for (ky, out) in out.chunks_exact_mut(side * 3).enumerate() {
+                    let from = &self.lines[(oy * stride + ky) % side * line + ox * stride * 3..];
+                    // The model's own length as a constant, so that no call is made to copy so little.
+                    match (out.first_chunk_mut::<21>(), from.first_chunk::<21>()) {
+                        (Some(out), Some(from)) if side == 7 => *out = *from,
+                        _ => out.copy_from_slice(&from[..side * 3]),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The windows over a picture of `size`².
+fn windows(size: usize, window: Window) -> Grid {
+    Grid { images: 1, height: size, width: size }.through(window)
+}
+
+impl<T: Real> EmbedPixels for Cpu<T> {
+    fn embeds_pixels(&self, _: Window, _: usize) -> bool {
+        true
+    }
+
+    /// Strip by strip, so that the patches stay in the second-level cache.
+    fn embed_pixels(
+        &self,
+        samples: &[Sample<'_>],
+        size: usize,
+        window: Window,
+        (w, bias): (&Buffer<T>, Option<&Buffer<T>>),
+        norm: (&Buffer<T>, &Buffer<T>),
+        channels: usize,
+        y: &mut Buffer<T>,
+        kept: Option<(&mut Buffer<T>, &mut Buffer<T>)>,
+    ) {
+        let (grid, row) = (windows(size, window), PixelWindows::<T>::row(window));
+        let (strip, line, pairs) = (strip(grid), grid.width * channels, 2 * grid.width);
+        let share = self.share(grid.height, 1);
+        let (mut raw, mut stats) = kept.map(|(raw, stats)| (&mut raw[..], &mut stats[..])).unzip();
+        for (sample, y) in samples.iter().zip(y.chunks_mut(grid.height * line)) {
+            let mut parts = Vec::new();
+            for (part, y) in y.chunks_mut(share * line).enumerate() {
+                let count = y.len() / line;
+                let raw = raw.as_mut().map(|raw| take(raw, count * line));
+                let stats = stats.as_mut().map(|stats| take(stats, count * pairs));
+                parts.push((part * share, y, raw, stats));
+            }
+            self.each(parts.into_iter(), |(first, y, mut raw, mut stats)| {
+                let mut pixels = PixelWindows::new(sample, size, window);
+                let rooms = [strip * grid.width * row, strip * line, strip * pairs];
+                with_room(rooms, |[patches, raw_room, stats_room]| {
+                    for (number, y) in y.chunks_mut(strip * line).enumerate() {
+                        let (start, count) = (number * strip, y.len() / line);
+                        let patches = &mut patches[..count * grid.width * row];
+                        let raw = match &mut raw {
+                            Some(raw) => &mut raw[start * line..][..count * line],
+                            None => &mut raw_room[..count * line],
+                        };
+                        let stats = match &mut stats {
+                            Some(stats) => &mut stats[start * pairs..][..count * pairs],
+                            None => &mut stats_room[..count * pairs],
+                        };
+                        pixels.gather(first + start, grid.width, patches);
+                        let product = Product { rows: count * grid.width, inputs: row, outputs: channels };
+                        linear(patches, w, bias.map(|bias| &bias[..]), product, raw, false);
+                        normalise(raw, norm, channels, y, stats);
+                    }
+                });
+            });
+        }
+    }
+
+    fn embed_pixels_backward(
+        &self,
+        samples: &[Sample<'_>],
+        size: usize,
+        window: Window,
+        draw: &Buffer<T>,
+        channels: usize,
+        dw: &mut Buffer<T>,
+    ) {
+        let (grid, row) = (windows(size, window), PixelWindows::<T>::row(window));
+        let (strip, line) = (strip(grid), grid.width * channels);
+        for (sample, draw) in samples.iter().zip(draw.chunks(grid.height * line)) {
+            let mut pixels = PixelWindows::new(sample, size, window);
+            with_room([strip * grid.width * row], |[patches]| {
+                for (number, draw) in draw.chunks(strip * line).enumerate() {
+                    let rows = draw.len() / channels;
+                    let patches = &mut patches[..rows * row];
+                    pixels.gather(number * strip, grid.width, patches);
+                    let (d, patches) = (View::rows(draw, channels), View::rows(patches, row));
+                    product((channels, row, rows), T::ONE, d.t(), patches, dw, 0, row, true);
+                }
+            });
+        }
+    }
+}
 
 impl<T: Real> Patches for Cpu<T> {
     fn pixel_patches(&self, samples: &[Sample<'_>], size: usize, window: Window, out: &mut Buffer<T>) {
-        let Window { side, stride, padding } = window;
-        let grid = Grid { images: 1, height: size, width: size }.through(window);
-        let row = side * side * 3;
-        // A line of pixels with its padding.
-        let line = (size + 2 * padding) * 3;
+        let (grid, row) = (windows(size, window), PixelWindows::<T>::row(window));
         for (sample, out) in samples.iter().zip(out.chunks_exact_mut(grid.area() * row)) {
-            let levels = sample.augment.table();
-            let table: [[T; 256]; 3] = std::array::from_fn(|c| {
-                std::array::from_fn(|v| {
-                    let level = f64::from(levels[v]) / 255.0;
-                    T::of((level - f64::from(IMAGENET_MEAN[c])) / f64::from(IMAGENET_STD[c]))
-                })
-            });
             let share = self.share(grid.height, 1);
             self.each(out.chunks_mut(share * grid.width * row).enumerate(), |(part, out)| {
-                // A line of normalised pixels with its padding, for each line of a window.
-                let mut lines = vec![T::ZERO; side * line];
-                let mut done = 0;
-                for (oy, out) in (part * share..).zip(out.chunks_exact_mut(grid.width * row)) {
-                    // Lines count from the first one of padding.
-                    for y in done.max(oy * stride)..oy * stride + side {
-                        let to = &mut lines[y % side * line..][..line];
-                        let inside = (padding..size + padding).contains(&y);
-                        if !inside {
-                            to.fill(T::ZERO);
-                            continue;
-                        }
-                        let from = &sample.pixels[(y - padding) * size * 3..][..size * 3];
-                        let to = &mut to[padding * 3..][..size * 3];
-                        let normalise = |to: &mut [T], from: &[u8]| {
-                            for c in 0..3 {
-                                to[c] = table[c][usize::from(from[c])];
-                            }
-                        };
-                        if sample.augment.flip {
-                            to.chunks_exact_mut(3)
-                                .zip(from.rchunks_exact(3))
-                                .for_each(|(to, from)| normalise(to, from));
-                        } else {
-                            to.chunks_exact_mut(3).zip(from.chunks_exact(3)).for_each(|(to, from)| normalise(to, from));
-                        }
-                    }
-                    done = oy * stride + side;
-                    for (ox, out) in out.chunks_exact_mut(row).enumerate() {
-                        for (ky, out) in out.chunks_exact_mut(side * 3).enumerate() {
-                            let from = &lines[(oy * stride + ky) % side * line + ox * stride * 3..];
-                            // The model's own length as a constant, so that no call is made to copy so little.
-                            match (out.first_chunk_mut::<21>(), from.first_chunk::<21>()) {
-                                (Some(out), Some(from)) if side == 7 => *out = *from,
-                                _ => out.copy_from_slice(&from[..side * 3]),
-                            }
-                        }
-                    }
-                }
+                PixelWindows::new(sample, size, window).gather(part * share, grid.width, out);
             });
         }
     }

@@ -4,6 +4,15 @@ use std::cell::RefCell;
 
 use super::Real;
 use super::buffer::LINE;
+use crate::backend::Grid;
+
+/// Tokens of a strip, where a line has no more.
+const TOKENS: usize = 512;
+
+/// Lines of a strip.
+pub(super) fn strip(grid: Grid) -> usize {
+    (TOKENS / grid.width).clamp(1, grid.height)
+}
 
 thread_local! {
     /// Room of this thread, kept from call to call, as raw 8-byte words so that one store serves every number type.
@@ -29,4 +38,11 @@ pub(super) fn with_room<T: Real, R, const N: usize>(lens: [usize; N], work: impl
             &mut room[..lens[i]]
         }))
     })
+}
+
+/// The first `len` numbers, which are left out from then on.
+pub(super) fn take<'a, T>(rest: &mut &'a mut [T], len: usize) -> &'a mut [T] {
+    let (first, others) = std::mem::take(rest).split_at_mut(len);
+    *rest = others;
+    first
 }
