@@ -133,7 +133,7 @@ impl Decoder {
             folded.forward(pass, out, grid.rows(), z, side);
             None
         } else {
-            let (weight, bias) = (pass.tensors.product(folded.weight), folded.bias.map(|id| pass.tensors.product(id)));
+            let (weight, bias) = folded.operands(pass);
             Some(FirstStage { tokens: out, weight, bias, inputs: folded.inputs })
         };
         let parts = self.parts(pass, stages, [own].into_iter().chain(tokens), side);

@@ -128,10 +128,11 @@ impl Stage {
     }
 
     /// Largest gathered patch matrix for inputs of `from`, in numbers.
-    pub fn patch_len(&self, from: Grid) -> usize {
-        let grid = from.through(self.embed.window);
+    pub fn patch_len<B: Backend>(&self, backend: &B, from: Grid) -> usize {
+        let rows = from.through(self.embed.window).rows();
+        let embedded = if self.embed.is_direct(backend) { 0 } else { rows * self.embed.projection.inputs };
         // The sequence reduction's windows do not overlap, so they gather no more than the tokens.
-        (grid.rows() * self.embed.projection.inputs).max(grid.rows() * self.channels)
+        embedded.max(rows * self.channels)
     }
 
     fn forward<B: Backend>(

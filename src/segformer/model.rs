@@ -215,7 +215,7 @@ impl<B: Backend> Model<B> {
             grids[s].rows() * blocks.map(|b| b.ffn.hidden).max().unwrap_or(0)
         });
         let rows = largest(&|s| grids[s].rows());
-        let patches = largest(&|s| plan.stages[s].patch_len(if s == 0 { pixels } else { grids[s - 1] }));
+        let patches = largest(&|s| plan.stages[s].patch_len(&backend, if s == 0 { pixels } else { grids[s - 1] }));
         // What stands for a pass over z, unless evaluation makes none.
         let z = if trains || plan.decoder.writes_z(&backend, &grids) { rows * width } else { 0 };
         let wide =
