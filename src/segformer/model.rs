@@ -86,8 +86,8 @@ enum Phase {
 pub struct Scratch<B: Backend> {
     /// Token matrices of the largest stage.
     pub tokens: [B::Act; 6],
-    /// A matrix as wide as the decoder, the Mix-FFN or gathered patches, whichever is largest; and one as wide as the Mix-FFN
-    /// or the decoder behind the first stage.
+    /// A matrix as wide as the decoder, the Mix-FFN or gathered patches, whichever is largest of those that the backend puts into
+    /// memory; and one as wide as the Mix-FFN or the decoder behind the first stage.
     pub wide: [B::Act; 2],
     /// LayerNorm statistics nobody keeps.
     pub stats: B::Full,

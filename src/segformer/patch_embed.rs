@@ -16,6 +16,8 @@ pub struct PatchEmbed {
     pub window: Window,
     /// Channels it reads.
     pub channels_in: usize,
+    /// Whether they are those of pixels.
+    pub reads_pixels: bool,
     /// Whether gradients must reach its input.
     pub input_gradient: bool,
     /// Whether anything in it is trained.
@@ -50,7 +52,7 @@ impl PatchEmbed {
 
     /// Whether the layer reads pixels, and without gathering patches.
     pub fn is_direct<B: Backend>(&self, backend: &B) -> bool {
-        let plain = self.projection.side.is_none() && self.channels_in == 3;
+        let plain = self.projection.side.is_none() && self.reads_pixels;
         plain && backend.embeds_pixels(self.window, self.projection.outputs)
     }
 

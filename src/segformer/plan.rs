@@ -247,6 +247,7 @@ impl Plan {
                 norm: b.norm(&format!("{name}.layer_norm"), channels),
                 window: Window { side, stride: config.strides[s], padding: side / 2 },
                 channels_in: previous,
+                reads_pixels: s == 0,
                 input_gradient: trained_so_far,
                 trains: b.trains(&b.affine(&format!("{name}.proj")))
                     || b.trains_norm(&b.norm(&format!("{name}.layer_norm"), channels)),

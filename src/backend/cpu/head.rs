@@ -151,11 +151,11 @@ impl<T: Real> Head for Cpu<T> {
         }
     }
 
-    /// Behind z, a line at a time, which stays in the second-level cache.
     fn classifies_stages(&self, _: usize, _: &[Grid], _: Grid, _: usize, _: usize) -> bool {
         true
     }
 
+    /// Strip by strip, and line by line behind z, so that both stay in the second-level cache.
     fn classify_stages(
         &self,
         first: Option<FirstStage<'_, Self>>,
@@ -170,7 +170,8 @@ impl<T: Real> Head for Cpu<T> {
     ) {
         let Classifier { weight, bias, labels } = classifier;
         let (line, logit_line) = (to.width * channels, to.width * labels);
-        let (lines, strip) = (self.share(to.images * to.height, 1), strip(to));
+        let strip = strip(to);
+        let lines = self.share((to.images * to.height).div_ceil(strip), 1) * strip;
         let logits = logits[..to.rows() * labels].chunks_mut(lines * logit_line);
         self.each(logits.enumerate(), |(share, logits)| {
             with_room([strip * line, line], |[room, activation]| {

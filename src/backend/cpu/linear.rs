@@ -7,6 +7,8 @@ use crate::backend::{Linear, Product};
 
 /// Rows of which the part of a thread is made, when several work on one product.
 const ROWS: usize = 96;
+/// Rows that a part has at least: of fewer, the crate may sum in another order than of the whole.
+const FEWEST: usize = 65;
 /// Outputs whose weights' gradient is one product.
 const OUTPUTS: usize = 128;
 /// Outputs below which a product is made of dot products.
@@ -123,9 +125,18 @@ fn dots<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, p: Product, y: &mut [T], 
     );
 }
 
+impl<T: Real> Cpu<T> {
+    /// Rows of a product that a thread of the unit takes. What is left for the last may be less.
+    fn share_of_product(&self, rows: usize) -> usize {
+        let part = |threads: usize| rows.div_ceil(threads).next_multiple_of(ROWS);
+        let is_whole = |part: usize| rows <= part || (rows - 1) % part + 1 >= FEWEST;
+        (1..=self.team()).rev().map(part).find(|&part| is_whole(part)).unwrap_or(rows.max(1))
+    }
+}
+
 impl<T: Real> Linear for Cpu<T> {
     fn linear(&self, x: &Buffer<T>, w: &Buffer<T>, bias: Option<&Buffer<T>>, p: Product, y: &mut Buffer<T>, add: bool) {
-        let rows = self.share(p.rows, ROWS);
+        let rows = self.share_of_product(p.rows);
         let x = x[..p.rows * p.inputs].chunks(rows * p.inputs);
         self.each(x.zip(y[..p.rows * p.outputs].chunks_mut(rows * p.outputs)), |(x, y)| {
             let p = Product { rows: y.len() / p.outputs, ..p };
@@ -134,7 +145,7 @@ impl<T: Real> Linear for Cpu<T> {
     }
 
     fn linear_backward_input(&self, dy: &Buffer<T>, w: &Buffer<T>, p: Product, dx: &mut Buffer<T>, add: bool) {
-        let rows = self.share(p.rows, ROWS);
+        let rows = self.share_of_product(p.rows);
         let dy = dy[..p.rows * p.outputs].chunks(rows * p.outputs);
         self.each(dy.zip(dx[..p.rows * p.inputs].chunks_mut(rows * p.inputs)), |(dy, dx)| {
             let size = (dx.len() / p.inputs, p.inputs, p.outputs);

@@ -1,7 +1,5 @@
 //! The Mix-FFN, a strip of lines at a time: hidden tokens stay in the second-level cache from the expansion to the contraction.
 
-use std::ops::Range;
-
 use super::depthwise::gelu_of_convolution;
 use super::layer_norm::normalise;
 use super::linear::linear;
@@ -20,15 +18,6 @@ struct Lines<'a, T> {
     h: Option<&'a mut [T]>,
 }
 
-/// Copies lines `made`, of `numbers` each, to `to`, which holds those from `first` on; lines beyond are left out.
-fn keep<T: Copy>(from: &[T], made: Range<usize>, numbers: usize, to: &mut [T], first: usize) {
-    let (start, end) = (made.start.max(first), made.end.min(first + to.len() / numbers));
-    if start < end {
-        let from = &from[(start - made.start) * numbers..(end - made.start) * numbers];
-        to[(start - first) * numbers..(end - first) * numbers].copy_from_slice(from);
-    }
-}
-
 impl<T: Real> MixFfn for Cpu<T> {
     fn fuses_mix_ffn(&self, _: usize, _: usize) -> bool {
         true
@@ -45,7 +34,8 @@ impl<T: Real> MixFfn for Cpu<T> {
         let FfnWeights { channels, hidden, .. } = *weights;
         let Grid { images, height, width } = grid;
         let (line, wide, pairs) = (width * channels, width * hidden, 2 * width);
-        let share = self.share(height, 1);
+        let strip = strip(grid);
+        let share = self.share(height.div_ceil(strip), 1) * strip;
         let FfnOutputs { y, next: (next, next_stats), stats, normed, h } = outputs;
         let (mut y, mut next, mut next_stats, mut stats) =
             (&mut y[..], &mut next[..], &mut next_stats[..], &mut stats[..]);
@@ -76,33 +66,44 @@ fn lines<T: Real>(x: &[T], grid: Grid, weights: &FfnWeights<'_, Cpu<T>>, factor:
     let Grid { height, width, .. } = grid;
     let (line, wide, pairs) = (width * channels, width * hidden, 2 * width);
     let strip = strip(grid);
-    // With the lines above and below.
-    let most = strip + 2;
-    with_room([most * line, most * pairs, most * wide, strip * wide, strip * line], |rooms| {
+    let (first, end) = (part.first, part.first + part.y.len() / line);
+    // Of h: a line above, and two strips.
+    with_room([strip * line, strip * pairs, (2 * strip + 1) * wide, strip * wide, strip * line], |rooms| {
         let [normed, stats, h, g, branch] = rooms;
-        let (first, end) = (part.first, part.first + part.y.len() / line);
-        // Of h, lines top..bottom are there.
-        let mut top = first.saturating_sub(1);
+        // A strip from line `start` on, to `h`.
+        let mut expand = |start: usize, h: &mut [T]| {
+            let stop = height.min(start + strip);
+            let count = stop - start;
+            let (normed, stats) = (&mut normed[..count * line], &mut stats[..count * pairs]);
+            normalise(&x[start * line..stop * line], norm, channels, normed, stats);
+            let p = Product { rows: count * width, inputs: channels, outputs: hidden };
+            let h = &mut h[..count * wide];
+            linear(normed, expand.0, expand.1.map(|bias| &bias[..]), p, h, false);
+            if (first..end).contains(&start) {
+                let at = start - first;
+                part.stats[at * pairs..][..count * pairs].copy_from_slice(stats);
+                if let Some(to) = &mut part.normed {
+                    to[at * line..][..count * line].copy_from_slice(normed);
+                }
+                if let Some(to) = &mut part.h {
+                    to[at * wide..][..count * wide].copy_from_slice(h);
+                }
+            }
+            stop
+        };
+        // Lines top..bottom of h are there. A strip is made whole, also where another thread makes it too.
+        let mut top = first.saturating_sub(strip);
         let mut bottom = top;
+        if first > 0 {
+            bottom = expand(top, h);
+        }
         for start in (first..end).step_by(strip) {
             let stop = end.min(start + strip);
             let above = start.saturating_sub(1);
             h.copy_within((above - top) * wide..(bottom - top) * wide, 0);
             top = above;
-            let made = bottom..height.min(stop + 1);
-            bottom = made.end;
-            let count = made.len();
-            let (normed, stats) = (&mut normed[..count * line], &mut stats[..count * pairs]);
-            normalise(&x[made.start * line..made.end * line], norm, channels, normed, stats);
-            let p = Product { rows: count * width, inputs: channels, outputs: hidden };
-            let new = &mut h[(made.start - top) * wide..(made.end - top) * wide];
-            linear(normed, expand.0, expand.1.map(|bias| &bias[..]), p, new, false);
-            keep(stats, made.clone(), pairs, part.stats, first);
-            if let Some(to) = &mut part.normed {
-                keep(normed, made.clone(), line, to, first);
-            }
-            if let Some(to) = &mut part.h {
-                keep(new, made.clone(), wide, to, first);
+            while bottom < height.min(stop + 1) {
+                bottom = expand(bottom, &mut h[(bottom - top) * wide..]);
             }
             let there = Grid { images: 1, height: bottom - top, width };
             gelu_of_convolution(h, mix.0, mix.1, there, hidden, start - top..stop - top, g);

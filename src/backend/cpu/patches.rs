@@ -143,7 +143,7 @@ impl<T: Real> EmbedPixels for Cpu<T> {
     ) {
         let (grid, row) = (windows(size, window), PixelWindows::<T>::row(window));
         let (strip, line, pairs) = (strip(grid), grid.width * channels, 2 * grid.width);
-        let share = self.share(grid.height, 1);
+        let share = self.share(grid.height.div_ceil(strip), 1) * strip;
         let (mut raw, mut stats) = kept.map(|(raw, stats)| (&mut raw[..], &mut stats[..])).unzip();
         for (sample, y) in samples.iter().zip(y.chunks_mut(grid.height * line)) {
             let mut parts = Vec::new();

@@ -7,11 +7,12 @@ use super::buffer::LINE;
 use crate::backend::Grid;
 
 /// Tokens of a strip, where a line has no more.
-const TOKENS: usize = 512;
+const TOKENS: usize = 256;
 
-/// Lines of a strip.
+/// Lines of a strip: at most half a picture, so that there is something to divide. It does not depend on the threads, since the size
+/// of a product may decide in which order it is summed.
 pub(super) fn strip(grid: Grid) -> usize {
-    (TOKENS / grid.width).clamp(1, grid.height)
+    (TOKENS / grid.width).clamp(1, grid.height.div_ceil(2))
 }
 
 thread_local! {

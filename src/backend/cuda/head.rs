@@ -1,4 +1,4 @@
-//! The end of the decoder, from the joined stages to the logits.
+//! The end of the decoder, from the stages to the logits.
 
 use super::memory::{ColumnSums, THREADS, column_span, slabs, width};
 use super::{Argument, Cuda, Device};
