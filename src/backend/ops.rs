@@ -665,13 +665,13 @@ pub trait Head: Resize + Linear {
             self.batch_moments(z, to.rows(), channels, moments);
         }
     }
-    /// Whether [`Head::classify_stages`] does these sizes, with a first stage of `inputs` channels, without z and room, which
-    /// may then be empty.
+    /// Whether [`Head::classify_stages`] does these sizes, with a first stage of `inputs` channels, without z and room.
     fn classifies_stages(&self, _inputs: usize, _parts: &[Grid], _to: Grid, _channels: usize, _labels: usize) -> bool {
         false
     }
     /// From the stages to the logits in evaluation: z, [`Head::join_stages`], then [`Head::classify`] without dropout. z
-    /// comes from `first`, or without it holds the first stage's part, and is used up; `room` is `(to, channels)`.
+    /// comes from `first`, or without it holds the first stage's part, and may be used up; `room` is `(to, channels)`. Both may
+    /// be empty where there is a `first` and [`Head::classifies_stages`] says so.
     fn classify_stages(
         &self,
         first: Option<FirstStage<'_, Self>>,

@@ -218,7 +218,9 @@ case!(
         let (mut y, mut alone, mut raw, mut stats) =
             (lab.act(n, 6), lab.act(n, 7), lab.act(n, 8), lab.full(2 * rows, 9));
         let mut dw = lab.full(channels * 147, 10);
-        if lab.0.embeds_pixels(window, channels) {
+        // A backend that rounds; the other is what it is compared with.
+        let rounds = B::unrounded(&gamma).is_none();
+        if rounds && lab.0.embeds_pixels(window, channels) {
             let (convolution, norm, kept) = ((&w, bias.as_ref()), (&gamma, &beta), Some((&mut raw, &mut stats)));
             lab.0.embed_pixels(&samples, size, window, convolution, norm, channels, &mut y, kept);
             lab.0.embed_pixels(&samples, size, window, convolution, norm, channels, &mut alone, None);
@@ -931,7 +933,7 @@ case!(
         let inputs = self.first.unwrap_or(0);
         let sizes: Vec<Grid> = parts.iter().map(|(_, part)| *part).collect();
         let fused = lab.0.classifies_stages(inputs, &sizes, to, channels, labels);
-        let n_room = if fused { 0 } else { n };
+        let n_room = if fused && self.first.is_some() { 0 } else { n };
         let (mut z, mut room, mut logits) = (lab.act(n_room, 1), lab.act(n_room, 8), lab.act(n_logits, 9));
         let (tokens, weight, shift) = (lab.act(to.rows() * inputs, 7), lab.act(channels * inputs, 14), lab.act(channels, 15));
         // The bias may be absent.
