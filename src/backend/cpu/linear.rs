@@ -126,7 +126,7 @@ fn dots<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, p: Product, y: &mut [T], 
 }
 
 impl<T: Real> Cpu<T> {
-    /// Rows of a product that a thread of the unit takes. What is left for the last may be less.
+    /// Rows of a product that a thread of the unit takes. The last may be left with less, but not with fewer than [`FEWEST`].
     fn share_of_product(&self, rows: usize) -> usize {
         let part = |threads: usize| rows.div_ceil(threads).next_multiple_of(ROWS);
         let is_whole = |part: usize| rows <= part || (rows - 1) % part + 1 >= FEWEST;
