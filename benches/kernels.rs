@@ -407,10 +407,15 @@ fn head(batch: usize) -> Vec<Case> {
         }));
     }
     cases.extend([
-        plain(name("join_stages"), move |Lab { cuda, x: [a, b, c], y: [z, _], s: [moments, _], .. }| {
-            let parts = [(&*a, grid(batch, STAGES[1].0)), (b, grid(batch, STAGES[2].0)), (c, grid(batch, STAGES[3].0))];
-            cuda.join_stages(&parts, to, WIDTH, z, Some(moments));
-        }),
+        plain(
+            name("join_stages"),
+            move |Lab { cuda, x: [a, b, c], w: [w, bias], y: [z, tokens], s: [moments, _], .. }| {
+                let parts =
+                    [(&*a, grid(batch, STAGES[1].0)), (b, grid(batch, STAGES[2].0)), (c, grid(batch, STAGES[3].0))];
+                let first = FirstStage { tokens, weight: w, bias: Some(bias), inputs: STAGES[0].1 };
+                cuda.join_stages(Some(first), &parts, to, WIDTH, z, Some(moments));
+            },
+        ),
         plain(name("split_stages"), move |Lab { cuda, x: [d, ..], y: [p, q], dw: [r, _], .. }| {
             let at = |stage: usize| grid(batch, STAGES[stage].0);
             cuda.split_stages(d, to, WIDTH, &mut [(p, at(1)), (q, at(2)), (r, at(3))]);

@@ -353,6 +353,152 @@ __device__ __forceinline__ void walk_tiles(const Place& place, const bf16* z, co
     }
 }
 
+// Pixels of the stages in shared memory, 32 channels each: what a warp's tile reads, and what its next two will.
+// A line's place follows from its number; lines of p, q and r are 6, 4 and 3 pixels, of which the first lies left of
+// the tile. In memory, pixels lie a multiple of all banks of L1 apart, so that lanes that want the same channels of
+// several are served one after the other; from here, matrices go to the products.
+//
+// Piece i of a pixel is column by column what product i takes: pairs i, i + 4, i + 8 and i + 12 of its channels. Where
+// the 4 pieces lie changes by line and column, so that the pixels of a matrix meet few times in a bank.
+struct StageRing {
+    static constexpr int LINES = 6, P = 0, Q = P + LINES * 6, R = Q + 4 * 4, PIXELS = R + 4 * 4;
+
+    Aligned at[PIXELS * TILE_CHANNELS / 8];
+
+    // Where a line of the stage at 1 / ratio begins, from line -1 on.
+    __device__ static __forceinline__ int begin(int ratio, int line) {
+        int pixel = ratio == 2 ? P + int(unsigned(line + LINES) % LINES) * 6 : (ratio == 4 ? Q : R) + (line & 3) * 4;
+        return pixel * TILE_CHANNELS;
+    }
+
+    // Where in a line a piece lies; piece i + 2 at this ^ 16.
+    __device__ static __forceinline__ int within(int line, int column, int piece) {
+        return column * TILE_CHANNELS + ((piece ^ ((column >> 1 ^ column >> 2) & 1)) * 8 ^ (line & 1) << 4);
+    }
+};
+
+// A pixel of a stage that a lane names to load_matrices: row lane % 16 of the first or the other 16 of a product.
+struct Row16 {
+    int ratio, line, column, piece;
+
+    __device__ __forceinline__ Row16(int first, int lane) {
+        int k = lane % 16, t = k % 8 / 2;
+        // As for pairs of lines that begin all three stages' cells.
+        Tap from = tap(first + k % 2 + k / 8 * 2, t, 0);
+        ratio = from.ratio;
+        line = from.row;
+        column = from.column + 1;
+        piece = lane / 16;
+    }
+
+    __device__ __forceinline__ int place(int pair) const {
+        int cell = ratio == 2 ? pair : ratio == 4 ? (pair + 1) >> 1 : (pair + 2) >> 2;
+        return StageRing::begin(ratio, cell + line) + StageRing::within(cell + line, column, piece);
+    }
+};
+
+// Channels of the first stage's tokens, which make z.
+constexpr int FIRST = 32;
+
+// The same for z = tokens · firstᵀ + constants, where tokens have FIRST channels, `channels` are a multiple of 32 and `left`
+// is the tile's first column; constants are those of the lane's channels. Calls each(y, k, tile), k being the tile's place
+// among the PHASES of `weights`. Tokens of so many tiles are under way.
+//
+// Here the stages go through shared memory. The 16 pixels of a tile are the rows of all products. Where a product sums
+// over tokens' channels, these have another order, as in mix_ffn.cu, so that a lane's part of a token, or of a row of
+// `first`, is 16 bytes of memory.
+template <int TOKENS_AHEAD, class Each>
+__device__ __forceinline__ void walk_tokens(const Place& place, int left, const bf16* __restrict__ tokens,
+                                            const bf16* __restrict__ first, const uint4& constants,
+                                            const bf16* __restrict__ p, const bf16* __restrict__ q,
+                                            const bf16* __restrict__ r, int image, int height, int width, int channels,
+                                            int top, int end, const Weights& weights, StageRing& stages, Each each) {
+    constexpr int AHEAD = 2;  // tiles whose stages are under way
+    int g = place.g, t = place.t, lane = threadIdx.x % 32, pair = top / 2;
+    size_t area = size_t(height) * width * channels, pitch = size_t(width) * FIRST;
+    bf16* ring = stages.at[0].at;
+
+    // A lane copies a pair of channels of every second column of a line.
+    p += image * area / 4;
+    q += image * area / 16;
+    r += image * area / 64;
+    int word = lane % 16, channel = place.group * TILE_CHANNELS + 2 * word;
+    auto bring = [&](int ratio, const bf16* stage, int columns, int line) {
+        int row = max(0, min(line, height / ratio - 1)), at = StageRing::begin(ratio, line);
+        for (int i = 0; i < columns; i += 2) {
+            int column = i + lane / 16, from = max(0, min(left / ratio + column - 1, width / ratio - 1));
+            if (column >= columns) continue;
+            copy_async<4>(ring + at + StageRing::within(line, column, word % 4) + word / 4 * 2,
+                          stage + unsigned(row * (width / ratio * channels)) + unsigned(from * channels + channel), 4);
+        }
+    };
+    // What a pair of lines is the first to read; its number is `of` more than a multiple of 4.
+    auto bring_pair = [&](int number, int of) {
+        bring(2, p, 6, number + 1);
+        if (of % 2 == 1) bring(4, q, 4, (number + 1) / 2);
+        if (of == 2) bring(8, r, 3, (number + 2) / 4);
+        copies_end_group();
+    };
+    for (int k = -1; k < 1; k++) {
+        bring(2, p, 6, pair + k);
+        bring(4, q, 4, pair / 2 + k);
+        bring(8, r, 3, pair / 4 + k);
+    }
+    for (int k = 0; k < AHEAD; k++) bring_pair(pair + k, k);
+
+    tokens += (size_t(image) * height + top) * pitch + (left + g) * FIRST + 8 * t;
+    uint4 ahead[TOKENS_AHEAD][TILE_LINES];
+    for (auto& tile : ahead) {
+        for (int l = 0; l < TILE_LINES; l++, tokens += pitch) tile[l] = fetch<8>(tokens);
+    }
+    // The row of `first` that is column g of each of a tile's products.
+    uint4 rows[4];
+    for (int i = 0; i < 4; i++) rows[i] = fetch<8>(first + (place.brings() + g % 2 + 2 * i) * FIRST + 8 * t);
+    uint4 constant = tap_weights(0, lane, 0);
+    const unsigned always[4] = {constant.x, constant.y, constant.z, constant.w};
+    const Row16 upper(0, lane), lower(4, lane);
+#pragma unroll 1
+    for (int start = top; start < end; start += PHASES * TILE_LINES) {
+#pragma unroll
+        for (int k = 0; k < PHASES; k++, pair++) {
+            int y = start + k * TILE_LINES;
+            Tile tile;
+            {
+                uint4(&raw)[TILE_LINES] = ahead[k % TOKENS_AHEAD];
+                const unsigned low[4] = {raw[0].x, raw[1].x, raw[0].y, raw[1].y};
+                const unsigned high[4] = {raw[0].z, raw[1].z, raw[0].w, raw[1].w};
+                for (int i = 0; i < 4; i++) {
+                    float2 pair = widen(word_of(constants, i));
+                    const float from[4] = {pair.x, pair.y, pair.x, pair.y};
+                    mma(tile.products[i], low, rows[i].x, rows[i].y, from);
+                    mma(tile.products[i], high, rows[i].z, rows[i].w);
+                }
+                for (int l = 0; l < TILE_LINES; l++, tokens += pitch) {
+                    if (y + TOKENS_AHEAD * TILE_LINES < end) raw[l] = fetch<8>(tokens);
+                }
+            }
+            uint4 varying = weights[k][lane];
+            const unsigned now[4] = {varying.x, varying.y, varying.z, varying.w};
+            copies_done_but<AHEAD - 1>();
+            // What this pair reads is there for all lanes, and all have read what the next copies overwrite.
+            __syncwarp();
+            bring_pair(pair + AHEAD, (k + AHEAD) % PHASES);
+            int from[2] = {upper.place(pair), lower.place(pair)};
+            for (int h = 0; h < 2; h++) {
+                unsigned x[4];
+                load_matrices<true>(ring + (from[0] ^ 16 * h), x);
+                mma(tile.products[2 * h], always, x[0], x[1]);
+                mma(tile.products[2 * h + 1], always, x[2], x[3]);
+                load_matrices<true>(ring + (from[1] ^ 16 * h), x);
+                mma(tile.products[2 * h], now, x[0], x[1]);
+                mma(tile.products[2 * h + 1], now, x[2], x[3]);
+            }
+            each(y, k, tile);
+        }
+    }
+    copies_done();
+}
+
 // The same for stages at any ratio, or null, and any sizes; one number at a time. What lies outside of z is 0.
 template <class Each>
 __device__ __forceinline__ void walk_any(const Place& place, const bf16* z, const Stage (&stages)[3], int image,
@@ -388,10 +534,12 @@ __device__ __forceinline__ void walk_any(const Place& place, const bf16* z, cons
 // Moments of what a warp has seen, per channel. Deviations are taken from a number of the channel itself, which loses
 // nothing however far from 0 the numbers lie.
 struct Moments {
-    Pack<8> shift, sum, square;
+    uint4 shift;
+    Pack<8> sum, square;
 
     // Takes in numbers `x` of a pixel.
-    __device__ __forceinline__ void take(const Pack<8>& x) {
+    __device__ __forceinline__ void take(const uint4& raw) {
+        Pack<8> x = widen<8>(raw), shift = widen<8>(this->shift);
         for (int i = 0; i < 8; i++) {
             float apart = x.x[i] - shift.x[i];
             sum.x[i] += apart;
@@ -410,7 +558,7 @@ struct Moments {
             int c = place.channel() + i;
             if (place.g > 0 || c >= channels) continue;
             float mean = sum.x[i] / count;
-            to[c] = shift.x[i] + mean;
+            to[c] = widen<8>(shift).x[i] + mean;
             to[channels + c] = relu(square.x[i] - sum.x[i] * mean);
         }
     }
@@ -423,10 +571,14 @@ __device__ __forceinline__ int slab_rows(int slab, int height, int width) {
     return min(TILE_COLUMNS, width - left) * min(PIECE, height - first);
 }
 
-// `ANY` stands for stages of any ratio.
-template <bool ANY>
-__device__ __forceinline__ void join(bf16* __restrict__ z, const Stage (&stages)[3], int height, int width,
-                                     int channels, int side, float* __restrict__ partial) {
+// Where z comes from: tokens and stages at fixed ratios, itself and such stages, itself and stages of any ratio.
+enum class From { TOKENS, ITSELF, ANY };
+
+template <From FROM>
+__device__ __forceinline__ void join(const bf16* __restrict__ tokens, const bf16* __restrict__ first_weight,
+                                     const bf16* __restrict__ shift, bf16* __restrict__ z, const Stage (&stages)[3],
+                                     int height, int width, int channels, int side, float* __restrict__ partial) {
+    constexpr bool ANY = FROM == From::ANY, TOKENS = FROM == From::TOKENS;
     SHARED(Weights, weights, [1]);
     if constexpr (!ANY) fill_weights(weights[0]);
     Place place(side);
@@ -441,24 +593,31 @@ __device__ __forceinline__ void join(bf16* __restrict__ z, const Stage (&stages)
         for (int l = 0; l < TILE_LINES; l++, line += pitch) {
             uint4 raw = tile.rounded(l);
             // What is measured is what is stored.
-            Pack<8> value = widen<8>(raw);
             if (partial != nullptr && l == 0 && y == first) {
                 // All lanes deviate from the same numbers, so that their sums add up.
-                for (int i = 0; i < 8; i++) moments.shift.x[i] = __shfl_sync(ALL_LANES, value.x[i], place.t);
+                auto own = [&](unsigned word) { return __shfl_sync(ALL_LANES, word, place.t); };
+                moments.shift = {own(raw.x), own(raw.y), own(raw.z), own(raw.w)};
             }
             if constexpr (ANY) {
                 if (place.left() + place.g >= width || y + l >= end) continue;
                 for (int i = 0; writes && i < 8 && place.channel() + i < channels; i++) {
-                    store<1>(line + i, {value.x[i]});
+                    store<1>(line + i, {widen<8>(raw).x[i]});
                 }
-            } else if (place.channel() < channels) {
+            } else if (TOKENS || place.channel() < channels) {
                 *reinterpret_cast<uint4*>(line) = raw;
             }
-            if (partial != nullptr) moments.take(value);
+            if (partial != nullptr) moments.take(raw);
         }
     };
     if constexpr (ANY) {
         walk_any(place, z, stages, image, height, width, channels, first, end, each);
+    } else if constexpr (TOKENS) {
+        SHARED(StageRing, rings, [THREADS / 32]);
+        uint4 constants = {0, 0, 0, 0};
+        if (shift != nullptr) constants = fetch<8>(shift + place.channel());
+        walk_tokens<1>(place, place.left(), tokens, first_weight, constants, stages[0].x, stages[1].x, stages[2].x, image, height,
+                    width, channels, first, end, weights[0], rings[place.warp],
+                    [&](int y, int, Tile& tile) { each(y, tile); });
     } else {
         walk_tiles(place, z, stages[0].x, stages[1].x, stages[2].x, image, height, width, channels, first, end,
                    weights[0], each);
@@ -469,16 +628,29 @@ __device__ __forceinline__ void join(bf16* __restrict__ z, const Stage (&stages)
     moments.write(place, count, channels, partial + size_t(slab) * 2 * channels);
 }
 
-// z += stages p, q and r, each interpolated to z's resolution, and the moments of every piece of 8 columns. The stages
-// are at a half, a quarter and an eighth of it; height and width are multiples of 8, channels too. Grid: (as Place has
-// it, ceil(height / PIECE)·images).
+// z = tokens · firstᵀ + shift + stages p, q and r, each interpolated to z's resolution, and the moments of every piece of 8
+// columns. The stages are at a half, a quarter and an eighth of it; height and width are multiples of 8, channels of 32.
+// Grid: (as Place has it, ceil(height / PIECE)·images).
+KERNEL(THREADS, 2) join_tokens(const bf16* __restrict__ tokens /* (images, height, width, 32) */,
+                               const bf16* __restrict__ first /* (channels, 32) */,
+                               const bf16* __restrict__ shift /* (channels) or null */,
+                               bf16* __restrict__ z /* (images, height, width, channels) */,
+                               const bf16* __restrict__ p /* at its resolution */, const bf16* __restrict__ q,
+                               const bf16* __restrict__ r, int height, int width, int channels, int side,
+                               float* __restrict__ partial /* (slabs, 2, channels): means, squared deviations;
+                                                              or null */) {
+    const Stage stages[3] = {{p, 0, 0}, {q, 0, 0}, {r, 0, 0}};
+    join<From::TOKENS>(tokens, first, shift, z, stages, height, width, channels, side, partial);
+}
+
+// z += the stages, for other first stages; channels are a multiple of 8.
 KERNEL(THREADS, 2) join_stages(bf16* __restrict__ z /* (images, height, width, channels) */,
                                const bf16* __restrict__ p /* at its resolution */, const bf16* __restrict__ q,
                                const bf16* __restrict__ r, int height, int width, int channels, int side,
                                float* __restrict__ partial /* (slabs, 2, channels): means, squared deviations;
                                                               or null */) {
     const Stage stages[3] = {{p, 0, 0}, {q, 0, 0}, {r, 0, 0}};
-    join<false>(z, stages, height, width, channels, side, partial);
+    join<From::ITSELF>(nullptr, nullptr, nullptr, z, stages, height, width, channels, side, partial);
 }
 
 // The same for stages of any sizes. Stages that are null add nothing, from the first one on.
@@ -487,7 +659,7 @@ KERNEL(THREADS) join_stages_any(bf16* z /* (images, height, width, channels) */,
                                 int r_height, int r_width, int height, int width, int channels, int side,
                                 float* partial /* (slabs, 2, channels): means, squared deviations; or null */) {
     const Stage stages[3] = {{p, p_height, p_width}, {q, q_height, q_width}, {r, r_height, r_width}};
-    join<true>(z, stages, height, width, channels, side, partial);
+    join<From::ANY>(nullptr, nullptr, nullptr, z, stages, height, width, channels, side, partial);
 }
 
 // ---- slabs to totals
@@ -784,7 +956,7 @@ KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, co
 // ---- evaluation: from the stages to the logits
 
 // Lines of a picture between barriers.
-constexpr int SECTION = 8;
+constexpr int SECTION = PHASES * TILE_LINES;
 
 // A tile's numbers through BatchNorm, ReLU and the classifier, summed over a quad: lane t receives line t / 2's of
 // class t % 2.
@@ -799,61 +971,12 @@ __device__ __forceinline__ float tile_logits(Tile& tile, const Columns& own) {
     return group_sums(terms, 4);
 }
 
-// Pixels of the stages in shared memory, 32 channels each: what a warp's tile reads, and what its next two will.
-// A line's place follows from its number; lines of p, q and r are 6, 4 and 3 pixels, of which the first lies left of
-// the tile. In memory, pixels lie a multiple of all banks of L1 apart, so that lanes that want the same channels of
-// several are served one after the other; from here, matrices go to the products.
-//
-// Piece i of a pixel is column by column what product i takes: pairs i, i + 4, i + 8 and i + 12 of its channels. Where
-// the 4 pieces lie changes by line and column, so that the pixels of a matrix meet few times in a bank.
-struct StageRing {
-    static constexpr int LINES = 6, P = 0, Q = P + LINES * 6, R = Q + 4 * 4, PIXELS = R + 4 * 4;
-
-    Aligned at[PIXELS * TILE_CHANNELS / 8];
-
-    // Where a line of the stage at 1 / ratio begins, from line -1 on.
-    __device__ static __forceinline__ int begin(int ratio, int line) {
-        int pixel = ratio == 2 ? P + int(unsigned(line + LINES) % LINES) * 6 : (ratio == 4 ? Q : R) + (line & 3) * 4;
-        return pixel * TILE_CHANNELS;
-    }
-
-    // Where in a line a piece lies; piece i + 2 at this ^ 16.
-    __device__ static __forceinline__ int within(int line, int column, int piece) {
-        return column * TILE_CHANNELS + ((piece ^ ((column >> 1 ^ column >> 2) & 1)) * 8 ^ (line & 1) << 4);
-    }
-};
-
-// A pixel of a stage that a lane names to load_matrices: row lane % 16 of the first or the other 16 of a product.
-struct Row16 {
-    int ratio, line, column, piece;
-
-    __device__ __forceinline__ Row16(int first, int lane) {
-        int k = lane % 16, t = k % 8 / 2;
-        // As for pairs of lines that begin all three stages' cells.
-        Tap from = tap(first + k % 2 + k / 8 * 2, t, 0);
-        ratio = from.ratio;
-        line = from.row;
-        column = from.column + 1;
-        piece = lane / 16;
-    }
-
-    __device__ __forceinline__ int place(int pair) const {
-        int cell = ratio == 2 ? pair : ratio == 4 ? (pair + 1) >> 1 : (pair + 2) >> 2;
-        return StageRing::begin(ratio, cell + line) + StageRing::within(cell + line, column, piece);
-    }
-};
-
-// Channels of the first stage's tokens, which make z.
-constexpr int FIRST = 32;
-
 // logits = classifier(relu(batch_norm(z + stages p, q and r, each interpolated to z's resolution))), where z = tokens ·
 // firstᵀ + shift is nowhere in memory. Sizes and grid are as join_stages has them, but channels are 32 to 256, a power
 // of two, and `side` is channels / 32.
 //
-// The tiles and their products with the stages are those of join_stages, but the stages go through shared memory. The 16
-// pixels of a tile are the rows of all products. Where a product sums over tokens' channels, these have another order,
-// as in mix_ffn.cu, so that a lane's part of a token, or of a row of `first`, is 16 bytes of memory. What the tile's
-// products leave in a lane, the classifier's read: the channels that it sums over are in their columns' order.
+// What the tile's products leave in a lane, the classifier's read: the channels that it sums over are in their columns'
+// order.
 KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ tokens /* (images, height, width, 32) */,
                                    const bf16* __restrict__ first /* (channels, 32) */,
                                    const bf16* __restrict__ shift /* (channels) or null */,
@@ -865,118 +988,43 @@ KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ tokens /* (images, h
                                    const bf16* __restrict__ w /* (2, channels) */,
                                    const bf16* __restrict__ bias /* (2) */,
                                    bf16* __restrict__ logits /* (images, height, width, 2) */) {
-    constexpr int AHEAD = 2;  // tiles under way
-    constexpr float NOTHING[4] = {};
     SHARED(Weights, weights, [1]);
     SHARED(StageRing, rings, [THREADS / 32]);
     // Of each warp's channels, both classes, for two sections: while one is added up, the other is filled.
     SHARED(float2, sums, [2][THREADS / 32][SECTION][TILE_COLUMNS]);
     fill_weights(weights[0]);
     Place place(side);
-    int g = place.g, t = place.t, lane = threadIdx.x % 32;
+    int g = place.g, t = place.t;
     // Warps past the last strip repeat it, for nothing: all of a block meet at barriers.
     int left = min(place.left(), width - TILE_COLUMNS);
     int pieces = (height + PIECE - 1) / PIECE, image = blockIdx.z / pieces;
-    int top = blockIdx.z % pieces * PIECE, end = min(height, top + PIECE), pair = top / 2;
-    size_t area = size_t(height) * width * channels, pitch = size_t(width) * FIRST;
-    bf16* ring = rings[place.warp].at[0].at;
-
-    // A lane copies a pair of channels of every second column of a line.
-    p += image * area / 4;
-    q += image * area / 16;
-    r += image * area / 64;
-    int word = lane % 16, channel = place.group * TILE_CHANNELS + 2 * word;
-    auto bring = [&](int ratio, const bf16* stage, int columns, int line) {
-        int row = max(0, min(line, height / ratio - 1)), at = StageRing::begin(ratio, line);
-        for (int i = 0; i < columns; i += 2) {
-            int column = i + lane / 16, from = max(0, min(left / ratio + column - 1, width / ratio - 1));
-            if (column >= columns) continue;
-            copy_async<4>(ring + at + StageRing::within(line, column, word % 4) + word / 4 * 2,
-                          stage + unsigned(row * (width / ratio * channels)) + unsigned(from * channels + channel), 4);
-        }
-    };
-    // What a pair of lines is the first to read; its number is `of` more than a multiple of 4.
-    auto bring_pair = [&](int number, int of) {
-        bring(2, p, 6, number + 1);
-        if (of % 2 == 1) bring(4, q, 4, (number + 1) / 2);
-        if (of == 2) bring(8, r, 3, (number + 2) / 4);
-        copies_end_group();
-    };
-    for (int k = -1; k < 1; k++) {
-        bring(2, p, 6, pair + k);
-        bring(4, q, 4, pair / 2 + k);
-        bring(8, r, 3, pair / 4 + k);
-    }
-    for (int k = 0; k < AHEAD; k++) bring_pair(pair + k, k);
-
-    tokens += (size_t(image) * height + top) * pitch + (left + g) * FIRST + 8 * t;
-    uint4 ahead[AHEAD][TILE_LINES];
-    for (auto& tile : ahead) {
-        for (int l = 0; l < TILE_LINES; l++, tokens += pitch) tile[l] = fetch<8>(tokens);
-    }
+    int top = blockIdx.z % pieces * PIECE, end = min(height, top + PIECE);
     Columns own(stats, gamma, beta, w, channels, place.channel());
     if (shift != nullptr) {
         Pack<8> constants = load<8>(shift + place.channel());
         for (int i = 0; i < 8; i++) own.offset.x[i] += constants.x[i] * own.slope.x[i];
     }
-    // Of `first`, the row of column g in each of a tile's products; of the classifier, class g.
-    uint4 rows[4], row = {0, 0, 0, 0};
-    for (int i = 0; i < 4; i++) rows[i] = fetch<8>(first + (place.brings() + g % 2 + 2 * i) * FIRST + 8 * t);
+    // Of the classifier, class g.
+    uint4 row = {0, 0, 0, 0};
     if (g < CLASSES) row = fetch<8>(w + g * channels + place.channel());
     float constants[CLASSES];
     load_classes(bias, constants);
-    uint4 constant = tap_weights(0, lane, 0);
-    const unsigned always[4] = {constant.x, constant.y, constant.z, constant.w};
-    const Row16 upper(0, lane), lower(4, lane);
-#pragma unroll 1
-    for (int start = top; start < end; start += SECTION) {
-        int buffer = start / SECTION % 2;
-#pragma unroll
-        for (int k = 0; k < SECTION / TILE_LINES; k++, pair++) {
-            int y = start + k * TILE_LINES;
-            Tile tile;
-            {
-                uint4(&raw)[TILE_LINES] = ahead[k % AHEAD];
-                const unsigned low[4] = {raw[0].x, raw[1].x, raw[0].y, raw[1].y};
-                const unsigned high[4] = {raw[0].z, raw[1].z, raw[0].w, raw[1].w};
-                for (int i = 0; i < 4; i++) {
-                    mma(tile.products[i], low, rows[i].x, rows[i].y, NOTHING);
-                    mma(tile.products[i], high, rows[i].z, rows[i].w);
-                }
-                for (int l = 0; l < TILE_LINES; l++, tokens += pitch) {
-                    if (y + AHEAD * TILE_LINES < end) raw[l] = fetch<8>(tokens);
-                }
+    auto each = [&](int y, int k, Tile& tile) {
+        int start = y - k * TILE_LINES, buffer = start / SECTION % 2;
+        float totals[4] = {};
+        for (int h = 0; h < 2; h++) {
+            unsigned x[4];
+            for (int i = 0; i < 4; i++) {
+                // Of line i % 2, the pair of channels that product 2·h + i / 2 made.
+                int c = 4 * h + i / 2 * 2, l = i % 2;
+                x[i] = relu_pair(own.before(tile.at(l, c), c), own.before(tile.at(l, c + 1), c + 1));
             }
-            uint4 varying = weights[0][k][lane];
-            const unsigned now[4] = {varying.x, varying.y, varying.z, varying.w};
-            copies_done_but<AHEAD - 1>();
-            // What this pair reads is there for all lanes, and all have read what the next copies overwrite.
-            __syncwarp();
-            bring_pair(pair + AHEAD, (k + AHEAD) % PHASES);
-            int from[2] = {upper.place(pair), lower.place(pair)};
-            for (int h = 0; h < 2; h++) {
-                unsigned x[4];
-                load_matrices<true>(ring + (from[0] ^ 16 * h), x);
-                mma(tile.products[2 * h], always, x[0], x[1]);
-                mma(tile.products[2 * h + 1], always, x[2], x[3]);
-                load_matrices<true>(ring + (from[1] ^ 16 * h), x);
-                mma(tile.products[2 * h], now, x[0], x[1]);
-                mma(tile.products[2 * h + 1], now, x[2], x[3]);
-            }
-            float totals[4] = {};
-            for (int h = 0; h < 2; h++) {
-                unsigned x[4];
-                for (int i = 0; i < 4; i++) {
-                    // Of line i % 2, the pair of channels that product 2·h + i / 2 made.
-                    int c = 4 * h + i / 2 * 2, l = i % 2;
-                    x[i] = relu_pair(own.before(tile.at(l, c), c), own.before(tile.at(l, c + 1), c + 1));
-                }
-                mma(totals, x, h == 0 ? row.x : row.z, h == 0 ? row.y : row.w);
-            }
-            for (int l = 0; l < TILE_LINES && t == 0; l++) {
-                sums[buffer][place.warp][k * TILE_LINES + l][g] = {totals[2 * l], totals[2 * l + 1]};
-            }
+            mma(totals, x, h == 0 ? row.x : row.z, h == 0 ? row.y : row.w);
         }
+        for (int l = 0; l < TILE_LINES && t == 0; l++) {
+            sums[buffer][place.warp][k * TILE_LINES + l][g] = {totals[2 * l], totals[2 * l + 1]};
+        }
+        if (k < PHASES - 1) return;
         // Who fills this buffer again has passed the next section's barrier, after all have left this one.
         __syncthreads();
         int columns = place.strips * TILE_COLUMNS;
@@ -992,8 +1040,9 @@ KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ tokens /* (images, h
             size_t token = (size_t(image) * height + start + line) * width + x;
             *reinterpret_cast<unsigned*>(logits + token * CLASSES) = pair_of(total.x, total.y);
         }
-    }
-    copies_done();
+    };
+    walk_tokens<2>(place, left, tokens, first, {0, 0, 0, 0}, p, q, r, image, height, width, channels, top, end, weights[0],
+                rings[place.warp], each);
 }
 
 // The same for stages of any sizes, or null.

@@ -361,7 +361,7 @@ fn the_decoder_line_by_line_is_the_decoder_pass_by_pass() {
 
         let (mut joined, mut moments) = (z.clone(), filled(0.0, 2 * channels));
         let part_list: Vec<_> = each().collect();
-        cpu.join_stages(&part_list, to, channels, &mut joined, Some(&mut moments));
+        cpu.join_stages(None, &part_list, to, channels, &mut joined, Some(&mut moments));
         let (mut plain, mut plain_moments) = (z.clone(), filled(0.0, 2 * channels));
         for (part, grid) in each() {
             cpu.upsample(part, grid, to, channels, &mut plain, true);

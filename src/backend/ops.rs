@@ -605,6 +605,14 @@ pub struct FirstStage<'a, B: Memory> {
     pub inputs: usize,
 }
 
+impl<B: Memory> Clone for FirstStage<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Memory> Copy for FirstStage<'_, B> {}
+
 impl<B: Linear> FirstStage<'_, B> {
     /// Writes z `(rows, channels)`.
     pub(super) fn multiply(&self, backend: &B, rows: usize, channels: usize, z: &mut B::Act) {
@@ -649,15 +657,20 @@ impl<B: Memory> Copy for HeadPass<'_, B> {}
 /// The operations named after joining and classifying consist of the others; their plain forms are what a backend that
 /// fuses them is tested against.
 pub trait Head: Resize + Linear {
-    /// Adds `parts`, each resized to `to`, to z `(to, channels)`; then measures it as [`Head::batch_moments`] does, if asked.
+    /// z `(to, channels)` of `first`, or without it as it is, and of `parts`, each resized to `to` and added; then measures it
+    /// as [`Head::batch_moments`] does, if asked.
     fn join_stages(
         &self,
+        first: Option<FirstStage<'_, Self>>,
         parts: &[(&Self::Act, Grid)],
         to: Grid,
         channels: usize,
         z: &mut Self::Act,
         moments: Option<&mut Self::Full>,
     ) {
+        if let Some(first) = first {
+            first.multiply(self, to.rows(), channels, z);
+        }
         for (part, from) in parts {
             self.upsample(part, *from, to, channels, z, true);
         }
@@ -813,10 +826,7 @@ pub(super) fn classify_stages_plainly<B: Head>(
     room: &mut B::Act,
     logits: &mut B::Act,
 ) {
-    if let Some(first) = first {
-        first.multiply(backend, to.rows(), channels, z);
-    }
-    backend.join_stages(parts, to, channels, z, None);
+    backend.join_stages(first, parts, to, channels, z, None);
     backend.classify(
         HeadPass { z, norm, drop: None, rows: to.rows(), channels, classifier },
         room,

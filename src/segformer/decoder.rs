@@ -103,6 +103,23 @@ impl Decoder {
         others.map(part).collect()
     }
 
+    /// The product that makes z of the first stage; with a separate path beside it, z is made here.
+    fn first<'s, B: Backend>(
+        &'s self,
+        pass: &Pass<'s, B>,
+        stage: &'s StageActs<B>,
+        z: &mut B::Act,
+        side: &mut SideScratch<B>,
+    ) -> Option<FirstStage<'s, B>> {
+        let folded = &self.folded[0];
+        if folded.side.is_some() {
+            folded.forward(pass, &stage.out, stage.grid.rows(), z, side);
+            return None;
+        }
+        let (weight, bias) = folded.operands(pass);
+        Some(FirstStage { tokens: &stage.out, weight, bias, inputs: folded.inputs })
+    }
+
     /// Stage outputs to z and its moments, in training.
     pub fn forward_linear<B: Backend>(
         &self,
@@ -112,9 +129,9 @@ impl Decoder {
         scratch: &mut Scratch<B>,
     ) {
         let Scratch { wide, tokens, side, .. } = scratch;
-        self.folded[0].forward(pass, &stages[0].out, stages[0].grid.rows(), &mut acts.z, side);
+        let first = self.first(pass, &stages[0], &mut acts.z, side);
         let parts = self.parts(pass, stages, wide.iter_mut().chain(tokens), side);
-        pass.backend.join_stages(&parts, stages[0].grid, self.width, &mut acts.z, Some(&mut acts.moments));
+        pass.backend.join_stages(first, &parts, stages[0].grid, self.width, &mut acts.z, Some(&mut acts.moments));
     }
 
     /// Stage outputs to logits, in evaluation, whose statistics are known beforehand.
@@ -128,17 +145,10 @@ impl Decoder {
     ) {
         let Scratch { wide: [room, own], tokens, side, .. } = scratch;
         let DecoderActs { z, logits, .. } = acts;
-        let (folded, StageActs { grid, out, .. }) = (&self.folded[0], &stages[0]);
-        let first = if folded.side.is_some() {
-            folded.forward(pass, out, grid.rows(), z, side);
-            None
-        } else {
-            let (weight, bias) = folded.operands(pass);
-            Some(FirstStage { tokens: out, weight, bias, inputs: folded.inputs })
-        };
+        let first = self.first(pass, &stages[0], z, side);
         let parts = self.parts(pass, stages, [own].into_iter().chain(tokens), side);
         let (norm, classifier) = self.end(pass, stats);
-        pass.backend.classify_stages(first, &parts, *grid, self.width, z, norm, classifier, room, logits);
+        pass.backend.classify_stages(first, &parts, stages[0].grid, self.width, z, norm, classifier, room, logits);
     }
 
     /// Numbers that the decoder needs in each of `Scratch::tokens`, where stages go that find no wide room on the way back: all

@@ -829,7 +829,13 @@ fn batch_norm_takes_shifts_away() {
 
 case!(
     join_stages,
-    JoinStages { images: usize, to: (usize, usize), parts: Vec<(usize, usize)>, channels: usize },
+    JoinStages {
+        images: usize,
+        to: (usize, usize),
+        first: Option<usize>,
+        parts: Vec<(usize, usize)>,
+        channels: usize
+    },
     |self, lab| {
         let grid = |(height, width)| Grid { images: self.images, height, width };
         let (to, channels) = (grid(self.to), self.channels);
@@ -838,15 +844,21 @@ case!(
         let acts: Vec<_> = (10..).zip(&parts).map(|(site, part)| lab.act(part.rows() * channels, site)).collect();
         let parts: Vec<_> = acts.iter().zip(parts).collect();
         let (mut z, mut moments, mut silent) = (lab.act(n, 1), lab.full(2 * channels, 2), lab.act(n, 1));
-        lab.0.join_stages(&parts, to, channels, &mut z, Some(&mut moments));
-        lab.0.join_stages(&parts, to, channels, &mut silent, None);
+        let inputs = self.first.unwrap_or(0);
+        let (tokens, weight, shift) =
+            (lab.act(to.rows() * inputs, 5), lab.act(channels * inputs, 6), lab.act(channels, 7));
+        // The bias may be absent.
+        let bias = (channels > 32).then_some(&shift);
+        let first = self.first.map(|inputs| FirstStage { tokens: &tokens, weight: &weight, bias, inputs });
+        lab.0.join_stages(first, &parts, to, channels, &mut z, Some(&mut moments));
+        lab.0.join_stages(first, &parts, to, channels, &mut silent, None);
         let mut back: Vec<_> = parts.iter().map(|(_, part)| lab.act(part.rows() * channels, 3)).collect();
         let mut back: Vec<_> = back.iter_mut().zip(&parts).map(|(act, (_, part))| (act, *part)).collect();
         lab.0.split_stages(&lab.act(n, 4), to, channels, &mut back);
         // What is measured has been rounded.
         let moments = lab.0.scalars(&moments, 2 * channels);
         let output = |name, values: &[f64]| Output { name, values: values.to_vec(), own: 0.0, summed: 1.0 };
-        let roundings = self.parts.len().div_ceil(3).max(1) as f64;
+        let roundings = self.parts.len().div_ceil(3).max(1) as f64 + if self.first.is_some() { 1.0 } else { 0.0 };
         vec![
             lab.read("z", &z, n, 1.0, roundings - 1.0),
             lab.read("z without moments", &silent, n, 1.0, roundings - 1.0),
@@ -858,16 +870,23 @@ case!(
         .collect()
     },
     [
-        (1, (5, 7), vec![(2, 3)], 3),
-        (2, (8, 8), vec![(4, 4), (2, 2), (1, 1)], 8),
-        (3, (12, 16), vec![(6, 8), (3, 4)], 64),
-        (2, (16, 40), vec![(8, 20), (4, 10), (2, 5)], 72),
-        (2, (72, 24), vec![(36, 12), (18, 6), (9, 3)], 40),
-        (1, (136, 8), vec![(68, 4), (34, 2), (17, 1)], 264),
-        (1, (24, 56), vec![(12, 28), (6, 14), (3, 7)], 48),
-        (2, (67, 9), vec![], 20),
-        (2, (16, 8), vec![(8, 4), (4, 2), (2, 1), (1, 1)], 24),
-        (1, (4, 4), vec![(2, 2), (1, 1), (1, 1)], 256)
+        (1, (5, 7), None, vec![(2, 3)], 3),
+        (2, (8, 8), None, vec![(4, 4), (2, 2), (1, 1)], 8),
+        (3, (12, 16), None, vec![(6, 8), (3, 4)], 64),
+        (2, (16, 40), None, vec![(8, 20), (4, 10), (2, 5)], 72),
+        (2, (72, 24), None, vec![(36, 12), (18, 6), (9, 3)], 40),
+        (1, (136, 8), None, vec![(68, 4), (34, 2), (17, 1)], 264),
+        (1, (24, 56), None, vec![(12, 28), (6, 14), (3, 7)], 48),
+        (2, (67, 9), None, vec![], 20),
+        (2, (16, 8), None, vec![(8, 4), (4, 2), (2, 1), (1, 1)], 24),
+        (1, (4, 4), None, vec![(2, 2), (1, 1), (1, 1)], 256),
+        (2, (8, 8), Some(32), vec![(4, 4), (2, 2), (1, 1)], 32),
+        (2, (72, 24), Some(32), vec![(36, 12), (18, 6), (9, 3)], 96),
+        (1, (136, 16), Some(32), vec![(68, 8), (34, 4), (17, 2)], 256),
+        (1, (8, 8), Some(32), vec![(4, 4), (2, 2), (1, 1), (1, 1)], 64),
+        (1, (8, 8), Some(32), vec![(4, 4), (2, 2), (1, 1)], 40),
+        (1, (8, 8), Some(64), vec![(4, 4), (2, 2), (1, 1)], 64),
+        (3, (12, 16), Some(20), vec![(6, 8), (3, 4)], 64)
     ]
 );
 

@@ -110,12 +110,16 @@ impl<'a, T: Real> Measure<'a, T> {
 impl<T: Real> Head for Cpu<T> {
     fn join_stages(
         &self,
+        first: Option<FirstStage<'_, Self>>,
         parts: &[(&Buffer<T>, Grid)],
         to: Grid,
         channels: usize,
         z: &mut Buffer<T>,
         moments: Option<&mut Buffer<T>>,
     ) {
+        if let Some(first) = first {
+            first.multiply(self, to.rows(), channels, z);
+        }
         // Lines that make whole blocks, so that the moments are those of `batch_moments` to the bit.
         let whole = (1..=BLOCK).find(|lines| (lines * to.width).is_multiple_of(BLOCK)).unwrap_or(BLOCK);
         let line = to.width * channels;

@@ -13,7 +13,7 @@ const PARTS: usize = 3;
 const PIECE: usize = 64;
 /// Columns and channels of a tile of a warp.
 const TILE: (usize, usize) = (8, 32);
-/// Channels of the first stage of which `classify_stages` makes z.
+/// Channels of the first stage of which kernels make z.
 const FIRST: usize = 32;
 /// Columns that a warp of `split_stages` takes.
 const SPLIT_WIDTH: usize = 16;
@@ -88,9 +88,16 @@ impl<D: Device> Cuda<D> {
         arguments
     }
 
-    /// Adds up to [`PARTS`] stages to z, and measures it.
+    /// The first stage's product as the arguments of a kernel that makes z of it.
+    fn first_stage(first: &FirstStage<'_, Self>, rows: usize, channels: usize) -> [Argument; 3] {
+        let bias = first.bias.map_or(Argument::pointer(0), |bias| bias.at(channels));
+        [first.tokens.at(rows * FIRST), first.weight.at(channels * FIRST), bias]
+    }
+
+    /// z of `first`, or as it is, with up to [`PARTS`] stages added, and measured. A `first` is of [`FIRST`] channels.
     fn join(
         &self,
+        first: Option<FirstStage<'_, Self>>,
         z: Argument,
         parts: &[(&<Self as Memory>::Act, Grid)],
         to: Grid,
@@ -102,11 +109,17 @@ impl<D: Device> Cuda<D> {
         let slabs = pieces * to.width.div_ceil(TILE.0);
         let partial = moments.as_ref().map_or(0, |_| self.scratch(slabs * 2 * channels));
         let exact = halves(&grids(parts), to, channels);
-        let mut arguments = vec![z];
+        let kernel = match (&first, exact) {
+            (Some(_), _) => "join_tokens",
+            (None, true) => "join_stages",
+            (None, false) => "join_stages_any",
+        };
+        let mut arguments = Vec::new();
+        arguments.extend(first.iter().flat_map(|first| Self::first_stage(first, to.rows(), channels)));
+        arguments.push(z);
         arguments.extend(if exact { exact_stages::<D>(parts, channels) } else { stages::<D>(parts, channels) });
         arguments.extend([to.height, to.width, channels, side].map(Argument::from));
         arguments.push(Argument::pointer(partial));
-        let kernel = if exact { "join_stages" } else { "join_stages_any" };
         self.launch_blocks(kernel, [across, along, pieces], threads, &arguments);
         if let Some(moments) = moments {
             let mut arguments = vec![Argument::pointer(partial)];
@@ -123,24 +136,30 @@ impl<D: Device> Head for Cuda<D> {
         // rows of very many pictures.
         let width = if rows.is_multiple_of(TILE.0) { TILE.0 } else { 1 };
         let grid = Grid { images: 1, height: rows / width, width };
-        self.join(z.at(rows * channels), &[], grid, channels, Some(moments));
+        self.join(None, z.at(rows * channels), &[], grid, channels, Some(moments));
     }
 
     fn join_stages(
         &self,
+        mut first: Option<FirstStage<'_, Self>>,
         parts: &[(&Self::Act, Grid)],
         to: Grid,
         channels: usize,
         z: &mut Self::Act,
         moments: Option<&mut Self::Full>,
     ) {
-        let (first, rest) = parts.split_at(parts.len().min(PARTS));
-        let arguments = z.both(to.rows() * channels);
-        if rest.is_empty() {
-            return self.join(arguments, first, to, channels, moments);
+        let (some, rest) = parts.split_at(parts.len().min(PARTS));
+        let takes = |inputs| inputs == FIRST && channels.is_multiple_of(TILE.1) && halves(&grids(some), to, channels);
+        if let Some(first) = first.take_if(|first| !takes(first.inputs)) {
+            first.multiply(self, to.rows(), channels, z);
         }
-        self.join(arguments, first, to, channels, None);
-        self.join_stages(rest, to, channels, z, moments);
+        let n = to.rows() * channels;
+        let arguments = if first.is_some() { z.to(n) } else { z.both(n) };
+        if rest.is_empty() {
+            return self.join(first, arguments, some, to, channels, moments);
+        }
+        self.join(first, arguments, some, to, channels, None);
+        self.join_stages(None, rest, to, channels, z, moments);
     }
 
     /// Only at fixed ratios is interpolation a product with constant weights.
@@ -165,8 +184,7 @@ impl<D: Device> Head for Cuda<D> {
         let any = tiles(channels, labels) && parts.len() <= PARTS && !halves(&sizes, to, channels);
         let (kernel, mut arguments) = match first {
             Some(first) if self.classifies_stages(first.inputs, &sizes, to, channels, labels) => {
-                let bias = first.bias.map_or(Argument::pointer(0), |bias| bias.at(channels));
-                let mut arguments = vec![first.tokens.at(rows * FIRST), first.weight.at(channels * FIRST), bias];
+                let mut arguments = Vec::from(Self::first_stage(&first, rows, channels));
                 arguments.extend(exact_stages::<D>(parts, channels));
                 ("classify_stages", arguments)
             }
