@@ -13,6 +13,9 @@ namespace attention {
 namespace attention_branch {
 #include "attention_branch.cu"
 }
+namespace attention_input {
+#include "attention_input.cu"
+}
 namespace depthwise {
 #include "depthwise.cu"
 }

@@ -13,6 +13,7 @@ pub trait Backend:
     + EmbedPixels
     + Attention
     + AttentionBranch
+    + AttentionInput
     + Depthwise
     + MixFfn
     + MixFfnBackward
@@ -33,6 +34,7 @@ impl<B> Backend for B where
         + EmbedPixels
         + Attention
         + AttentionBranch
+        + AttentionInput
         + Depthwise
         + MixFfn
         + MixFfnBackward
@@ -509,6 +511,48 @@ pub trait MixFfnBackward: Depthwise {
         _hidden: usize,
         _dx: &mut Self::Act,
         _parts: MixFfnParts<'_, Self>,
+    ) {
+        unreachable!("a backend that joins operations has the joint one");
+    }
+}
+
+/// What [`AttentionInput::attention_input_backward`] goes back through.
+pub struct AttentionInputs<'a, B: Memory> {
+    /// Q's weight, `(channels, channels)`.
+    pub query: &'a B::Act,
+    /// The sequence reduction's, `(channels, side²·channels)`.
+    pub reduction: &'a B::Act,
+    /// Its geometry.
+    pub window: Window,
+    /// The LayerNorm's input `(grid, channels)`.
+    pub x: &'a B::Act,
+    /// Its (mean, 1/std) per row.
+    pub stats: &'a B::Full,
+    /// Its scale.
+    pub gamma: &'a B::Full,
+    /// Channels.
+    pub channels: usize,
+}
+
+/// The way back from queries and reduced tokens to the residual stream as one operation, on a device where moving tokens is what
+/// takes the time.
+pub trait AttentionInput: LayerNorm + Patches {
+    /// Whether [`AttentionInput::attention_input_backward`] does this shape.
+    fn joins_attention_input(&self, _grid: Grid, _channels: usize, _window: Window) -> bool {
+        false
+    }
+    /// From `dq`, the gradient of Q `(grid, channels)`, and `dreduced`, that of what the sequence reduction made
+    /// `(windows, channels)`, to that of the stream, which is added to `dx`. The same as [`Linear::linear_backward_input`],
+    /// [`Patches::patches_backward`], [`Linear::linear_backward_input`] and [`LayerNorm::layer_norm_backward_all`].
+    fn attention_input_backward(
+        &self,
+        _dq: &Self::Act,
+        _dreduced: &Self::Act,
+        _inputs: &AttentionInputs<'_, Self>,
+        _grid: Grid,
+        _dx: &mut Self::Act,
+        _parameters: Option<(&mut Self::Full, &mut Self::Full)>,
+        _front: InFront<'_, Self>,
     ) {
         unreachable!("a backend that joins operations has the joint one");
     }

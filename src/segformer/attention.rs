@@ -5,7 +5,9 @@ use super::affine::Affine;
 use super::model::{Pass, Scratch};
 use super::norm::{Branch, Front, Norm, Normed};
 use super::tensors::Gradients;
-use crate::backend::{AttentionOutputs, AttentionShape, AttentionWeights, Backend, Dropout, Grid, Window};
+use crate::backend::{
+    AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Dropout, Grid, Window,
+};
 
 /// The layer.
 pub struct AttentionLayer {
@@ -71,6 +73,13 @@ impl AttentionLayer {
     pub fn fuses<B: Backend>(&self, backend: &B, grid: Grid, keep: bool) -> bool {
         let is_plain = self.query.side.is_none() && self.output.side.is_none();
         is_plain && backend.fuses_attention(self.shape(grid), keep)
+    }
+
+    /// Whether the backend goes back from the gradients of Q and of the reduced tokens to the stream's in one operation.
+    fn joins_input<B: Backend>(&self, backend: &B, grid: Grid) -> bool {
+        let is_plain = |convolution: &Affine| convolution.side.is_none() && self.query.side.is_none();
+        let reduces = self.reduction.as_ref().is_some_and(|(convolution, _)| is_plain(convolution));
+        reduces && backend.joins_attention_input(grid, self.channels, self.window)
     }
 
     /// `y = x + drop·attention(norm(x))`, and the LayerNorm behind, unless what follows makes that; `normed` is norm(x).
@@ -202,7 +211,8 @@ impl AttentionLayer {
             }
         }
 
-        // Towards the LayerNorm: t5 collects the gradient of its output.
+        // Towards the LayerNorm: t5 collects the gradient of its output, unless the backend goes on to the stream at once.
+        let joint = below && self.input_gradient && self.joins_input(backend, grid);
         match (&self.reduction, &acts.reduced) {
             (Some((convolution, norm)), Some((raw, raw_stats))) => {
                 let trains = convolution.trains(gradients);
@@ -222,7 +232,7 @@ impl AttentionLayer {
                         convolution.backward_weights(pass, gathered, t1, key_rows, gradients, side);
                     }
                 }
-                if below {
+                if below && !joint {
                     convolution.backward_input(pass, t1, key_rows, patches, false, side);
                     backend.patches_backward(patches, grid, self.channels, self.window, t5, false);
                 }
@@ -233,11 +243,31 @@ impl AttentionLayer {
             }
             _ => {}
         }
-        if below {
-            self.query.backward_input(pass, t2, rows, t5, true, side);
-            let dx = self.input_gradient.then_some((d, true));
-            let front = before.map_or(Front::none(), |before| Front::branch(before, grid, t0));
-            self.norm.backward(pass, t5, x, x_stats, rows, gradients, dx, front);
+        if !below {
+            return;
+        }
+        let front = before.map_or(Front::none(), |before| Front::branch(before, grid, t0));
+        match &self.reduction {
+            Some((convolution, _)) if joint => {
+                let tensors = pass.tensors;
+                let inputs = AttentionInputs {
+                    query: tensors.product(self.query.weight),
+                    reduction: tensors.product(convolution.weight),
+                    window: self.window,
+                    x,
+                    stats: x_stats,
+                    gamma: tensors.value(self.norm.gamma),
+                    channels: self.channels,
+                };
+                let mut each = gradients.each();
+                let (parameters, front) = (self.norm.parameters(&mut each), front.wanted(&mut each));
+                backend.attention_input_backward(t2, t1, &inputs, grid, d, parameters, front);
+            }
+            _ => {
+                self.query.backward_input(pass, t2, rows, t5, true, side);
+                let dx = self.input_gradient.then_some((d, true));
+                self.norm.backward(pass, t5, x, x_stats, rows, gradients, dx, front);
+            }
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::affine::Affine;
 use super::model::Pass;
-use super::tensors::{Gradients, Id};
+use super::tensors::{EachGradient, Gradients, Id};
 use crate::backend::{Backend, Dropout, Grid, InFront};
 
 /// What a LayerNorm made.
@@ -56,6 +56,11 @@ impl<'a, B: Backend> Front<'a, B> {
     pub fn branch((affine, drop): Branch<'_>, grid: Grid, room: &'a mut B::Act) -> Self {
         Self { scaled: drop.map(|drop| (drop, grid, room)), bias: affine.bias }
     }
+
+    /// What an operation hands on to it.
+    pub fn wanted(self, gradients: &mut EachGradient<'a, B>) -> InFront<'a, B> {
+        InFront { scaled: self.scaled, bias: self.bias.and_then(|id| gradients.take(id)) }
+    }
 }
 
 /// The product at the end of a branch, and its stochastic depth.
@@ -86,6 +91,14 @@ impl Norm {
         pass.backend.layer_norm(x, gamma, beta, rows, self.channels, y, stats);
     }
 
+    /// The gradients of scale and shift, if wanted.
+    pub fn parameters<'a, B: Backend>(
+        &self,
+        gradients: &mut EachGradient<'a, B>,
+    ) -> Option<(&'a mut B::Full, &'a mut B::Full)> {
+        gradients.take(self.gamma).zip(gradients.take(self.beta))
+    }
+
     /// Sums the gradients of scale and shift, if wanted; writes (or with `add` adds) the gradient towards x, if asked, and what
     /// `front` wants of it.
     pub fn backward<B: Backend>(
@@ -101,10 +114,9 @@ impl Norm {
     ) {
         let (backend, gamma, channels) = (pass.backend, pass.tensors.value(self.gamma), self.channels);
         let mut each = gradients.each();
-        let parameters = each.take(self.gamma).zip(each.take(self.beta));
-        match (parameters, dx) {
+        match (self.parameters(&mut each), dx) {
             (parameters, Some(dx)) => {
-                let front = InFront { scaled: front.scaled, bias: front.bias.and_then(|id| each.take(id)) };
+                let front = front.wanted(&mut each);
                 backend.layer_norm_backward_all(dy, x, stats, gamma, rows, channels, dx, parameters, front);
             }
             (Some((dgamma, dbeta)), None) => {

@@ -11,9 +11,9 @@ use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
-    AdamW, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Base, BatchNormView, Classifier, Dropout,
-    FfnOutputs, FfnWeights, FirstStage, Grid, Head as _, HeadPass, InFront, Loss as _, Memory, MixFfnParts,
-    MixFfnWeights, Moving, Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
+    AdamW, AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Base, BatchNormView,
+    Classifier, Dropout, FfnOutputs, FfnWeights, FirstStage, Grid, Head as _, HeadPass, InFront, Loss as _, Memory,
+    MixFfnParts, MixFfnWeights, Moving, Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -654,6 +654,82 @@ case!(
         // So tall that a block walks many rows.
         (1, 401, 1, 32),
         (1, 401, 1, 64)
+    ]
+);
+
+/// [`AttentionInput::attention_input_backward`], or its parts where the backend does not join them.
+fn attention_input_backward<B: Backend>(
+    backend: &B,
+    (dq, dreduced): (&B::Act, &B::Act),
+    inputs: &AttentionInputs<'_, B>,
+    grid: Grid,
+    dx: &mut B::Act,
+    parameters: Option<(&mut B::Full, &mut B::Full)>,
+    front: InFront<'_, B>,
+) {
+    let &AttentionInputs { query, reduction, window, x, stats, gamma, channels } = inputs;
+    if backend.joins_attention_input(grid, channels, window) {
+        return backend.attention_input_backward(dq, dreduced, inputs, grid, dx, parameters, front);
+    }
+    let (rows, keys, taps) = (grid.rows(), grid.through(window).rows(), window.side * window.side);
+    let [mut gathered, mut dn] = [(); 2].map(|()| backend.act(rows * channels));
+    let product = Product { rows: keys, inputs: taps * channels, outputs: channels };
+    backend.linear_backward_input(dreduced, reduction, product, &mut gathered, false);
+    backend.patches_backward(&gathered, grid, channels, window, &mut dn, false);
+    backend.linear_backward_input(dq, query, Product { rows, inputs: channels, outputs: channels }, &mut dn, true);
+    backend.layer_norm_backward_all(&dn, x, stats, gamma, rows, channels, (dx, true), parameters, front);
+}
+
+case!(
+    attention_input,
+    AttentionInput { images: usize, across: (usize, usize), side: usize, channels: usize },
+    |self, lab| {
+        let &Self { images, across, side, channels } = self;
+        let grid = Grid { images, height: across.0 * side, width: across.1 * side };
+        let (rows, keys) = (grid.rows(), images * across.0 * across.1);
+        let n = rows * channels;
+        let (dq, dreduced, x) = (lab.act(n, 1), lab.act(keys * channels, 2), lab.act(n, 3));
+        let (query, reduction) = (lab.act(channels * channels, 4), lab.act(side * side * channels * channels, 5));
+        let (gamma, beta) = (lab.full(channels, 6), lab.full(channels, 7));
+        let (mut normed, mut stats) = (lab.act(n, 8), lab.full(2 * rows, 9));
+        lab.0.layer_norm(&x, &gamma, &beta, rows, channels, &mut normed, &mut stats);
+        let window = Window { side, stride: side, padding: 0 };
+        let (query, reduction, x, stats, gamma) = (&query, &reduction, &x, &stats, &gamma);
+        let inputs = AttentionInputs { query, reduction, window, x, stats, gamma, channels };
+        let drop = drop_of(Purpose::DropPath, 0.4);
+        let [mut dx, mut plain, mut summed, mut scaled, mut dropped] =
+            [10, 10, 10, 11, 12].map(|site| lab.act(n, site));
+        let [mut dgamma, mut dbeta, mut bias, mut alone] = [13, 14, 15, 16].map(|site| lab.full(channels, site));
+        let run = |dx: &mut B::Act, parameters, front| {
+            attention_input_backward(lab.0, (&dq, &dreduced), &inputs, grid, dx, parameters, front);
+        };
+        run(&mut dx, None, InFront { scaled: Some((drop, grid, &mut scaled)), bias: None });
+        run(&mut plain, None, InFront { scaled: None, bias: Some(&mut alone) });
+        let front = InFront { scaled: Some((drop, grid, &mut dropped)), bias: Some(&mut bias) };
+        run(&mut summed, Some((&mut dgamma, &mut dbeta)), front);
+        // Where the parts are not joined, the LayerNorm's gradient is rounded, and was before queries' came to it.
+        let parts = if [32, 64].contains(&channels) { 0.0 } else { 2.0 };
+        let full = |name, values| Output { summed: parts, ..lab.read_full(name, values, channels) };
+        vec![
+            lab.read("dx", &dx, n, 1.0, parts),
+            lab.read("scaled", &scaled, n, 1.0, parts),
+            lab.read("dx with a bias", &plain, n, 1.0, parts),
+            Output { summed: 1.0, ..lab.read_full("bias alone", &alone, channels) },
+            lab.read("dx with parameters", &summed, n, 1.0, parts),
+            lab.read("scaled with parameters", &dropped, n, 1.0, parts),
+            full("dgamma", &dgamma),
+            full("dbeta", &dbeta),
+            full("bias", &bias),
+        ]
+    },
+    [
+        (1, (1, 1), 8, 32),
+        (3, (5, 7), 2, 32),
+        (2, (4, 4), 8, 32),
+        (1, (3, 2), 1, 32),
+        (2, (3, 3), 4, 64),
+        (5, (4, 5), 2, 64),
+        (2, (2, 3), 2, 24)
     ]
 );
 

@@ -5,6 +5,7 @@
 
 mod attention;
 mod attention_branch;
+mod attention_input;
 mod buffer;
 mod depthwise;
 mod head;

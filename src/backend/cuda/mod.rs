@@ -10,6 +10,7 @@
 mod arena;
 mod attention;
 mod attention_branch;
+mod attention_input;
 mod depthwise;
 mod device;
 mod driver;

@@ -1,0 +1,228 @@
+// The way back in front of attention: from the gradients of queries and of reduced tokens, before their LayerNorm, through both
+// products and the LayerNorm to that of the residual stream, in one kernel. The gradient of the LayerNorm's output is nowhere
+// in memory, and no patches are.
+//
+// The windows of the sequence reduction are as far apart as they are wide. So a token lies in one window, at one of its taps, and
+// the gradient of its normalised channels is dq · query + dreduced · tap, where dreduced is its window's and `tap` the
+// weights there. A warp takes tokens that lie at the same tap of 16 windows: all products are 16 rows with a square weight.
+//
+// A block has KEYS windows and all their tokens; its warps take turns by taps, each with the tap's weights in its own part of
+// shared memory. Channels are in the order for 16-byte access (mma.cuh).
+#include "common.cuh"
+#include "mma.cuh"
+
+constexpr int KEYS = 64, TILE = 16;
+// Sums per channel: gamma's gradient, beta's, and that of a bias in front.
+constexpr int KINDS = 3;
+// With the least blocks that a multiprocessor shall hold at once.
+#define BOUNDS_32 256, 2
+#define BOUNDS_64 128, 3
+
+// Eight channels of a row of weights: column 2·m of tile i is the pair 8·m + 2·i, by 32 channels.
+struct alignas(16) Piece {
+    unsigned at[4];
+};
+
+// A square weight, (outputs, C), as the right operand of products that sum over its rows. Where in a row pieces lie changes so
+// that rows that go to a product together do not meet in a bank.
+template <int C> struct Square {
+    Piece at[C][C / 8];
+
+    __device__ static __forceinline__ int place(int row, int piece) {
+        return piece ^ (row / 8 % 4 | (C > 32 ? row % 2 * 4 : 0));
+    }
+
+    // Begins to copy rows that lie `pitch` apart, by `threads` threads.
+    __device__ __forceinline__ void copy(const bf16* from, size_t pitch, int thread, int threads) {
+        for (int i = thread; i < C * C / 2; i += threads) {
+            int row = i / (C / 2), pair = i % (C / 2), piece = pair / 16 * 4 + pair % 4;
+            copy_async<4>(&at[row][place(row, piece)].at[pair % 16 / 4], from + row * pitch + 2 * pair, 4);
+        }
+    }
+
+    // Adds a · this.
+    __device__ __forceinline__ void multiply(const unsigned (&a)[C / 16][4], float (&d)[C / 8][4]) const {
+        int lane = threadIdx.x % 32;
+        for (int s = 0; s < C / 16; s++) {
+            int row = s / 2 * 32 + lane % 8 / 2 * 8 + lane % 2 + s % 2 * 4 + lane / 8 % 2 * 2;
+            for (int n = 0; n < C / 8; n += 2) {
+                unsigned b[4];
+                load_matrices<true>(reinterpret_cast<const bf16*>(&at[row][place(row, n + lane / 16)]), b);
+                mma(d[n], a[s], b[0], b[1]);
+                mma(d[n + 1], a[s], b[2], b[3]);
+            }
+        }
+    }
+};
+
+// Half `half` of an operand's rows: a lane's channels of its row.
+template <int C>
+__device__ __forceinline__ void load_half(const bf16* row, bool exists, int half, unsigned (&a)[C / 16][4]) {
+    for (int n = 0; n < C / 32; n++) {
+        uint4 x = {0, 0, 0, 0};
+        if (exists) x = sixteen(row + n * 32 + threadIdx.x % 4 * 8);
+        a[2 * n][half] = x.x;
+        a[2 * n][half + 2] = x.y;
+        a[2 * n + 1][half] = x.z;
+        a[2 * n + 1][half + 2] = x.w;
+    }
+}
+
+// SUMS: of the parameters' gradients, too.
+template <int C, bool SUMS>
+__device__ __forceinline__ void walk(const bf16* dq, const bf16* dreduced, const bf16* query, const bf16* reduction,
+                                     const bf16* x, const float* stats, const float* gamma, int keys, int height,
+                                     int width, int side, const DropPath& drop, bf16* dx, bf16* scaled, float* partial) {
+    constexpr int WARPS = 256 / C, BLOCK = 32 * WARPS;
+    SHARED(Square<C>, squares, [WARPS + 1]);
+    // Of each window: its first token, or -1, and the factor of its image.
+    SHARED(int, origins, [KEYS]);
+    SHARED(float, factors, [KEYS]);
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    int first = blockIdx.x * KEYS, taps = side * side;
+    squares[WARPS].copy(query, C, threadIdx.x, BLOCK);
+    for (int i = threadIdx.x; i < KEYS; i += BLOCK) {
+        int key = first + i, across = width / side, line = key / across, image = line / (height / side);
+        origins[i] = key < keys ? (line * width + key % across) * side : -1;
+        factors[i] = scaled != nullptr && key < keys ? drop.factor(image) : 1.0f;
+    }
+    copies_done();
+    __syncthreads();
+
+    float sums[SUMS ? KINDS : 1][C / 4] = {};
+    for (int tap = warp; tap < taps; tap += WARPS) {
+        __syncwarp();
+        squares[warp].copy(reduction + size_t(tap) * C, size_t(taps) * C, lane, 32);
+        copies_done();
+        __syncwarp();
+        int beyond = tap / side * width + tap % side;
+#pragma unroll 1
+        for (int tile = 0; tile < KEYS && first + tile < keys; tile += TILE) {
+            float dn[C / 8][4] = {};
+            unsigned queries[C / 16][4], windows[C / 16][4];
+            bool exists[2];
+            size_t rows[2];
+            uint4 tokens[2][C / 32], before[2][C / 32];
+            float2 measured[2];
+            for (int half = 0; half < 2; half++) {
+                int key = tile + half * 8 + g, origin = origins[key];
+                exists[half] = origin >= 0;
+                rows[half] = exists[half] ? size_t(origin + beyond) : 0;
+                load_half<C>(dq + rows[half] * C, exists[half], half, queries);
+                load_half<C>(dreduced + size_t(first + key) * C, exists[half], half, windows);
+                measured[half] = {0.0f, 0.0f};
+                if (exists[half]) measured[half] = *reinterpret_cast<const float2*>(stats + 2 * rows[half]);
+                for (int n = 0; n < C / 32; n++) {
+                    tokens[half][n] = {0, 0, 0, 0};
+                    if (exists[half]) tokens[half][n] = sixteen(x + rows[half] * C + n * 32 + t * 8);
+                }
+            }
+            squares[WARPS].multiply(queries, dn);
+            for (int i = 0; i < 2 * (C / 32); i++) {
+                // From here on, in place of the queries.
+                int half = i % 2, n = i / 2;
+                before[half][n] = {0, 0, 0, 0};
+                if (exists[half]) before[half][n] = sixteen(dx + rows[half] * C + n * 32 + t * 8);
+            }
+            squares[warp].multiply(windows, dn);
+            for (int half = 0; half < 2; half++) {
+                auto gradient = [&](int n, int i) -> float& { return dn[4 * n + i / 2][2 * half + i % 2]; };
+                float plain = 0, along = 0, mean = measured[half].x, scale = measured[half].y;
+                for (int n = 0; n < C / 32; n++) {
+                    Pack<8> token = widen<8>(tokens[half][n]), slope = load<8>(gamma + n * 32 + t * 8);
+                    for (int i = 0; i < 8; i++) {
+                        float& d = gradient(n, i);
+                        float normalised = (token.x[i] - mean) * scale;
+                        if constexpr (SUMS) {
+                            sums[0][8 * n + i] += d * normalised;
+                            sums[1][8 * n + i] += d;
+                        }
+                        d *= slope.x[i];
+                        plain += d;
+                        along += d * normalised;
+                    }
+                }
+                plain = group_sum(plain, 4) / C;
+                along = group_sum(along, 4) / C;
+                float factor = factors[tile + half * 8 + g];
+                for (int n = 0; n < C / 32; n++) {
+                    Pack<8> token = widen<8>(tokens[half][n]), old = widen<8>(before[half][n]);
+                    for (int i = 0; i < 8; i++) {
+                        float normalised = (token.x[i] - mean) * scale;
+                        old.x[i] += (gradient(n, i) - plain - normalised * along) * scale;
+                    }
+                    size_t at = rows[half] * C + n * 32 + t * 8;
+                    if (exists[half]) store(dx + at, old);
+                    for (int i = 0; i < 8; i++) {
+                        old.x[i] *= factor;
+                        if constexpr (SUMS) sums[2][8 * n + i] += old.x[i];
+                    }
+                    if (exists[half] && scaled != nullptr) store(scaled + at, old);
+                }
+            }
+        }
+    }
+    if constexpr (SUMS) {
+        float(*tile)[C] = reinterpret_cast<float(*)[C]>(squares);
+#pragma unroll
+        for (int k = 0; k < KINDS; k++) {
+            __syncthreads();
+            for (int i = 0; i < C / 4; i++) {
+                for (int other = 4; other < 32; other *= 2) sums[k][i] += __shfl_xor_sync(ALL_LANES, sums[k][i], other);
+                if (g == 0) tile[warp][i / 8 * 32 + t * 8 + i % 8] = sums[k][i];
+            }
+            __syncthreads();
+            for (int c = threadIdx.x; c < C; c += BLOCK) {
+                float total = 0;
+                for (int w = 0; w < WARPS; w++) total += tile[w][c];
+                partial[(size_t(blockIdx.x) * KINDS + k) * C + c] = total;
+            }
+        }
+    }
+}
+
+// dx += LayerNorm's gradient towards x; `scaled` receives dx times its image's factor. Windows are `side` x `side` tokens, and
+// height and width multiples of that. Grid: ceil(keys / KEYS), blocks of 256 threads for 32 channels and 128 for 64. So for
+// all.
+KERNEL(BOUNDS_32) attention_input_backward_32(
+    const bf16* dq /* (images, height, width, 32) */, const bf16* dreduced /* (keys, 32) */,
+    const bf16* query /* (32, 32) */, const bf16* reduction /* (32, side², 32) */, const bf16* x /* as dq */,
+    const float* stats /* (tokens, 2): mean, 1/std */, const float* gamma /* (32) */, int keys, int height, int width,
+    int side, unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first, float rate,
+    bf16* dx /* as dq */, bf16* scaled /* as dq, or null */) {
+    walk<32, false>(dq, dreduced, query, reduction, x, stats, gamma, keys, height, width, side,
+                    {key0, key1, site, step, first, rate}, dx, scaled, nullptr);
+}
+
+KERNEL(BOUNDS_64) attention_input_backward_64(
+    const bf16* dq /* (images, height, width, 64) */, const bf16* dreduced /* (keys, 64) */,
+    const bf16* query /* (64, 64) */, const bf16* reduction /* (64, side², 64) */, const bf16* x /* as dq */,
+    const float* stats /* (tokens, 2): mean, 1/std */, const float* gamma /* (64) */, int keys, int height, int width,
+    int side, unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first, float rate,
+    bf16* dx /* as dq */, bf16* scaled /* as dq, or null */) {
+    walk<64, false>(dq, dreduced, query, reduction, x, stats, gamma, keys, height, width, side,
+                    {key0, key1, site, step, first, rate}, dx, scaled, nullptr);
+}
+
+// The same with the parameters' gradients.
+KERNEL(BOUNDS_32) attention_input_backward_all_32(
+    const bf16* dq /* (images, height, width, 32) */, const bf16* dreduced /* (keys, 32) */,
+    const bf16* query /* (32, 32) */, const bf16* reduction /* (32, side², 32) */, const bf16* x /* as dq */,
+    const float* stats /* (tokens, 2): mean, 1/std */, const float* gamma /* (32) */, int keys, int height, int width,
+    int side, unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first, float rate,
+    bf16* dx /* as dq */, bf16* scaled /* as dq, or null */,
+    float* partial /* (blocks, 3, 32): gamma's, beta's, a bias's in front */) {
+    walk<32, true>(dq, dreduced, query, reduction, x, stats, gamma, keys, height, width, side,
+                   {key0, key1, site, step, first, rate}, dx, scaled, partial);
+}
+
+KERNEL(BOUNDS_64) attention_input_backward_all_64(
+    const bf16* dq /* (images, height, width, 64) */, const bf16* dreduced /* (keys, 64) */,
+    const bf16* query /* (64, 64) */, const bf16* reduction /* (64, side², 64) */, const bf16* x /* as dq */,
+    const float* stats /* (tokens, 2): mean, 1/std */, const float* gamma /* (64) */, int keys, int height, int width,
+    int side, unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first, float rate,
+    bf16* dx /* as dq */, bf16* scaled /* as dq, or null */,
+    float* partial /* (blocks, 3, 64): gamma's, beta's, a bias's in front */) {
+    walk<64, true>(dq, dreduced, query, reduction, x, stats, gamma, keys, height, width, side,
+                   {key0, key1, site, step, first, rate}, dx, scaled, partial);
+}

@@ -1,0 +1,69 @@
+//! The way back in front of attention in one kernel.
+
+use super::memory::ColumnSums;
+use super::{Argument, Cuda, Device};
+use crate::backend::{AttentionInput, AttentionInputs, Grid, InFront, Linear, Window};
+
+/// Windows of a block, and the sums per channel that it leaves, as in the kernels.
+const KEYS: usize = 64;
+const KINDS: usize = 3;
+
+impl<D: Device> AttentionInput for Cuda<D> {
+    /// In the first two stages of SegFormer-B0, where most tokens are, and where windows share none.
+    fn joins_attention_input(&self, grid: Grid, channels: usize, window: Window) -> bool {
+        let apart = window.stride == window.side && window.padding == 0;
+        let whole = [grid.height, grid.width].iter().all(|extent| extent.is_multiple_of(window.side));
+        // Kernels count tokens in 32 bits.
+        matches!(channels, 32 | 64) && apart && whole && grid.rows() <= i32::MAX as usize
+    }
+
+    fn attention_input_backward(
+        &self,
+        dq: &Self::Act,
+        dreduced: &Self::Act,
+        inputs: &AttentionInputs<'_, Self>,
+        grid: Grid,
+        dx: &mut Self::Act,
+        parameters: Option<(&mut Self::Full, &mut Self::Full)>,
+        InFront { mut scaled, bias }: InFront<'_, Self>,
+    ) {
+        let &AttentionInputs { query, reduction, window, x, stats, gamma, channels } = inputs;
+        assert!(
+            self.joins_attention_input(grid, channels, window),
+            "{channels} channels, {window:?} have no joint kernel"
+        );
+        let (rows, keys, square) = (grid.rows(), grid.through(window).rows(), channels * channels);
+        if rows == 0 {
+            return;
+        }
+        let (n, blocks) = (rows * channels, keys.div_ceil(KEYS));
+        let mut arguments = vec![dq.at(n), dreduced.at(keys * channels), query.at(square)];
+        arguments.extend([reduction.at(window.side * window.side * square), x.at(n), stats.at(2 * rows)]);
+        arguments.push(gamma.at(channels));
+        arguments.extend([keys, grid.height, grid.width, window.side].map(Argument::from));
+        arguments.extend(self.dropout_arguments(scaled.as_ref().map(|(drop, ..)| *drop)));
+        arguments.push(dx.both(n));
+        arguments.push(scaled.as_mut().map_or(Argument::pointer(0), |(.., scaled)| scaled.to(n)));
+        let (kernel, threads) = match (channels, parameters.is_some()) {
+            (32, false) => ("attention_input_backward_32", 256),
+            (32, true) => ("attention_input_backward_all_32", 256),
+            (_, false) => ("attention_input_backward_64", 128),
+            (_, true) => ("attention_input_backward_all_64", 128),
+        };
+        let Some((dgamma, dbeta)) = parameters else {
+            self.launch_blocks(kernel, [blocks, 1, 1], threads, &arguments);
+            if let Some(bias) = bias {
+                let product = scaled.map_or(&*dx, |(.., scaled)| &*scaled);
+                self.linear_backward_bias(product, rows, channels, bias);
+            }
+            return;
+        };
+        let partial = self.scratch(blocks * KINDS * channels);
+        arguments.push(Argument::pointer(partial));
+        self.launch_blocks(kernel, [blocks, 1, 1], threads, &arguments);
+        let sums = |to| ColumnSums { kinds: 1, to, add: true };
+        let outputs = [Some(dgamma), Some(dbeta), bias].map(|sum| sum.map(|sum| sums(sum.both(channels))));
+        let outputs: Vec<_> = outputs.into_iter().flatten().collect();
+        self.sum_partials((partial, blocks, channels), KINDS, &outputs);
+    }
+}
