@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, SamplingMode, Throughput};
 use segpeft_native::backend::cuda::{Cuda, Driver, Spent};
 use segpeft_native::backend::{
-    Attention, AttentionBranch, AttentionOutputs, AttentionShape, AttentionWeights, BatchNormView, Classifier,
-    Depthwise, Dropout, EmbedPixels, FfnOutputs, FfnWeights, FirstStage, Grid, Head, HeadPass, InFront, LayerNorm,
-    Linear, Loss, Memory, MixFfn, MixFfnBackward, MixFfnParts, MixFfnWeights, Patches, Product, Residual, Resize,
-    Sample, Window,
+    Attention, AttentionBranch, AttentionInput, AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights,
+    BatchNormView, Classifier, Depthwise, Dropout, EmbedPixels, FfnOutputs, FfnWeights, FirstGradient, FirstStage,
+    Grid, Head, HeadPass, InFront, LayerNorm, Linear, Loss, Memory, MixFfn, MixFfnBackward, MixFfnParts, MixFfnWeights,
+    Patches, Product, Residual, Resize, Sample, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -285,6 +285,24 @@ fn blocks(batch: usize) -> Vec<Case> {
             ));
         }
 
+        // From queries and reduced tokens back to the stream: frozen, and with the LayerNorm's parameters.
+        for (what, trains) in [("attention_input_backward", false), ("attention_input_backward with parameters", true)]
+        {
+            if !matches!(c, 32 | 64) {
+                break;
+            }
+            let window = Window { side: reduction, stride: reduction, padding: 0 };
+            cases.push(case(
+                name(what, c),
+                4 * rows * c * c,
+                move |Lab { cuda, x: [x, dq, dreduced], w: [query, reduction], p, y: [dx, z], s: [s, t], .. }| {
+                    let inputs = AttentionInputs { query, reduction, window, x, stats: p, gamma: p, channels: c };
+                    let front = InFront { scaled: Some((drop, g, z)), bias: None };
+                    cuda.attention_input_backward(dq, dreduced, &inputs, g, dx, trains.then_some((s, t)), front);
+                },
+            ));
+        }
+
         cases.push(plain(name("depthwise_gelu", hidden), move |Lab { cuda, x: [h, ..], p, y: [y, _], .. }| {
             cuda.depthwise_gelu(h, p, p, g, hidden, y);
         }));
@@ -444,8 +462,9 @@ fn head(batch: usize) -> Vec<Case> {
         ),
         plain(
             name("classify_backward_input"),
-            move |Lab { cuda, x: [z, d, passed], w: [w, b], p, y: [dz, _], s: [s, _], .. }| {
-                cuda.classify_backward_input(pass(z, p, w, b, drop, rows), passed, d, (p, rows), s, dz);
+            move |Lab { cuda, x: [z, d, passed], w: [w, b], p, y: [dz, tokens], s: [s, _], .. }| {
+                let first = Some(FirstGradient { weight: w, inputs: STAGES[0].1, tokens });
+                cuda.classify_backward_input(pass(z, p, w, b, drop, rows), passed, d, (p, rows), s, dz, first);
             },
         ),
         plain(name("batch_moments"), move |Lab { cuda, x: [z, ..], s: [s, _], .. }| {

@@ -157,10 +157,7 @@ __device__ __forceinline__ void load_a(const bf16* from, size_t start, int first
         for (int n = 0; n < D / 32; n++) {
             int c = n * 32 + thread % 4 * 8;
             uint4 x = eight<WIDE>(from + (start + size_t(row) * channels + c), row < rows ? head - c : 0);
-            a[2 * n][half] = x.x;
-            a[2 * n][half + 2] = x.y;
-            a[2 * n + 1][half] = x.z;
-            a[2 * n + 1][half + 2] = x.w;
+            set_half(a[2 * n], a[2 * n + 1], half, x);
         }
     }
 }

@@ -18,53 +18,13 @@ constexpr int KINDS = 3;
 #define BOUNDS_32 256, 2
 #define BOUNDS_64 128, 3
 
-// Eight channels of a row of weights: column 2·m of tile i is the pair 8·m + 2·i, by 32 channels.
-struct alignas(16) Piece {
-    unsigned at[4];
-};
-
-// A square weight, (outputs, C), as the right operand of products that sum over its rows. Where in a row pieces lie changes so
-// that rows that go to a product together do not meet in a bank.
-template <int C> struct Square {
-    Piece at[C][C / 8];
-
-    __device__ static __forceinline__ int place(int row, int piece) {
-        return piece ^ (row / 8 % 4 | (C > 32 ? row % 2 * 4 : 0));
-    }
-
-    // Begins to copy rows that lie `pitch` apart, by `threads` threads.
-    __device__ __forceinline__ void copy(const bf16* from, size_t pitch, int thread, int threads) {
-        for (int i = thread; i < C * C / 2; i += threads) {
-            int row = i / (C / 2), pair = i % (C / 2), piece = pair / 16 * 4 + pair % 4;
-            copy_async<4>(&at[row][place(row, piece)].at[pair % 16 / 4], from + row * pitch + 2 * pair, 4);
-        }
-    }
-
-    // Adds a · this.
-    __device__ __forceinline__ void multiply(const unsigned (&a)[C / 16][4], float (&d)[C / 8][4]) const {
-        int lane = threadIdx.x % 32;
-        for (int s = 0; s < C / 16; s++) {
-            int row = s / 2 * 32 + lane % 8 / 2 * 8 + lane % 2 + s % 2 * 4 + lane / 8 % 2 * 2;
-            for (int n = 0; n < C / 8; n += 2) {
-                unsigned b[4];
-                load_matrices<true>(reinterpret_cast<const bf16*>(&at[row][place(row, n + lane / 16)]), b);
-                mma(d[n], a[s], b[0], b[1]);
-                mma(d[n + 1], a[s], b[2], b[3]);
-            }
-        }
-    }
-};
-
 // Half `half` of an operand's rows: a lane's channels of its row.
 template <int C>
 __device__ __forceinline__ void load_half(const bf16* row, bool exists, int half, unsigned (&a)[C / 16][4]) {
     for (int n = 0; n < C / 32; n++) {
         uint4 x = {0, 0, 0, 0};
         if (exists) x = sixteen(row + n * 32 + threadIdx.x % 4 * 8);
-        a[2 * n][half] = x.x;
-        a[2 * n][half + 2] = x.y;
-        a[2 * n + 1][half] = x.z;
-        a[2 * n + 1][half + 2] = x.w;
+        set_half(a[2 * n], a[2 * n + 1], half, x);
     }
 }
 

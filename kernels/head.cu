@@ -726,13 +726,6 @@ struct Columns {
 
     // Before the ReLU.
     __device__ __forceinline__ float before(float z, int i) const { return z * slope.x[i] + offset.x[i]; }
-
-    // The gradient after BatchNorm of channel i: through classifier, dropout and ReLU.
-    __device__ __forceinline__ float back(const float (&d)[CLASSES], float factor, int i) const {
-        float sum = 0;
-        for (int l = 0; l < CLASSES; l++) sum += d[l] * weights[l].x[i];
-        return sum * factor;
-    }
 };
 
 __device__ __forceinline__ void load_classes(const bf16* from, float (&to)[CLASSES]) {
@@ -920,22 +913,25 @@ KERNEL(JOIN_THREADS) classify_sums(const float* __restrict__ partial /* (slabs, 
 // dz, the gradient before BatchNorm in training mode; share is 1 / rows of the batch. A thread takes `each` rows that
 // are as far apart as the grid has groups. Threads: ceil(rows / each)·channels / 8.
 KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, const float* stats /* (2, channels) */,
-                                        const float* gamma /* (channels) */, const float* beta /* (channels) */,
+                                        const float* gamma /* (channels) */,
                                         const unsigned char* passed /* (rows, channels / 8) */, float kept,
-                                        const bf16* w /* (2, channels) */, const bf16* dlogits /* (rows, 2) */, const float* total /* (2, channels) */,
-                                        float share, int rows, int channels, int each, bf16* dz /* (rows, channels) */) {
+                                        const bf16* w /* (2, channels) */, const bf16* dlogits /* (rows, 2) */,
+                                        const float* total /* (2, channels) */, float share, int rows, int channels,
+                                        int each, bf16* dz /* (rows, channels) */) {
     int lanes = channels / 8, c = int(thread_number() % lanes) * 8;
     size_t groups = (size_t(rows) + each - 1) / each, group = thread_number() / lanes;
     if (group >= groups) return;
-    Columns columns(stats, gamma, beta, w, channels, c);
-    // gamma·scale·(d - share·(shift + normalised·along)) as slope·d - (constant + linear·z).
-    Pack<8> constant, linear;
+    // gamma·scale·(d - share·(shift + normalised·along)) as what d counts - (constant + linear·z).
+    Pack<8> constant, linear, weights[CLASSES];
+    for (int l = 0; l < CLASSES; l++) weights[l] = load<8>(w + l * channels + c);
     {
-        Pack<8> mean = load<8>(stats + c), scale = load<8>(stats + channels + c);
+        Pack<8> mean = load<8>(stats + c), scale = load<8>(stats + channels + c), g = load<8>(gamma + c);
         Pack<8> shift = load<8>(total + c), along = load<8>(total + channels + c);
         for (int i = 0; i < 8; i++) {
-            linear.x[i] = columns.slope.x[i] * share * along.x[i] * scale.x[i];
-            constant.x[i] = columns.slope.x[i] * share * shift.x[i] - linear.x[i] * mean.x[i];
+            float slope = scale.x[i] * g.x[i];
+            linear.x[i] = slope * share * along.x[i] * scale.x[i];
+            constant.x[i] = slope * share * shift.x[i] - linear.x[i] * mean.x[i];
+            for (int l = 0; l < CLASSES; l++) weights[l].x[i] *= slope * kept;
         }
     }
     for (int k = 0; k < each; k++) {
@@ -946,10 +942,81 @@ KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, co
         float d[CLASSES];
         load_classes(dlogits + row * CLASSES, d);
         for (int i = 0; i < 8; i++) {
-            float back = columns.back(d, bits >> i & 1 ? kept : 0.0f, i);
-            p.x[i] = columns.slope.x[i] * back - (constant.x[i] + linear.x[i] * p.x[i]);
+            float back = bits >> i & 1 ? d[0] * weights[0].x[i] + d[1] * weights[1].x[i] : 0.0f;
+            p.x[i] = back - (constant.x[i] + linear.x[i] * p.x[i]);
         }
         store(dz + row * channels + c, p);
+    }
+}
+
+// The same, and the gradient of the first stage's tokens, dz · first, for which dz is not read again. Channels are a multiple of
+// 32. A warp takes 16 rows at a time, `each` times, in the order for 16-byte access (mma.cuh).
+// Grid: ceil(rows / (16·THREADS / 32·each)).
+KERNEL(THREADS, 3) classify_backward_tokens(
+    const bf16* __restrict__ z /* (rows, channels) */, const float* __restrict__ stats /* (2, channels) */,
+    const float* __restrict__ gamma /* (channels) */, const unsigned char* __restrict__ passed /* (rows, channels / 8) */,
+    float kept, const bf16* __restrict__ w /* (2, channels) */, const bf16* __restrict__ dlogits /* (rows, 2) */,
+    const float* __restrict__ total /* (2, channels) */, float share, const bf16* __restrict__ first /* (channels, 32) */,
+    int rows, int channels, int each, bf16* __restrict__ dz /* (rows, channels) */,
+    bf16* __restrict__ dtokens /* (rows, 32) */) {
+    // Channels whose weights are square.
+    constexpr int SLICE = FIRST, SLICES = 256 / SLICE, TALL = 16;
+    SHARED(Square<FIRST>, weights, [SLICES]);
+    // Per channel: what the logits' gradients count, the constant and what z counts; what lanes read together side by side.
+    SHARED(float4, factors, [SLICES * SLICE]);
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, slices = channels / SLICE;
+    for (int s = 0; s < slices; s++) weights[s].copy(first + s * SLICE * FIRST, FIRST, threadIdx.x, THREADS);
+    for (int c = threadIdx.x; c < channels; c += THREADS) {
+        float scale = stats[channels + c], slope = scale * gamma[c];
+        float linear = slope * share * total[channels + c] * scale, constant = slope * share * total[c] - linear * stats[c];
+        float low = slope * kept * __bfloat162float(w[c]), high = slope * kept * __bfloat162float(w[channels + c]);
+        factors[(c / SLICE * 8 + c % 8) * 4 + c % SLICE / 8] = {low, high, constant, linear};
+    }
+    copies_done();
+    __syncthreads();
+
+    for (int k = 0; k < each; k++) {
+        int start = ((blockIdx.x * each + k) * (THREADS / 32) + threadIdx.x / 32) * TALL;
+        if (start >= rows) return;
+        // Rows past the last one repeat it, for nothing.
+        auto row = [&](int half) { return size_t(min(start + half * 8 + g, rows - 1)); };
+        auto at = [&](int half, int slice) { return row(half) * channels + slice * SLICE + t * 8; };
+        unsigned bits[2];
+        uint4 ahead[2];
+        float d[2][CLASSES], sums[FIRST / 8][4] = {};
+        auto read = [&](int half, int slice) {
+            ahead[half] = fetch<8>(z + at(half, slice));
+            bits[half] = passed[at(half, slice) / 8];
+        };
+        for (int half = 0; half < 2; half++) {
+            load_classes(dlogits + row(half) * CLASSES, d[half]);
+            read(half, 0);
+        }
+#pragma unroll 1
+        for (int s = 0; s < slices; s++) {
+            Pack<8> p[2] = {widen<8>(ahead[0]), widen<8>(ahead[1])};
+            for (int i = 0; i < 8; i++) {
+                float4 factor = factors[(s * 8 + i) * 4 + t];
+                for (int half = 0; half < 2; half++) {
+                    float back = bits[half] >> i & 1 ? d[half][0] * factor.x + d[half][1] * factor.y : 0.0f;
+                    p[half].x[i] = back - (factor.z + factor.w * p[half].x[i]);
+                }
+            }
+            unsigned a[2][4];
+            for (int half = 0; half < 2; half++) {
+                uint4 own = words_of(p[half].x);
+                if (start + half * 8 + g < rows) *reinterpret_cast<uint4*>(dz + at(half, s)) = own;
+                if (s + 1 < slices) read(half, s + 1);
+                set_half(a[0], a[1], half, own);
+            }
+            weights[s].multiply(a, sums);
+        }
+        for (int half = 0; half < 2; half++) {
+            float own[8];
+            for (int i = 0; i < 8; i++) own[i] = sums[i / 2][half * 2 + i % 2];
+            if (start + half * 8 + g >= rows) continue;
+            *reinterpret_cast<uint4*>(dtokens + row(half) * FIRST + t * 8) = words_of(own);
+        }
     }
 }
 

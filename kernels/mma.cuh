@@ -46,6 +46,14 @@ __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], 
     else mma(d, a, b.z, b.w);
 }
 
+// Eight numbers of a row, as what an A has of row g + 8·half for both halves of 32 summed channels.
+__device__ __forceinline__ void set_half(unsigned (&low)[4], unsigned (&high)[4], int half, const uint4& x) {
+    low[half] = x.x;
+    low[half + 2] = x.y;
+    high[half] = x.z;
+    high[half + 2] = x.w;
+}
+
 // Of 32 consecutive rows of a weight, the one in column g of a product's first tile; two more per tile.
 __device__ __forceinline__ int weight_row(int g) { return g / 2 * 8 + g % 2; }
 
@@ -130,6 +138,43 @@ template <int N> __device__ __forceinline__ void copies_done_but() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 #endif
 }
+
+// A square weight, (C, C), in the order for 16-byte access, as the right operand of products that sum over its rows. Where in a
+// row pieces lie changes so that rows that go to a product together do not meet in a bank.
+template <int C> struct Square {
+    // Eight columns of a row: those of a tile of D.
+    struct alignas(16) Piece {
+        unsigned at[4];
+    };
+
+    Piece at[C][C / 8];
+
+    __device__ static __forceinline__ int place(int row, int piece) {
+        return piece ^ (row / 8 % 4 | (C > 32 ? row % 2 * 4 : 0));
+    }
+
+    // Begins to copy rows that lie `pitch` apart, by `threads` threads.
+    __device__ __forceinline__ void copy(const bf16* from, size_t pitch, int thread, int threads) {
+        for (int i = thread; i < C * C / 2; i += threads) {
+            int row = i / (C / 2), pair = i % (C / 2), piece = pair / 16 * 4 + pair % 4;
+            copy_async<4>(&at[row][place(row, piece)].at[pair % 16 / 4], from + row * pitch + 2 * pair, 4);
+        }
+    }
+
+    // Adds a · this.
+    __device__ __forceinline__ void multiply(const unsigned (&a)[C / 16][4], float (&d)[C / 8][4]) const {
+        int lane = threadIdx.x % 32;
+        for (int s = 0; s < C / 16; s++) {
+            int row = s / 2 * 32 + lane % 8 / 2 * 8 + lane % 2 + s % 2 * 4 + lane / 8 % 2 * 2;
+            for (int n = 0; n < C / 8; n += 2) {
+                unsigned b[4];
+                load_matrices<true>(reinterpret_cast<const bf16*>(&at[row][place(row, n + lane / 16)]), b);
+                mma(d[n], a[s], b[0], b[1]);
+                mma(d[n + 1], a[s], b[2], b[3]);
+            }
+        }
+    }
+};
 
 // Among the four lanes of a quad, word i of lane t becomes word t of lane i. All lanes of a warp call it.
 __device__ __forceinline__ void transpose_quad(unsigned (&x)[4]) {

@@ -665,6 +665,24 @@ impl<B: Linear> FirstStage<'_, B> {
     }
 }
 
+/// The way back through the product of [`FirstStage`].
+pub struct FirstGradient<'a, B: Memory> {
+    /// `(channels, inputs)`
+    pub weight: &'a B::Act,
+    /// Channels of the stage.
+    pub inputs: usize,
+    /// Receives the tokens' gradient, `dz·weight`, `(rows, inputs)`.
+    pub tokens: &'a mut B::Act,
+}
+
+impl<B: Linear> FirstGradient<'_, B> {
+    /// Of dz `(rows, channels)`.
+    pub(super) fn multiply(self, backend: &B, rows: usize, channels: usize, dz: &B::Act) {
+        let product = Product { rows, inputs: self.inputs, outputs: channels };
+        backend.linear_backward_input(dz, self.weight, product, self.tokens, false);
+    }
+}
+
 /// What one pass over z, from BatchNorm to the logits or back, reads.
 pub struct HeadPass<'a, B: Memory> {
     /// `(rows, channels)`
@@ -776,8 +794,8 @@ pub trait Head: Resize + Linear {
     ) {
         classify_backward_plainly(self, head, dlogits, room, weight_gradient, sums);
     }
-    /// dz `(rows, channels)` from the logits' gradient; `total` as [`Head::batch_sums`] made it over so many rows, `sums` is
-    /// room.
+    /// dz `(rows, channels)` from the logits' gradient, and what `first` wants of it; `total` as [`Head::batch_sums`] made it over
+    /// so many rows, `sums` is room.
     fn classify_backward_input(
         &self,
         head: HeadPass<'_, Self>,
@@ -786,8 +804,9 @@ pub trait Head: Resize + Linear {
         total: (&Self::Full, usize),
         sums: &mut Self::Full,
         dz: &mut Self::Act,
+        first: Option<FirstGradient<'_, Self>>,
     ) {
-        classify_backward_input_plainly(self, head, dlogits, total, sums, dz);
+        classify_backward_input_plainly(self, head, dlogits, total, sums, dz, first);
     }
 
     /// Adds the column sums of dz over a whole batch, which are the gradient of a constant added to z. BatchNorm takes that away
@@ -925,11 +944,15 @@ pub(super) fn classify_backward_input_plainly<B: Head>(
     (total, batch_rows): (&B::Full, usize),
     sums: &mut B::Full,
     dz: &mut B::Act,
+    first: Option<FirstGradient<'_, B>>,
 ) {
     let HeadPass { z, norm, drop, rows, channels, classifier } = head;
     backend.linear_backward_input(dlogits, classifier.weight, head.product(), dz, false);
     backend.head_backward(z, norm, drop, rows, channels, dz, sums);
     backend.batch_norm_backward(z, norm, total, batch_rows, rows, channels, dz);
+    if let Some(first) = first {
+        first.multiply(backend, rows, channels, dz);
+    }
 }
 
 /// What the loss leaves on the device: numbers per image.

@@ -8,7 +8,8 @@ use super::model::{Pass, Scratch, SideScratch, Worker};
 use super::norm::Norm;
 use super::tensors::{Gradients, Id, Tensor, Tensors};
 use crate::backend::{
-    Backend, Base, BatchNormView, Classifier, Dropout, FirstStage, Grid, HeadPass, Sample, SmallProduct, Transpose,
+    Backend, Base, BatchNormView, Classifier, Dropout, FirstGradient, FirstStage, Grid, HeadPass, Sample, SmallProduct,
+    Transpose,
 };
 use crate::random::Purpose;
 
@@ -239,7 +240,14 @@ impl Decoder {
         let Scratch { wide: [dz, own], tokens, side, .. } = scratch;
         let DecoderActs { z, passed, dlogits, sums, .. } = acts;
         let head = self.head(pass, stats, grid, z);
-        backend.classify_backward_input(head, passed, dlogits, (total, batch_rows), sums, dz);
+        let folded = &self.folded[0];
+        let joint = self.reached[0] && folded.side.is_none();
+        let first = joint.then(|| FirstGradient {
+            weight: folded.operands(pass).0,
+            inputs: folded.inputs,
+            tokens: &mut out_gradients[0],
+        });
+        backend.classify_backward_input(head, passed, dlogits, (total, batch_rows), sums, dz, first);
         // Stages whose gradient nobody wants are left out, from the first on: what is trained lies in one piece.
         let wanted = |i: usize| self.folded[i].trains(gradients) || self.reached[i];
         let skipped = (0..stages.len()).take_while(|&i| !wanted(i)).count();
@@ -263,7 +271,7 @@ impl Decoder {
             if let Some(db) = folded.bias.and_then(|id| gradients.get_mut(id)) {
                 backend.shift_gradient(dy, stage_rows, self.width, db);
             }
-            if self.reached[i] {
+            if self.reached[i] && !(joint && i == 0) {
                 folded.backward_input(pass, dy, stage_rows, &mut out_gradients[i], false, side);
             }
         }

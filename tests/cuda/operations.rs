@@ -12,8 +12,9 @@ use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
     AdamW, AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Base, BatchNormView,
-    Classifier, Dropout, FfnOutputs, FfnWeights, FirstStage, Grid, Head as _, HeadPass, InFront, Loss as _, Memory,
-    MixFfnParts, MixFfnWeights, Moving, Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
+    Classifier, Dropout, FfnOutputs, FfnWeights, FirstGradient, FirstStage, Grid, Head as _, HeadPass, InFront,
+    Loss as _, Memory, MixFfnParts, MixFfnWeights, Moving, Patches as _, Product, Sample, Scaled, SmallProduct,
+    Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -934,7 +935,12 @@ case!(
         // What is measured has been rounded.
         let moments = lab.0.scalars(&moments, 2 * channels);
         let output = |name, values: &[f64]| Output { name, values: values.to_vec(), own: 0.0, summed: 1.0 };
-        let roundings = self.parts.len().div_ceil(3).max(1) as f64 + if self.first.is_some() { 1.0 } else { 0.0 };
+        // A product that is not part of joining rounds its sum.
+        let halves: Vec<_> = [2, 4, 8].map(|ratio| (self.to.0 / ratio, self.to.1 / ratio)).into();
+        let whole = [self.to.0, self.to.1, channels / 4].iter().all(|size| size % 8 == 0);
+        let joint = self.first == Some(32) && whole && self.parts.iter().take(3).eq(&halves);
+        let apart = self.first.is_some() && !joint;
+        let roundings = (self.parts.len().div_ceil(3).max(1) + usize::from(apart)) as f64;
         vec![
             lab.read("z", &z, n, 1.0, roundings - 1.0),
             lab.read("z without moments", &silent, n, 1.0, roundings - 1.0),
@@ -987,7 +993,14 @@ case!(
         b.classify(head, &mut room, &mut b.act(0), &mut silent);
         b.classify(head, &mut room, &mut passed, &mut logits);
         b.classify_backward(head, &passed, &dlogits, &mut room, Some(&mut dw), &mut sums);
-        b.classify_backward_input(head, &passed, &dlogits, (&total, 3 * rows), &mut again, &mut dz);
+        b.classify_backward_input(head, &passed, &dlogits, (&total, 3 * rows), &mut again, &mut dz, None);
+        // As wide as a fused kernel takes it, and not.
+        let (first, mut dz_first) = (lab.act(channels * 32, 16), lab.act(n, 14));
+        let [mut wide, mut narrow] = [(32, 17), (20, 18)].map(|(inputs, site)| lab.act(rows * inputs, site));
+        for (inputs, tokens) in [(20, &mut narrow), (32, &mut wide)] {
+            let first = Some(FirstGradient { weight: &first, inputs, tokens });
+            b.classify_backward_input(head, &passed, &dlogits, (&total, 3 * rows), &mut again, &mut dz_first, first);
+        }
         // Where the classifier is not fused, activations and their gradients are rounded on the way.
         let fused = labels == 2 && channels <= 256 && channels % 8 == 0 && (channels / 8).is_power_of_two();
         let plain = if fused { 0.0 } else { 1.0 };
@@ -998,9 +1011,20 @@ case!(
             full("dw", &dw, labels * channels),
             full("sums", &sums, 2 * channels),
             lab.read("dz", &dz, n, 1.0, 2.0 * plain),
+            lab.read("dz with tokens", &dz_first, n, 1.0, 2.0 * plain),
+            lab.read("tokens", &wide, rows * 32, 1.0, 1.0 + 2.0 * plain),
+            lab.read("few tokens", &narrow, rows * 20, 1.0, 1.0 + 2.0 * plain),
         ]
     },
-    [(70, 32, 2, 0.1), (301, 256, 2, 0.1), (5, 8, 2, 0.0), (33, 24, 2, 0.2), (20, 64, 3, 0.1), (9, 35, 2, 0.3)]
+    [
+        (70, 32, 2, 0.1),
+        (301, 256, 2, 0.1),
+        (530, 128, 2, 0.0),
+        (5, 8, 2, 0.0),
+        (33, 24, 2, 0.2),
+        (20, 64, 3, 0.1),
+        (9, 35, 2, 0.3)
+    ]
 );
 
 case!(

@@ -3,8 +3,9 @@
 use super::memory::{ColumnSums, THREADS, column_span, slabs, width};
 use super::{Argument, Cuda, Device};
 use crate::backend::{
-    BatchNormView, Classifier, Dropout, FirstStage, Grid, Head, HeadPass, Memory, classify_backward_input_plainly,
-    classify_backward_plainly, classify_plainly, classify_stages_plainly, split_stages_plainly,
+    BatchNormView, Classifier, Dropout, FirstGradient, FirstStage, Grid, Head, HeadPass, Memory,
+    classify_backward_input_plainly, classify_backward_plainly, classify_plainly, classify_stages_plainly,
+    split_stages_plainly,
 };
 
 /// Stages that one launch joins.
@@ -22,8 +23,11 @@ const SPLIT_WIDTH: usize = 16;
 const SIDES: (usize, usize) = (8, 4);
 /// Threads of a block of `join_moments` and `classify_sums`, and the channels that it takes.
 const TOTALS: (usize, usize) = (1024, 8);
-/// Rows that a thread of the fused classifier takes, forward and on the way back to z.
-const EACH: (usize, usize) = (16, 8);
+/// Rows that a thread of the fused classifier takes, forward and on the way back to z, and tiles of a warp on the way back to the
+/// first stage.
+const EACH: (usize, usize, usize) = (16, 8, 4);
+/// Rows of a tile of all warps of a block of `classify_backward_tokens`.
+const BACK_ROWS: usize = 16 * THREADS / 32;
 
 /// Whether the fused kernels serve these sizes.
 fn fuses(channels: usize, labels: usize) -> bool {
@@ -275,19 +279,30 @@ impl<D: Device> Head for Cuda<D> {
         (total, batch_rows): (&Self::Full, usize),
         sums: &mut Self::Full,
         dz: &mut Self::Act,
+        mut first: Option<FirstGradient<'_, Self>>,
     ) {
         if !fuses(head.channels, head.classifier.labels) {
-            return classify_backward_input_plainly(self, head, dlogits, (total, batch_rows), sums, dz);
+            return classify_backward_input_plainly(self, head, dlogits, (total, batch_rows), sums, dz, first);
         }
         let HeadPass { z, norm, drop, rows, channels, classifier } = head;
-        let mut arguments = vec![z.at(rows * channels)];
-        arguments.extend(view(&norm, channels));
-        arguments.extend([passed.at(bits(rows, channels)), kept(drop)]);
         let share = Argument::F32((1.0 / batch_rows as f64) as f32);
-        arguments.extend([classifier.weight.at(2 * channels), dlogits.at(2 * rows), total.at(2 * channels), share]);
+        let mut arguments = vec![z.at(rows * channels), norm.stats.at(2 * channels), norm.gamma.at(channels)];
+        arguments.extend([passed.at(bits(rows, channels)), kept(drop), classifier.weight.at(2 * channels)]);
+        arguments.extend([dlogits.at(2 * rows), total.at(2 * channels), share]);
+        let takes = |inputs| inputs == FIRST && channels.is_multiple_of(TILE.1);
+        if let Some(FirstGradient { weight, inputs, tokens }) = first.take_if(|first| takes(first.inputs)) {
+            arguments.push(weight.at(channels * inputs));
+            arguments.extend([rows, channels, EACH.2].map(Argument::from));
+            arguments.extend([dz.to(rows * channels), tokens.to(rows * inputs)]);
+            let blocks = [rows.div_ceil(BACK_ROWS * EACH.2), 1, 1];
+            return self.launch_blocks("classify_backward_tokens", blocks, THREADS, &arguments);
+        }
         arguments.extend([rows, channels, EACH.1].map(Argument::from));
         arguments.push(dz.to(rows * channels));
         self.launch("classify_backward_input", rows.div_ceil(EACH.1) * channels / 8, &arguments);
+        if let Some(first) = first {
+            first.multiply(self, rows, channels, dz);
+        }
     }
 
     /// Nothing is added: reading dz again would bring rounding alone.
