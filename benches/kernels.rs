@@ -285,6 +285,17 @@ fn blocks(batch: usize) -> Vec<Case> {
             ));
         }
 
+        // The sequence reduction with its LayerNorm.
+        if matches!(c, 32 | 64) {
+            let window = Window { side: reduction, stride: reduction, padding: 0 };
+            cases.push(case(
+                name("reduce_tokens", c),
+                2 * rows * c * c,
+                move |Lab { cuda, x: [x, ..], w: [weight, bias], p, y: [raw, y], s: [s, _], .. }| {
+                    cuda.reduce_tokens(x, g, window, (weight, Some(bias)), (p, p), c, raw, y, s);
+                },
+            ));
+        }
         // From queries and reduced tokens back to the stream: frozen, and with the LayerNorm's parameters.
         for (what, trains) in [("attention_input_backward", false), ("attention_input_backward with parameters", true)]
         {

@@ -1,6 +1,6 @@
 // The end of the decoder: stages joined → BatchNorm (eps 1e-5) → ReLU → dropout → classifier, forward and backward.
-// In evaluation all of it is one kernel (classify_stages), with the product of a first stage of 32 channels in front, so
-// that for two classes and stages at halves, quarters and eighths the joined stages are nowhere in memory.
+// The product of a first stage of 32 channels is made where the others, at halves, quarters and eighths, are joined to it. In
+// evaluation all of it is one kernel (classify_stages), so that for two classes the joined stages are nowhere in memory.
 //
 // The reduction over rows and the element-wise work of a pass are one kernel wherever the algorithm allows it. For two
 // classes everything between z and the logits is one pass over z either way: the activation, its gradient and the
@@ -400,9 +400,9 @@ struct Row16 {
 // Channels of the first stage's tokens, which make z.
 constexpr int FIRST = 32;
 
-// The same for z = tokens · firstᵀ + constants, where tokens have FIRST channels, `channels` are a multiple of 32 and `left`
-// is the tile's first column; constants are those of the lane's channels. Calls each(y, k, tile), k being the tile's place
-// among the PHASES of `weights`. Tokens of so many tiles are under way.
+// As walk_tiles, for z = tokens · firstᵀ + constants, where tokens have FIRST channels, `channels` are a multiple of 32 and
+// `left` is the tile's first column; constants are those of the lane's channels. Calls each(y, k, tile), k being the tile's
+// place among the PHASES of `weights`. TOKENS_AHEAD: tiles whose tokens are under way.
 //
 // Here the stages go through shared memory. The 16 pixels of a tile are the rows of all products. Where a product sums
 // over tokens' channels, these have another order, as in mix_ffn.cu, so that a lane's part of a token, or of a row of
@@ -499,7 +499,7 @@ __device__ __forceinline__ void walk_tokens(const Place& place, int left, const 
     copies_done();
 }
 
-// The same for stages at any ratio, or null, and any sizes; one number at a time. What lies outside of z is 0.
+// As walk_tiles, for stages at any ratio, or null, and any sizes; one number at a time. What lies outside of z is 0.
 template <class Each>
 __device__ __forceinline__ void walk_any(const Place& place, const bf16* z, const Stage (&stages)[3], int image,
                                          int height, int width, int channels, int first, int end, Each each) {
@@ -615,9 +615,9 @@ __device__ __forceinline__ void join(const bf16* __restrict__ tokens, const bf16
         SHARED(StageRing, rings, [THREADS / 32]);
         uint4 constants = {0, 0, 0, 0};
         if (shift != nullptr) constants = fetch<8>(shift + place.channel());
-        walk_tokens<1>(place, place.left(), tokens, first_weight, constants, stages[0].x, stages[1].x, stages[2].x, image, height,
-                    width, channels, first, end, weights[0], rings[place.warp],
-                    [&](int y, int, Tile& tile) { each(y, tile); });
+        walk_tokens<1>(place, place.left(), tokens, first_weight, constants, stages[0].x, stages[1].x, stages[2].x, image,
+                       height, width, channels, first, end, weights[0], rings[place.warp],
+                       [&](int y, int, Tile& tile) { each(y, tile); });
     } else {
         walk_tiles(place, z, stages[0].x, stages[1].x, stages[2].x, image, height, width, channels, first, end,
                    weights[0], each);
@@ -643,7 +643,7 @@ KERNEL(THREADS, 2) join_tokens(const bf16* __restrict__ tokens /* (images, heigh
     join<From::TOKENS>(tokens, first, shift, z, stages, height, width, channels, side, partial);
 }
 
-// z += the stages, for other first stages; channels are a multiple of 8.
+// z += the stages, for other first stages. Otherwise as join_tokens, but channels are a multiple of 8.
 KERNEL(THREADS, 2) join_stages(bf16* __restrict__ z /* (images, height, width, channels) */,
                                const bf16* __restrict__ p /* at its resolution */, const bf16* __restrict__ q,
                                const bf16* __restrict__ r, int height, int width, int channels, int side,
@@ -653,7 +653,7 @@ KERNEL(THREADS, 2) join_stages(bf16* __restrict__ z /* (images, height, width, c
     join<From::ITSELF>(nullptr, nullptr, nullptr, z, stages, height, width, channels, side, partial);
 }
 
-// The same for stages of any sizes. Stages that are null add nothing, from the first one on.
+// As join_stages, for stages of any sizes. Stages that are null add nothing, from the first one on.
 KERNEL(THREADS) join_stages_any(bf16* z /* (images, height, width, channels) */, const bf16* p /* at its resolution */,
                                 int p_height, int p_width, const bf16* q, int q_height, int q_width, const bf16* r,
                                 int r_height, int r_width, int height, int width, int channels, int side,
@@ -950,7 +950,7 @@ KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, co
 }
 
 // The same, and the gradient of the first stage's tokens, dz · first, for which dz is not read again. Channels are a multiple of
-// 32. A warp takes 16 rows at a time, `each` times, in the order for 16-byte access (mma.cuh).
+// 32, up to 256. A warp takes 16 rows at a time, `each` times, in the order for 16-byte access (mma.cuh).
 // Grid: ceil(rows / (16·THREADS / 32·each)).
 KERNEL(THREADS, 3) classify_backward_tokens(
     const bf16* __restrict__ z /* (rows, channels) */, const float* __restrict__ stats /* (2, channels) */,
@@ -1039,7 +1039,7 @@ __device__ __forceinline__ float tile_logits(Tile& tile, const Columns& own) {
 }
 
 // logits = classifier(relu(batch_norm(z + stages p, q and r, each interpolated to z's resolution))), where z = tokens ·
-// firstᵀ + shift is nowhere in memory. Sizes and grid are as join_stages has them, but channels are 32 to 256, a power
+// firstᵀ + shift is nowhere in memory. Sizes and grid are as join_tokens has them, but channels are 32 to 256, a power
 // of two, and `side` is channels / 32.
 //
 // What the tile's products leave in a lane, the classifier's read: the channels that it sums over are in their columns'
@@ -1108,8 +1108,8 @@ KERNEL(THREADS, 2) classify_stages(const bf16* __restrict__ tokens /* (images, h
             *reinterpret_cast<unsigned*>(logits + token * CLASSES) = pair_of(total.x, total.y);
         }
     };
-    walk_tokens<2>(place, left, tokens, first, {0, 0, 0, 0}, p, q, r, image, height, width, channels, top, end, weights[0],
-                rings[place.warp], each);
+    walk_tokens<2>(place, left, tokens, first, {0, 0, 0, 0}, p, q, r, image, height, width, channels, top, end,
+                   weights[0], rings[place.warp], each);
 }
 
 // The same for stages of any sizes, or null.

@@ -8,7 +8,7 @@ const BATCH: usize = 64;
 
 #[test]
 fn steps_move_no_more_than_stated() {
-    for (kind, megabytes) in [(StepKind::Fft, 495.3), (StepKind::Lora, 371.3), (StepKind::Eval, 90.5)] {
+    for (kind, megabytes) in [(StepKind::Fft, 451.2), (StepKind::Lora, 327.2), (StepKind::Eval, 84.1)] {
         let demand = demand(kind, 512, BATCH).expect("fresh weights fit");
         let bytes: usize = demand.work.values().map(|work| work.bytes()).sum();
         let each = bytes as f64 / BATCH as f64 / 1e6;
@@ -77,5 +77,5 @@ fn launches_are_few() {
     let launches = |kind| demand(kind, 512, BATCH).expect("fits").work.values().map(|work| work.calls).sum::<usize>();
     let (full, adapters, evaluation) = (launches(StepKind::Fft), launches(StepKind::Lora), launches(StepKind::Eval));
     println!("{full}, {adapters} and {evaluation} launches");
-    assert!(full <= 403 && adapters <= 257 && evaluation <= 100, "{full}, {adapters}, {evaluation}");
+    assert!(full <= 389 && adapters <= 238 && evaluation <= 92, "{full}, {adapters}, {evaluation}");
 }

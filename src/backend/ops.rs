@@ -534,12 +534,28 @@ pub struct AttentionInputs<'a, B: Memory> {
     pub channels: usize,
 }
 
-/// The way back from queries and reduced tokens to the residual stream as one operation, on a device where moving tokens is what
-/// takes the time.
+/// What stands in front of attention, each way as one operation, on a device where moving tokens is what takes the time.
 pub trait AttentionInput: LayerNorm + Patches {
-    /// Whether [`AttentionInput::attention_input_backward`] does this shape.
+    /// Whether the operations below do this shape.
     fn joins_attention_input(&self, _grid: Grid, _channels: usize, _window: Window) -> bool {
         false
+    }
+    /// The sequence reduction of `tokens` `(grid, channels)`: raw `(windows, channels)`, the convolution with `(weight, bias)`,
+    /// and its LayerNorm y with scale and shift `norm`; `stats` receives (mean, 1/std) per row. The same as
+    /// [`Patches::patches`], [`Linear::linear`] and [`LayerNorm::layer_norm`].
+    fn reduce_tokens(
+        &self,
+        _tokens: &Self::Act,
+        _grid: Grid,
+        _window: Window,
+        _convolution: (&Self::Act, Option<&Self::Act>),
+        _norm: (&Self::Full, &Self::Full),
+        _channels: usize,
+        _raw: &mut Self::Act,
+        _y: &mut Self::Act,
+        _stats: &mut Self::Full,
+    ) {
+        unreachable!("a backend that joins operations has the joint one");
     }
     /// From `dq`, the gradient of Q `(grid, channels)`, and `dreduced`, that of what the sequence reduction made
     /// `(windows, channels)`, to that of the stream, which is added to `dx`. The same as [`Linear::linear_backward_input`],

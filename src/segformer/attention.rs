@@ -75,10 +75,9 @@ impl AttentionLayer {
         is_plain && backend.fuses_attention(self.shape(grid), keep)
     }
 
-    /// Whether the backend goes back from the gradients of Q and of the reduced tokens to the stream's in one operation.
+    /// Whether the backend has joint operations in front of attention.
     fn joins_input<B: Backend>(&self, backend: &B, grid: Grid) -> bool {
-        let is_plain = |convolution: &Affine| convolution.side.is_none() && self.query.side.is_none();
-        let reduces = self.reduction.as_ref().is_some_and(|(convolution, _)| is_plain(convolution));
+        let reduces = self.reduction.as_ref().is_some_and(|(convolution, _)| convolution.side.is_none());
         reduces && backend.joins_attention_input(grid, self.channels, self.window)
     }
 
@@ -101,10 +100,19 @@ impl AttentionLayer {
         let normed = normed.out.as_ref().unwrap_or(t0);
         let source = match (&self.reduction, &mut acts.reduced) {
             (Some((convolution, norm)), Some((raw, stats))) => {
-                let patches = acts.patches.as_mut().unwrap_or(patches);
-                backend.patches(normed, grid, self.channels, self.window, patches);
-                convolution.forward(pass, patches, key_rows, raw, side);
-                norm.forward(pass, raw, key_rows, t1, stats);
+                if self.joins_input(backend, grid) {
+                    if let Some(kept) = acts.patches.as_mut().filter(|_| pass.keeps()) {
+                        backend.patches(normed, grid, self.channels, self.window, kept);
+                    }
+                    let (weights, channels) = (convolution.operands(pass), self.channels);
+                    let norm = (pass.tensors.value(norm.gamma), pass.tensors.value(norm.beta));
+                    backend.reduce_tokens(normed, grid, self.window, weights, norm, channels, raw, t1, stats);
+                } else {
+                    let patches = acts.patches.as_mut().unwrap_or(patches);
+                    backend.patches(normed, grid, self.channels, self.window, patches);
+                    convolution.forward(pass, patches, key_rows, raw, side);
+                    norm.forward(pass, raw, key_rows, t1, stats);
+                }
                 &*t1
             }
             _ => normed,
@@ -211,8 +219,9 @@ impl AttentionLayer {
             }
         }
 
-        // Towards the LayerNorm: t5 collects the gradient of its output, unless the backend goes on to the stream at once.
-        let joint = below && self.input_gradient && self.joins_input(backend, grid);
+        // Towards the LayerNorm: t5 collects the gradient of its output, unless the backend goes on to the stream at once; and before,
+        // that of the reduced tokens.
+        let is_joint = below && self.input_gradient && self.query.side.is_none() && self.joins_input(backend, grid);
         match (&self.reduction, &acts.reduced) {
             (Some((convolution, norm)), Some((raw, raw_stats))) => {
                 let trains = convolution.trains(gradients);
@@ -232,7 +241,7 @@ impl AttentionLayer {
                         convolution.backward_weights(pass, gathered, t1, key_rows, gradients, side);
                     }
                 }
-                if below && !joint {
+                if below && !is_joint {
                     convolution.backward_input(pass, t1, key_rows, patches, false, side);
                     backend.patches_backward(patches, grid, self.channels, self.window, t5, false);
                 }
@@ -248,7 +257,7 @@ impl AttentionLayer {
         }
         let front = before.map_or(Front::none(), |before| Front::branch(before, grid, t0));
         match &self.reduction {
-            Some((convolution, _)) if joint => {
+            Some((convolution, _)) if is_joint => {
                 let tensors = pass.tensors;
                 let inputs = AttentionInputs {
                     query: tensors.product(self.query.weight),

@@ -681,6 +681,26 @@ fn attention_input_backward<B: Backend>(
     backend.layer_norm_backward_all(&dn, x, stats, gamma, rows, channels, (dx, true), parameters, front);
 }
 
+/// [`AttentionInput::reduce_tokens`], or its parts where the backend does not join them.
+fn reduce_tokens<B: Backend>(
+    backend: &B,
+    (tokens, grid, window): (&B::Act, Grid, Window),
+    (weight, bias): (&B::Act, Option<&B::Act>),
+    (gamma, beta): (&B::Full, &B::Full),
+    channels: usize,
+    (raw, y, stats): (&mut B::Act, &mut B::Act, &mut B::Full),
+) {
+    if backend.joins_attention_input(grid, channels, window) {
+        let (convolution, norm) = ((weight, bias), (gamma, beta));
+        return backend.reduce_tokens(tokens, grid, window, convolution, norm, channels, raw, y, stats);
+    }
+    let (keys, inputs) = (grid.through(window).rows(), window.side * window.side * channels);
+    let mut gathered = backend.act(keys * inputs);
+    backend.patches(tokens, grid, channels, window, &mut gathered);
+    backend.linear(&gathered, weight, bias, Product { rows: keys, inputs, outputs: channels }, raw, false);
+    backend.layer_norm(raw, gamma, beta, keys, channels, y, stats);
+}
+
 case!(
     attention_input,
     AttentionInput { images: usize, across: (usize, usize), side: usize, channels: usize },
@@ -708,6 +728,26 @@ case!(
         run(&mut plain, None, InFront { scaled: None, bias: Some(&mut alone) });
         let front = InFront { scaled: Some((drop, grid, &mut dropped)), bias: Some(&mut bias) };
         run(&mut summed, Some((&mut dgamma, &mut dbeta)), front);
+        let n_keys = keys * channels;
+        let [mut raw, mut reduced, mut raw_alone, mut alone_y] = [17, 18, 19, 20].map(|site| lab.act(n_keys, site));
+        let [mut measured, mut measured_alone] = [21, 22].map(|site| lab.full(2 * keys, site));
+        let (shift, source) = (lab.act(channels, 23), (x, grid, window));
+        let outputs = (&mut raw, &mut reduced, &mut measured);
+        reduce_tokens(lab.0, source, (reduction, Some(&shift)), (gamma, &beta), channels, outputs);
+        let outputs = (&mut raw_alone, &mut alone_y, &mut measured_alone);
+        reduce_tokens(lab.0, source, (reduction, None), (gamma, &beta), channels, outputs);
+        // Against what the rounded raw has: one more than means are off by, and the ratio of the inverse deviations.
+        let measures = |name, raw: &B::Act, stats: &B::Full| {
+            let (raw, stats) = (lab.0.download_act(raw, n_keys), lab.0.scalars(stats, 2 * keys));
+            let rows = raw.chunks_exact(channels).zip(stats.chunks_exact(2));
+            let off = |(row, stats): (&[f32], &[f64])| {
+                let average = |f: &dyn Fn(f64) -> f64| row.iter().map(|&x| f(x.into())).sum::<f64>() / channels as f64;
+                let mean = average(&|x| x);
+                let variance = average(&|x| (x - mean).powi(2));
+                [1.0 + stats[0] - mean, stats[1] * (variance + 1e-5).sqrt()]
+            };
+            Output { name, values: rows.flat_map(off).collect(), own: 0.0, summed: 0.0 }
+        };
         // Where the parts are not joined, the LayerNorm's gradient is rounded, and was before queries' came to it.
         let parts = if [32, 64].contains(&channels) { 0.0 } else { 2.0 };
         let full = |name, values| Output { summed: parts, ..lab.read_full(name, values, channels) };
@@ -721,6 +761,13 @@ case!(
             full("dgamma", &dgamma),
             full("dbeta", &dbeta),
             full("bias", &bias),
+            lab.read("raw", &raw, n_keys, 1.0, 0.0),
+            lab.read("raw without a bias", &raw_alone, n_keys, 1.0, 0.0),
+            // Of the rounded raw.
+            lab.read("reduced", &reduced, n_keys, 1.0, 1.0),
+            lab.read("reduced without a bias", &alone_y, n_keys, 1.0, 1.0),
+            measures("measured", &raw, &measured),
+            measures("measured without a bias", &raw_alone, &measured_alone),
         ]
     },
     [
@@ -728,6 +775,8 @@ case!(
         (3, (5, 7), 2, 32),
         (2, (4, 4), 8, 32),
         (1, (3, 2), 1, 32),
+        // Taps that warps do not share evenly.
+        (1, (2, 3), 3, 32),
         (2, (3, 3), 4, 64),
         (5, (4, 5), 2, 64),
         (2, (2, 3), 2, 24)

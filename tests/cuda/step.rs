@@ -86,11 +86,12 @@ pub fn config() -> (SegformerConfig, usize) {
     (config, numbers["image_size"].as_u64().expect("size") as usize)
 }
 
-/// The tiny model with first stages as wide as SegFormer-B0's, where operations are joined.
+/// The tiny model with first stages as wide as SegFormer-B0's and two classes, where operations are joined, and with stochastic depth.
 pub fn joint_config() -> (SegformerConfig, usize) {
     let (tiny, size) = config();
     let (hidden_sizes, num_attention_heads) = (vec![32, 64, 40, 48], vec![1, 2, 5, 4]);
-    (SegformerConfig { hidden_sizes, num_attention_heads, ..tiny }, size)
+    let (id2label, drop_path_rate) = (SegformerConfig::default().id2label, 0.2);
+    (SegformerConfig { hidden_sizes, num_attention_heads, id2label, drop_path_rate, ..tiny }, size)
 }
 
 /// Adapters on the attention of a model, whose head is trained too.
@@ -271,10 +272,10 @@ fn a_smaller_last_micro_batch_hides_no_loss() {
 #[test]
 fn saving_memory_changes_no_bit() {
     let (tiny, size) = config();
-    let joint = SegformerConfig { drop_path_rate: 0.3, ..joint_config().0 };
-    let pictures = Pictures::new(0..3, size, tiny.num_labels() == 3);
+    let joint = joint_config().0;
     let cases = [&tiny, &joint].map(|config| [Trainable::Everything, adapters(config, 0.0)].map(|what| (config, what)));
     for (config, trainable) in cases.into_iter().flatten() {
+        let pictures = Pictures::new(0..3, size, config.num_labels() == 3);
         let gradients = |saves| {
             let backend = Cuda::new(Host::new(Order::Forward)).saving_memory(saves);
             let mut model = model(backend, config, ModelOptions { size, batch: 3 }, &trainable, None);
