@@ -71,9 +71,18 @@ pub fn run(
     let sizes = ModelOptions { size: inputs.data.size(), batch };
     let Prepared { config, tensors, trainable } = &prepared;
     let task = Task { name, options, inputs, out, progress };
+    let lower = |n| format!("--batch-size {n}, and raise --grad-accum");
     match inputs.place {
-        Place::Cpu => task.run(on_cpu(config, sizes, trainable, tensors)?, tensors),
-        Place::Gpu(gpu) => task.run(on_gpu(gpu, config, sizes, trainable, tensors)?, tensors),
+        Place::Cpu => {
+            let (model, plan) = on_cpu(config, sizes, trainable, tensors)?;
+            progress.details(plan.lines());
+            task.run(model, tensors)
+        }
+        Place::Gpu(gpu) => {
+            let (model, plan) = on_gpu(gpu, config, sizes, trainable, tensors, &lower)?;
+            progress.details(plan.lines());
+            task.run(model, tensors)
+        }
     }
 }
 
@@ -90,12 +99,6 @@ struct Task<'a> {
 impl Task<'_> {
     fn run<B: Backend>(self, model: Model<B>, start: &StateDict) -> Result<RunRecord> {
         let Self { name, options, inputs, out, progress } = self;
-        progress.detail(format!(
-            "planned memory: {:.0} MB for micro-batches of {} images at {2} x {2}",
-            model.planned_bytes() as f64 / 1e6,
-            model.batch(),
-            model.size()
-        ));
         let moments = model.moments();
         let mut run = Run { name, options, inputs, out, progress, model, moments, state: State::default() };
         run.resume(start)?;
