@@ -31,6 +31,7 @@ fn no_command_shows_the_help() {
     let output = run(tempfile::tempdir().unwrap().path(), &[]);
     assert_eq!(output.status.code(), Some(USAGE));
     assert!(stderr(&output).contains("ablate"));
+    fails(tempfile::tempdir().unwrap().path(), &["--json"], USAGE, &["requires a subcommand", "ablate"]);
 }
 
 #[test]
@@ -134,6 +135,9 @@ fn missing_files_are_named() {
     fails(folder.path(), &train, INPUT, &["nowhere.zip"]);
     let train = ["train", "--data", "data", "--model", "no-model", "--out", "run"];
     fails(folder.path(), &train, INPUT, &["no-model"]);
+    for left in ["run", "cache"] {
+        assert!(!folder.path().join(left).exists(), "{left}: nothing came of it");
+    }
     fails(folder.path(), &["report", "nowhere"], INPUT, &["nowhere"]);
     fails(folder.path(), &["report", "data"], INPUT, &["data", "no finished run"]);
     fails(folder.path(), &["predict", "none.png", "--model", "m", "--out", "o"], INPUT, &["none.png"]);
@@ -381,7 +385,9 @@ fn a_grid_runs_in_parts_and_ends_in_one_summary() {
     assert!(!out.join("lora_r2_alpha2").exists(), "belongs to part 2");
     let second = stderr(&succeeds(folder.path(), &grid(&["--slice", "2/2"])));
     assert_eq!(second.matches("adapters of rank r sit on:").count(), 1, "{second}");
-    assert!(second.contains("[1/1] lora_r2_alpha2: Dice"), "{second}");
+    assert!(second.contains("[1/1] lora_r2_alpha2: Dice") && second.contains("1 run done"), "{second}");
+    let none = stderr(&succeeds(folder.path(), &grid(&["--slice", "4/4"])));
+    assert!(none.contains("no run to do: none of the grid's 3 is in this part (--slice, --only)"), "{none}");
     let whole = succeeds(folder.path(), &grid(&["--json"]));
     assert_eq!(stderr(&whole).matches("kept").count(), 3, "{}", stderr(&whole));
     let json: Value = serde_json::from_slice(&whole.stdout).expect("one JSON document");
@@ -406,13 +412,12 @@ fn a_grid_runs_in_parts_and_ends_in_one_summary() {
 fn devices_share_a_grid_and_change_no_result() {
     let (alone, shared) = (scratch(), scratch());
     succeeds(alone.path(), &grid(&["--device", "cpu"]));
-    let said = stderr(&succeeds(shared.path(), &grid(&["--devices", "cpu,cpu"])));
-    assert!(said.contains("3 runs done"), "{said}");
+    let said = stderr(&succeeds(shared.path(), &grid(&["--devices", "cpu,cpu", "-v"])));
+    assert!(said.contains("3 runs done") && !said.contains("waiting for"), "{said}");
     for file in ["segformer_fft_baseline/final/model.safetensors", "lora_r4_alpha4/final/adapter_model.safetensors"] {
         let read = |folder: &tempfile::TempDir| std::fs::read(folder.path().join("grid").join(file)).expect(file);
         assert!(read(&alone) == read(&shared), "{file} differs");
     }
-    fails(shared.path(), &grid(&["--devices", "0,x"]), USAGE, &["--devices", "numbers of GPUs"]);
 }
 
 #[test]
