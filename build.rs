@@ -1,27 +1,56 @@
 //! Compiles the CUDA kernels into one fatbin, if there is an nvcc; without one the crate builds for the CPU alone.
 //!
 //! Looked for in this order: `NVCC`, `CUDA_HOME`, `CUDA_PATH`, `PATH`, the usual places, and the folder that
-//! `tools/get-nvcc.sh` fills. An empty `NVCC` asks for none; `SEGPEFT_REQUIRE_CUDA=1` makes a missing one an error.
+//! `tools/get-nvcc.sh` fills. One of the first three that is set must name one; an empty `NVCC` asks for none, and
+//! `SEGPEFT_REQUIRE_CUDA=1` makes a missing one an error.
 
 use std::env;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Machine code for these, and PTX of the first for newer ones.
 const ARCHITECTURES: [&str; 4] = ["80", "86", "89", "90"];
 
-fn find_nvcc() -> Option<PathBuf> {
-    let path = |name: &str| env::var_os(name).map(PathBuf::from);
-    if path("NVCC").is_some_and(|path| path.as_os_str().is_empty()) {
-        return None;
+/// The nvcc to compile with, if there is one; `variable` reads the environment.
+///
+/// # Errors
+/// When a variable names one that is not there: to pass it over would build something else than was asked for.
+pub fn find_nvcc(variable: impl Fn(&str) -> Option<OsString>) -> Result<Option<PathBuf>, String> {
+    let named = |name: &str| variable(name).map(PathBuf::from);
+    let in_path = |name: &Path| {
+        let folders = variable("PATH").unwrap_or_default();
+        env::split_paths(&folders).map(|folder| folder.join(name)).find(|path| path.is_file())
+    };
+    if let Some(nvcc) = named("NVCC") {
+        if nvcc.as_os_str().is_empty() {
+            return Ok(None);
+        }
+        // A name alone is looked for as a shell does.
+        let found = if nvcc.components().count() == 1 { in_path(&nvcc) } else { Some(nvcc.clone()) };
+        return match found.filter(|path| path.is_file()) {
+            Some(path) => Ok(Some(path)),
+            None => Err(format!(
+                "NVCC={}: there is no such file; name an nvcc, or leave it empty to build for the CPU alone",
+                nvcc.display()
+            )),
+        };
     }
-    let mut candidates: Vec<PathBuf> = path("NVCC").into_iter().collect();
-    candidates.extend(["CUDA_HOME", "CUDA_PATH"].iter().filter_map(|name| Some(path(name)?.join("bin/nvcc"))));
-    candidates.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()).map(|folder| folder.join("nvcc")));
-    candidates.extend(["/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc"].map(PathBuf::from));
-    let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default());
-    candidates.push(here.join(".cuda/nvidia/cu13/bin/nvcc"));
-    candidates.into_iter().find(|path| path.is_file())
+    for name in ["CUDA_HOME", "CUDA_PATH"] {
+        if let Some(folder) = named(name).filter(|folder| !folder.as_os_str().is_empty()) {
+            let nvcc = folder.join("bin/nvcc");
+            return match nvcc.is_file() {
+                true => Ok(Some(nvcc)),
+                false => Err(format!(
+                    "{name}={}: there is no bin/nvcc in it; name a CUDA toolkit, unset it, or name an nvcc in NVCC",
+                    folder.display()
+                )),
+            };
+        }
+    }
+    let mut usual: Vec<PathBuf> = ["/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc"].map(PathBuf::from).into();
+    usual.push(PathBuf::from(variable("CARGO_MANIFEST_DIR").unwrap_or_default()).join(".cuda/nvidia/cu13/bin/nvcc"));
+    Ok(in_path(Path::new("nvcc")).or_else(|| usual.into_iter().find(|path| path.is_file())))
 }
 
 fn compile(nvcc: &Path, to: &Path) {
@@ -51,7 +80,7 @@ fn main() {
         println!("cargo:rerun-if-env-changed={name}");
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
-    match find_nvcc() {
+    match find_nvcc(|name| env::var_os(name)).unwrap_or_else(|problem| panic!("{problem}")) {
         Some(nvcc) => {
             compile(&nvcc, &out.join("kernels.fatbin"));
             println!("cargo:rustc-cfg=cuda_kernels");

@@ -92,6 +92,11 @@ impl Progress {
         }
     }
 
+    /// Several details.
+    pub fn details(&self, messages: impl IntoIterator<Item = String>) {
+        messages.into_iter().for_each(|message| self.detail(message));
+    }
+
     /// Something the user should know even when quiet.
     pub fn warn(&self, message: impl AsRef<str>) {
         if self.verbosity >= Verbosity::Quiet {
@@ -164,9 +169,26 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
+/// A number of bytes for people: `12 kB`, `541 MB`, `5.69 GB`.
+pub fn byte_size(bytes: u64) -> String {
+    match bytes {
+        0..999_500 => format!("{:.0} kB", bytes as f64 / 1e3),
+        999_500..999_500_000 => format!("{:.0} MB", bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", bytes as f64 / 1e9),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_read_well() {
+        let sizes = [(0, "0 kB"), (999_499, "999 kB"), (999_500, "1 MB"), (541_200_000, "541 MB")];
+        for (bytes, text) in sizes.into_iter().chain([(999_500_000, "1.00 GB"), (84_937_000_000, "84.94 GB")]) {
+            assert_eq!(byte_size(bytes), text);
+        }
+    }
 
     #[test]
     fn durations_read_well() {

@@ -4,6 +4,7 @@ mod program;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::Stdio;
 
 use program::*;
@@ -30,6 +31,7 @@ fn no_command_shows_the_help() {
     let output = run(tempfile::tempdir().unwrap().path(), &[]);
     assert_eq!(output.status.code(), Some(USAGE));
     assert!(stderr(&output).contains("ablate"));
+    fails(tempfile::tempdir().unwrap().path(), &["--json"], USAGE, &["requires a subcommand", "ablate"]);
 }
 
 #[test]
@@ -133,6 +135,9 @@ fn missing_files_are_named() {
     fails(folder.path(), &train, INPUT, &["nowhere.zip"]);
     let train = ["train", "--data", "data", "--model", "no-model", "--out", "run"];
     fails(folder.path(), &train, INPUT, &["no-model"]);
+    for left in ["run", "cache"] {
+        assert!(!folder.path().join(left).exists(), "{left}: nothing came of it");
+    }
     fails(folder.path(), &["report", "nowhere"], INPUT, &["nowhere"]);
     fails(folder.path(), &["report", "data"], INPUT, &["data", "no finished run"]);
     fails(folder.path(), &["predict", "none.png", "--model", "m", "--out", "o"], INPUT, &["none.png"]);
@@ -164,8 +169,92 @@ fn doctor_describes_the_machine() {
     }
     let json: Value = serde_json::from_slice(&succeeds(folder.path(), &["doctor", "--json", "--threads", "1"]).stdout)
         .expect("one JSON document");
-    assert_eq!((&json["threads"], &json["cuda_backend"]), (&Value::from(1), &Value::from(false)));
+    assert_eq!(json["threads"], 1);
     assert!(json["cores"].as_u64() >= Some(1));
+    // On machines with a GPU that can be used, and on those without.
+    let works = json["cuda_backend"].as_bool().expect("the first GPU is tried");
+    let notes: Vec<&str> = json["notes"].as_array().expect("notes").iter().filter_map(Value::as_str).collect();
+    let says = |what: &str| notes.iter().any(|note| note.starts_with(what));
+    assert_eq!((says("GPU 0 ("), says("no GPU in use: "), says("on a CPU, try")), (works, !works, !works), "{notes:?}");
+}
+
+#[test]
+fn doctor_describes_the_device_that_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let cpu = succeeds(folder.path(), &["doctor", "--device", "cpu", "--json"]);
+    let json: Value = serde_json::from_slice(&cpu.stdout).expect("JSON");
+    assert!(json["cuda_backend"].is_null(), "no GPU is looked for: {json}");
+    fails(folder.path(), &["doctor", "--device", "cuda:99"], DEVICE, &["use --device c"]);
+    fails(folder.path(), &["doctor", "--max-memory", "4"], USAGE, &["--max-memory", "--step"]);
+}
+
+/// What doctor counts for a step at 64 x 64.
+fn counted(folder: &Path, step: &str, more: &[&str]) -> Value {
+    let arguments =
+        [&["doctor", "--step", step, "--traffic", "--size", "64", "--batch-size", "3", "--json"], more].concat();
+    serde_json::from_slice(&succeeds(folder, &arguments).stdout).expect("JSON")
+}
+
+#[test]
+fn doctor_counts_what_a_step_asks_of_a_gpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let gigabytes = |bytes: u64| format!("{}", bytes as f64 / 1e9);
+    for step in ["fft", "lora", "eval"] {
+        let whole = counted(folder.path(), step, &[]);
+        let number = |json: &Value, name: &str| json[name].as_u64().expect("a number");
+        let moved = |json: &Value| {
+            let sum = json["work"].as_array().expect("kernels").last().expect("a sum");
+            assert_eq!(sum["kernel"], "together");
+            number(sum, "read_bytes") + number(sum, "written_bytes")
+        };
+        let (most, least) = (number(&whole, "memory_bytes"), number(&whole, "least_memory_bytes"));
+        let parts: u64 = whole["memory"]["parts"].as_array().expect("parts").iter().map(|p| number(p, "bytes")).sum();
+        assert_eq!((parts, whole["memory"]["activations_made_again"].as_bool()), (most, Some(false)));
+
+        let bounded = counted(folder.path(), step, &["--max-memory", &gigabytes(least + 1000)]);
+        let again = step != "eval";
+        assert_eq!(bounded["memory"]["activations_made_again"], again, "{step}");
+        assert_eq!((number(&bounded, "memory_bytes"), least < most), (least, again), "{step}");
+        assert_eq!(moved(&bounded) > moved(&whole), again, "{step}");
+
+        let step = ["doctor", "--step", step, "--traffic", "--size", "64", "--batch-size", "3"];
+        let less = gigabytes(least - 1000);
+        let refused = |limit| [&step[..], &["--max-memory", limit]].concat();
+        fails(folder.path(), &refused(&less), DEVICE, &["--max-memory", "2 would fit: --batch-size 2"]);
+        fails(folder.path(), &refused("0.0001"), DEVICE, &["100 kB may be used", "not even one fits: lower --size"]);
+        let text = succeeds(folder.path(), &[&step[..], &["-v"]].concat());
+        assert!(stdout(&text).contains("moved per image") && stdout(&text).contains("together"), "{}", stdout(&text));
+        assert!(
+            stderr(&text).contains("planned memory: ") && stderr(&text).contains("  weights "),
+            "{}",
+            stderr(&text)
+        );
+    }
+}
+
+#[test]
+fn flags_that_would_do_nothing_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let step = |more: &[&'static str]| [&["doctor", "--step", "fft", "--size", "32"], more].concat();
+    fails(folder.path(), &["doctor", "--traffic"], USAGE, &["--step"]);
+    for other in [&["--profile"][..], &["--eager"], &["--steps", "3"], &["--device", "cpu"]] {
+        fails(folder.path(), &step(&[&["--traffic"], other].concat()), USAGE, &["--traffic", other[0]]);
+    }
+    for flag in [&["--profile"][..], &["--eager"], &["--max-memory", "4"]] {
+        let arguments = step(&[&["--device", "cpu"], flag].concat());
+        fails(folder.path(), &arguments, USAGE, &[flag[0], "--device cuda"]);
+    }
+    let model = ["--data", "none", "--model", "m"];
+    for command in [&["train", "--out", "o"][..], &["ablate", "--out", "o"], &["eval"]] {
+        let arguments = [command, &model, &["--device", "cpu", "--max-memory", "4"]].concat();
+        fails(folder.path(), &arguments, USAGE, &["--max-memory", "--device cuda"]);
+    }
+    let grid = |devices| [&["ablate", "--out", "o"], &model[..], &["--devices", devices, "--max-memory", "4"]].concat();
+    fails(folder.path(), &grid("cpu"), USAGE, &["--max-memory"]);
+    for devices in ["auto,auto", "0,auto", "0,x"] {
+        fails(folder.path(), &grid(devices), USAGE, &["--devices", "numbers of GPUs"]);
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "nothing was written");
 }
 
 #[test]
@@ -185,11 +274,13 @@ fn doctor_times_steps() {
 fn one_run_leaves_what_it_should_and_is_kept() {
     let folder = scratch();
     let arguments = with("train", &["--rank", "4", "--out", "runs/r4"]);
-    let first = succeeds(folder.path(), &arguments);
+    let first = succeeds(folder.path(), &[&arguments[..], &["-v"]].concat());
     assert!(stdout(&first).contains("Dice") && stdout(&first).contains("results: runs/r4"), "{}", stdout(&first));
     let text = stderr(&first);
     assert!(!text.contains('\r') && !text.contains('\u{1b}'), "plain where there is no terminal: {text:?}");
     assert!(text.contains("adapters of rank 4, alpha 8 sit on:") && text.contains("epoch 2/2"), "{text}");
+    let planned = text.find("planned memory: ").expect("shown with -v");
+    assert!(text[planned..].contains("  activations ") && planned < text.find("epoch 1/2").expect("trains"), "{text}");
     let run = folder.path().join("runs/r4");
     for file in [
         "run_config.json",
@@ -294,7 +385,9 @@ fn a_grid_runs_in_parts_and_ends_in_one_summary() {
     assert!(!out.join("lora_r2_alpha2").exists(), "belongs to part 2");
     let second = stderr(&succeeds(folder.path(), &grid(&["--slice", "2/2"])));
     assert_eq!(second.matches("adapters of rank r sit on:").count(), 1, "{second}");
-    assert!(second.contains("[1/1] lora_r2_alpha2: Dice"), "{second}");
+    assert!(second.contains("[1/1] lora_r2_alpha2: Dice") && second.contains("1 run done"), "{second}");
+    let none = stderr(&succeeds(folder.path(), &grid(&["--slice", "4/4"])));
+    assert!(none.contains("no run to do: none of the grid's 3 is in this part (--slice, --only)"), "{none}");
     let whole = succeeds(folder.path(), &grid(&["--json"]));
     assert_eq!(stderr(&whole).matches("kept").count(), 3, "{}", stderr(&whole));
     let json: Value = serde_json::from_slice(&whole.stdout).expect("one JSON document");
@@ -319,13 +412,12 @@ fn a_grid_runs_in_parts_and_ends_in_one_summary() {
 fn devices_share_a_grid_and_change_no_result() {
     let (alone, shared) = (scratch(), scratch());
     succeeds(alone.path(), &grid(&["--device", "cpu"]));
-    let said = stderr(&succeeds(shared.path(), &grid(&["--devices", "cpu,cpu"])));
-    assert!(said.contains("3 runs done"), "{said}");
+    let said = stderr(&succeeds(shared.path(), &grid(&["--devices", "cpu,cpu", "-v"])));
+    assert!(said.contains("3 runs done") && !said.contains("waiting for"), "{said}");
     for file in ["segformer_fft_baseline/final/model.safetensors", "lora_r4_alpha4/final/adapter_model.safetensors"] {
         let read = |folder: &tempfile::TempDir| std::fs::read(folder.path().join("grid").join(file)).expect(file);
         assert!(read(&alone) == read(&shared), "{file} differs");
     }
-    fails(shared.path(), &grid(&["--devices", "0,x"]), USAGE, &["--devices", "numbers of GPUs"]);
 }
 
 #[test]

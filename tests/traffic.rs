@@ -9,10 +9,10 @@ const BATCH: usize = 64;
 #[test]
 fn steps_move_no_more_than_stated() {
     for (kind, megabytes) in [(StepKind::Fft, 451.2), (StepKind::Lora, 327.2), (StepKind::Eval, 84.1)] {
-        let demand = demand(kind, 512, BATCH).expect("fresh weights fit");
+        let demand = demand(kind, 512, BATCH, None).expect("fresh weights fit");
         let bytes: usize = demand.work.values().map(|work| work.bytes()).sum();
         let each = bytes as f64 / BATCH as f64 / 1e6;
-        println!("{kind:?}: {each:.1} MB per image, {:.2} GB of memory", demand.memory as f64 / 1e9);
+        println!("{kind:?}: {each:.1} MB per image, {:.2} GB of memory", demand.plan.bytes as f64 / 1e9);
         assert!(each <= megabytes, "{kind:?}: {each:.1} MB per image");
         assert!(each > 0.9 * megabytes, "{kind:?}: {each:.1} MB per image: state the lower figure");
     }
@@ -21,7 +21,7 @@ fn steps_move_no_more_than_stated() {
 #[test]
 fn the_notebooks_batch_fits_eight_gigabytes() {
     for kind in [StepKind::Fft, StepKind::Lora, StepKind::Eval] {
-        let memory = demand(kind, 512, BATCH).expect("fresh weights fit").memory;
+        let memory = demand(kind, 512, BATCH, None).expect("fresh weights fit").plan.bytes;
         assert!(memory < 8_000_000_000, "{kind:?}: {memory} bytes");
     }
 }
@@ -55,7 +55,7 @@ fn the_plan_covers_smaller_batches() {
     use segpeft_native::segformer::{Model, ModelOptions, SegformerConfig, StepRandom, Trainable};
 
     let (size, batch) = (512, 59);
-    let plan = demand(StepKind::Fft, size, batch).expect("fits");
+    let plan = demand(StepKind::Fft, size, batch, None).expect("fits");
     let backend = Cuda::new(Dry::default());
     backend.reserve(plan.rooms);
     let config = SegformerConfig::default();
@@ -74,7 +74,8 @@ fn the_plan_covers_smaller_batches() {
 /// Nothing in a step is launched by the thousand: the host must stay ahead of the device.
 #[test]
 fn launches_are_few() {
-    let launches = |kind| demand(kind, 512, BATCH).expect("fits").work.values().map(|work| work.calls).sum::<usize>();
+    let launches =
+        |kind| demand(kind, 512, BATCH, None).expect("fits").work.values().map(|work| work.calls).sum::<usize>();
     let (full, adapters, evaluation) = (launches(StepKind::Fft), launches(StepKind::Lora), launches(StepKind::Eval));
     println!("{full}, {adapters} and {evaluation} launches");
     assert!(full <= 389 && adapters <= 238 && evaluation <= 92, "{full}, {adapters}, {evaluation}");

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Brings nvcc without a CUDA installation: NVIDIA's wheels, all pinned (their own dependencies are not, and mixed versions
-# do not work), into the folder build.rs looks in. About 105 MB to download, 271 MB on disk.
+# do not work), into the folder build.rs looks in; and nvdisasm, for tools/kernel_budget.py. About 110 MB to download, 276 MB
+# on disk.
 #
 # usage: tools/get-nvcc.sh [folder]     (default: .cuda in the repository)
 set -euo pipefail
@@ -12,6 +13,11 @@ if [[ ! -x $nvcc ]]; then
     python3 -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" \
         nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 \
         nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
+fi
+# In a folder of its own, as pip adds nothing to one that is there. No version of it is as old as nvcc's.
+if [[ ! -x $folder/nvdisasm/nvidia/cu13/bin/nvdisasm ]]; then
+    python3 -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder/nvdisasm" \
+        nvidia-cuda-nvdisasm==13.2.51
 fi
 "$nvcc" --version | tail -2
 echo "NVCC=$nvcc"

@@ -117,7 +117,7 @@ impl Setup {
 /// Those of [`dataset::open_or_prepare`]; [`Kind::Io`] if the cache cannot be made.
 pub fn open_data(data: &Path, cache: &Path, size: Option<usize>, progress: &Progress) -> Result<PackedDataset> {
     // A packed file needs no cache; only what will be packed makes the folder.
-    let packs = data.is_dir() || data.extension().is_some_and(|e| e.eq_ignore_ascii_case("zip"));
+    let packs = data.is_dir() || data.is_file() && data.extension().is_some_and(|e| e.eq_ignore_ascii_case("zip"));
     let _lock = packs.then(|| Lock::wait(cache, ".lock", "prepare the data", progress)).transpose()?;
     if packs {
         files::remove_unfinished(cache);
@@ -340,7 +340,13 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
     }
     // Once more, for what other processes have finished meanwhile.
     let records = write_summary(out, progress)?;
-    let mut counts = format!("{} runs done", plan.selected.len() - busy.len() - failed.len());
+    let mut counts = match plan.selected.len() - busy.len() - failed.len() {
+        0 if plan.selected.is_empty() => {
+            format!("no run to do: none of the grid's {} is in this part (--slice, --only)", plan.runs.len())
+        }
+        1 => "1 run done".into(),
+        n => format!("{n} runs done"),
+    };
     for (list, what) in [(busy.len(), "busy elsewhere"), (failed.len(), "failed")] {
         if list > 0 {
             counts += &format!(", {list} {what}");

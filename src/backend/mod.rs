@@ -13,7 +13,7 @@ mod ops;
 mod place;
 
 pub use ops::*;
-pub use place::{Choice, Gpu, GpuPlace, Place};
+pub use place::{Choice, Gpu, GpuPlace, Place, Room};
 
 use crate::dataset::Augment;
 use crate::random::{Philox, unit};

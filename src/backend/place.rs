@@ -37,6 +37,15 @@ pub struct GpuPlace {
     limit: Option<usize>,
 }
 
+/// Memory that a run may take beside its dataset.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Bytes.
+    pub bytes: usize,
+    /// Whether more is there, but the user allows no more.
+    pub limited: bool,
+}
+
 /// Bytes that a run leaves free: a driver loads code when it is first used, and keeps graphs.
 const LEFT_FREE: usize = 256 << 20;
 
@@ -94,13 +103,16 @@ impl Place {
 }
 
 impl GpuPlace {
-    /// Bytes that a run may take.
+    /// What a run may take.
     ///
     /// # Errors
     /// When the device fails.
-    pub fn room(&self) -> Result<usize> {
+    pub fn room(&self) -> Result<Room> {
         let free = self.driver.free_memory()?.saturating_sub(LEFT_FREE);
-        Ok(self.limit.map_or(free, |limit| limit.min(free)))
+        Ok(match self.limit {
+            Some(bytes) if bytes < free => Room { bytes, limited: true },
+            _ => Room { bytes: free, limited: false },
+        })
     }
 
     /// A backend with one block of memory for everything that the work planned in `dry` allocates.

@@ -66,7 +66,8 @@ pub struct Ablate {
     /// Only part I of N of the grid, counted from 1
     #[arg(long, value_name = "I/N", value_parser = slice, help_heading = "Grid")]
     slice: Option<(usize, usize)>,
-    /// Devices that share the grid, each taking the next run when it is done with one: numbers of GPUs divided by commas
+    /// Devices that share the grid, each taking the next run when it is done with one: numbers of GPUs divided by commas,
+    /// each once; or cpu, as often as runs shall share it
     #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = args::grid_device, conflicts_with = "device", help_heading = "Grid")]
     devices: Vec<Choice>,
     #[command(flatten)]
@@ -93,7 +94,7 @@ impl Ablate {
             choices => (self.distinct(choices)?.iter())
                 .map(|&choice| {
                     let (mut place, _) = Place::open(choice)?;
-                    self.files.device.limit(&mut place);
+                    self.files.device.limit(&mut place)?;
                     Ok(place)
                 })
                 .collect::<Result<Vec<_>>>()?,
@@ -128,7 +129,7 @@ impl Ablate {
     fn distinct<'a>(&self, choices: &'a [Choice]) -> Result<&'a [Choice]> {
         let twice = |(i, choice): (usize, &Choice)| matches!(choice, Choice::Cuda(_)) && choices[..i].contains(choice);
         match choices.iter().enumerate().any(twice) {
-            true => Err(Error::usage("--devices: names a GPU twice; one run at a time uses all of it")),
+            true => Err(Error::usage("--devices: names a GPU twice; one run at a time uses all of it: name each once")),
             false => Ok(choices),
         }
     }

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use crate::ablation::SplitPlan;
 use crate::ablation::source::ModelSource;
 use crate::backend::{Choice, Place};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::formats::HfNames;
 use crate::lora;
 use crate::progress::Progress;
@@ -93,11 +93,12 @@ pub fn device(text: &str) -> Parsed<Choice> {
     }
 }
 
-/// A device of a grid: the number of a GPU, or what `--device` takes.
+/// A device of a grid: the number of a GPU, or what `--device` takes but for `auto`, which may be any of the others.
 pub fn grid_device(text: &str) -> Parsed<Choice> {
-    match text.parse::<u16>() {
-        Ok(number) => Ok(Choice::Cuda(number.into())),
-        Err(_) => device(text).map_err(|_| "must be numbers of GPUs divided by commas, such as 0,1".into()),
+    match (text.parse::<u16>(), device(text)) {
+        (Ok(number), _) => Ok(Choice::Cuda(number.into())),
+        (_, Ok(choice)) if choice != Choice::Auto => Ok(choice),
+        _ => Err("must be numbers of GPUs, or cpu, divided by commas, such as 0,1".into()),
     }
 }
 
@@ -113,22 +114,45 @@ pub struct DeviceArgs {
 }
 
 impl DeviceArgs {
+    /// The device that was asked for.
+    pub fn choice(&self) -> Choice {
+        self.device
+    }
+
+    /// Bytes that a run may take on a GPU, if that was bounded.
+    pub fn max_bytes(&self) -> Option<usize> {
+        self.max_memory.map(|gigabytes| (gigabytes * 1e9) as usize)
+    }
+
     /// Bounds the memory of an opened device as the user asks.
-    pub fn limit(&self, place: &mut Place) {
-        if let Some(gigabytes) = self.max_memory {
-            place.limit_memory((gigabytes * 1e9) as usize);
+    ///
+    /// # Errors
+    /// When that is the CPU, whose memory is not bounded.
+    pub fn limit(&self, place: &mut Place) -> Result<()> {
+        match (self.max_bytes(), &*place) {
+            (None, _) => Ok(()),
+            (Some(_), Place::Cpu) => Err(gpu_only("--max-memory")),
+            (Some(bytes), Place::Gpu(_)) => {
+                place.limit_memory(bytes);
+                Ok(())
+            }
         }
     }
 
     /// Opens the device. Where a GPU was left out that this machine seems to have, says why.
     pub fn open(&self, progress: &Progress) -> Result<Place> {
         let (mut place, passed_over) = Place::open(self.device)?;
-        self.limit(&mut place);
         if let Some(why) = passed_over.filter(|_| nvidia_gpus() > 0) {
             progress.warn(format!("there is a GPU, but the CPU is used: {why}"));
         }
+        self.limit(&mut place)?;
         Ok(place)
     }
+}
+
+/// The refusal of a flag that means nothing on the CPU.
+pub fn gpu_only(flag: &str) -> Error {
+    Error::usage(format!("{flag} is for a GPU, and this would run on the CPU; leave it out, or give --device cuda"))
 }
 
 /// GPUs that the kernel's NVIDIA driver lists.
@@ -351,6 +375,7 @@ mod tests {
         for bad in ["gpu", "cuda:", "cuda:x", "cpu:0", "auto:1", ""] {
             assert!(device(bad).is_err() && grid_device(bad).is_err(), "{bad}");
         }
+        assert!(grid_device("auto").is_err(), "it may be one of the others");
         assert_eq!((grid_device("1"), grid_device("cpu")), (Ok(Choice::Cuda(1)), Ok(Choice::Cpu)));
     }
 

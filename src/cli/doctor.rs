@@ -6,22 +6,24 @@ use serde_json::json;
 
 use super::args::DeviceArgs;
 use super::{Context, args, output};
-use crate::backend::Place;
 use crate::backend::cpu::simd_level;
 use crate::backend::cuda::{self, Cuda, Driver, Work};
-use crate::error::Result;
+use crate::backend::{Choice, Place};
+use crate::error::{Error, Result};
+use crate::progress::byte_size;
 use crate::system::{available_memory, proc_bytes};
-use crate::train::{self, Measured, StepKind};
+use crate::train::{self, Measured, MemoryPlan, StepKind};
 
 /// Say what this machine and this build can do, or time training steps
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
   segpeft-native doctor
+  segpeft-native doctor --device cuda:1
   segpeft-native doctor --step lora --size 512 --batch-size 4 --steps 5 --json
   segpeft-native doctor --step fft --batch-size 64 --device cuda --profile
   segpeft-native doctor --step fft --batch-size 64 --device cuda --eager
-  segpeft-native doctor --step fft --batch-size 64 --traffic")]
+  segpeft-native doctor --step fft --batch-size 64 --traffic --max-memory 5")]
 pub struct Doctor {
     /// Time steps on made-up images: fft or lora (forward, backward, update; B0) or eval (forward, metrics)
     #[arg(long, value_enum, value_name = "KIND", hide_possible_values = true)]
@@ -41,8 +43,9 @@ pub struct Doctor {
     /// On a GPU: launch the steps kernel by kernel, not as CUDA graphs, to tell what those save
     #[arg(long, requires = "step")]
     eager: bool,
-    /// Do not time, but say what a step asks of a GPU: memory, launches, bytes moved, multiply-adds. Needs no GPU
-    #[arg(long, requires = "step", conflicts_with_all = ["profile", "eager", "steps"])]
+    /// Do not time, but say what a step asks of a GPU, within --max-memory: memory, launches, bytes moved, multiply-adds. Needs
+    /// no GPU
+    #[arg(long, requires = "step", conflicts_with_all = ["profile", "eager", "steps", "device"])]
     traffic: bool,
     #[command(flatten)]
     device: DeviceArgs,
@@ -66,7 +69,8 @@ struct Machine {
     vector_code: &'static str,
     memory_bytes: Option<u64>,
     memory_available_bytes: Option<u64>,
-    cuda_backend: bool,
+    /// Whether the GPU can be used; none where none was to be.
+    cuda_backend: Option<bool>,
     nvidia_gpus: usize,
     notes: Vec<String>,
 }
@@ -85,6 +89,8 @@ struct Timing {
     device: String,
     /// Memory that a run takes on a GPU, its dataset aside.
     device_bytes: Option<usize>,
+    /// That, and the CPU's, in parts.
+    memory: MemoryPlan,
     /// Whether steps were launched kernel by kernel because that was asked for.
     eager: bool,
     /// What to know of how the device worked.
@@ -155,15 +161,19 @@ impl Doctor {
         match self.step {
             Some(step) if self.traffic => self.traffic(step, context),
             Some(step) => self.time(step, context),
+            None if self.device.max_bytes().is_some() => {
+                Err(Error::usage("--max-memory bounds what a run takes; give --step too"))
+            }
             None => {
-                let machine = Machine::look();
+                let machine = Machine::look(self.device.choice())?;
                 context.result(&machine, || machine.text())
             }
         }
     }
 
     fn traffic(&self, step: Step, context: &Context) -> Result<()> {
-        let demand = train::demand(step.kind(), self.size, self.batch_size)?;
+        let demand = train::demand(step.kind(), self.size, self.batch_size, self.device.max_bytes())?;
+        context.progress.details(demand.plan.lines());
         let mut rows: Vec<Traffic> = demand.work.iter().map(|(name, work)| Traffic::new(name, work)).collect();
         rows.sort_by_key(|row| std::cmp::Reverse(row.read_bytes + row.written_bytes));
         let total = demand.work.values().fold(Work::default(), |mut sum, work| {
@@ -172,14 +182,14 @@ impl Doctor {
         });
         rows.push(Traffic::new("together", &total));
         let document = json!({
-            "step": step, "size": self.size, "batch_size": self.batch_size, "memory_bytes": demand.memory,
-            "least_memory_bytes": demand.least_memory, "work": rows,
+            "step": step, "size": self.size, "batch_size": self.batch_size, "memory_bytes": demand.plan.bytes,
+            "least_memory_bytes": demand.least_memory, "memory": demand.plan, "work": rows,
         });
         context.result(&document, || {
             let each = |bytes: usize| bytes as f64 / 1e6 / self.batch_size as f64;
             let mut text = output::fields(&[
-                ("memory of a run, its dataset aside", gigabytes(Some(demand.memory as u64))),
-                ("the least it can do with (--max-memory)", gigabytes(Some(demand.least_memory as u64))),
+                ("memory of a run, its dataset aside", taken(&demand.plan)),
+                ("the least it can do with (--max-memory)", byte_size(demand.least_memory as u64)),
                 ("moved per image", format!("{:.1} MB", each(total.bytes()))),
                 ("multiply-adds in products, per image", format!("{:.0} million", each(total.multiply_adds))),
             ]);
@@ -195,10 +205,15 @@ impl Doctor {
     fn time(&self, step: Step, context: &Context) -> Result<()> {
         let kind = step.kind();
         let place = self.device.open(&context.progress)?;
-        if let Place::Gpu(gpu) = &place {
-            gpu.driver.record_steps(!self.eager);
+        match &place {
+            Place::Gpu(gpu) => gpu.driver.record_steps(!self.eager),
+            Place::Cpu if self.profile => return Err(args::gpu_only("--profile")),
+            Place::Cpu if self.eager => return Err(args::gpu_only("--eager")),
+            Place::Cpu => {}
         }
-        let Measured { seconds, remark } = train::measure_step(&place, kind, self.size, self.batch_size, self.steps)?;
+        let Measured { seconds, remark, plan } =
+            train::measure_step(&place, kind, self.size, self.batch_size, self.steps)?;
+        context.progress.details(plan.lines());
         let profile = match &place {
             Place::Gpu(gpu) if self.profile => {
                 gpu.driver.start_profile();
@@ -220,10 +235,8 @@ impl Doctor {
             seconds,
             peak_rss_bytes: proc_bytes("/proc/self/status", "VmHWM:"),
             device: place.kind().into(),
-            device_bytes: match &place {
-                Place::Cpu => None,
-                Place::Gpu(_) => Some(train::demand(kind, self.size, self.batch_size)?.memory),
-            },
+            device_bytes: matches!(place, Place::Gpu(_)).then_some(plan.bytes),
+            memory: plan,
             eager: self.eager,
             remark,
             profile: (profile.into_iter())
@@ -243,8 +256,8 @@ impl Doctor {
                 ("images/s", format!("{:.2}", timing.images_per_second)),
             ];
             fields.push(match timing.device_bytes {
-                Some(bytes) => ("device memory", gigabytes(Some(bytes as u64))),
-                None => ("peak memory", gigabytes(timing.peak_rss_bytes)),
+                Some(_) => ("device memory", taken(&timing.memory)),
+                None => ("peak memory", known(timing.peak_rss_bytes)),
             });
             fields.push(("threads", timing.threads.to_string()));
             fields.extend(timing.remark.clone().map(|remark| ("note", remark)));
@@ -254,29 +267,29 @@ impl Doctor {
 }
 
 impl Machine {
-    fn look() -> Self {
+    /// Looks at the machine and the GPU that `choice` names, the first if it names none.
+    ///
+    /// # Errors
+    /// When a GPU is named that cannot be used.
+    fn look(choice: Choice) -> Result<Self> {
         let nvidia_gpus = args::nvidia_gpus();
         let optimised_build = !cfg!(debug_assertions);
         let vector_code = simd_level();
         let mut notes = Vec::new();
-        let gpu = Driver::open(0).and_then(|driver| {
-            let description = driver.describe()?;
-            cuda::self_test(&Cuda::new(driver))?;
-            Ok(description)
-        });
-        match &gpu {
-            Ok(gpu) => notes.push(format!(
-                "GPU 0 ({}, compute capability {}.{}, {:.1} of {:.1} GB free, cuBLASLt {}) passes its self-test",
-                gpu.name,
-                gpu.capability.0,
-                gpu.capability.1,
-                gpu.memory.0 as f64 / 1e9,
-                gpu.memory.1 as f64 / 1e9,
-                gpu.cublas
-            )),
-            Err(error) => notes.push(format!("no GPU in use: {error}")),
+        let number = match choice {
+            Choice::Cpu => None,
+            Choice::Auto => Some(0),
+            Choice::Cuda(number) => Some(number),
+        };
+        let gpu = number.map(try_gpu);
+        let cuda_backend = gpu.as_ref().map(Result::is_ok);
+        match gpu {
+            None => {}
+            Some(Ok(note)) => notes.push(note),
+            Some(Err(error)) if choice != Choice::Auto => return Err(error),
+            Some(Err(error)) => notes.push(format!("no GPU in use: {error}")),
         }
-        if nvidia_gpus == 0 {
+        if cuda_backend != Some(true) {
             notes.push("on a CPU, try `ablate --demo`, or --size 128 and fewer epochs".into());
         }
         if !optimised_build {
@@ -285,7 +298,7 @@ impl Machine {
         if cfg!(target_arch = "x86_64") && !vector_code.starts_with("AVX") {
             notes.push("this processor has no AVX2: training will be slow".into());
         }
-        Self {
+        Ok(Self {
             version: env!("CARGO_PKG_VERSION"),
             target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
             optimised_build,
@@ -294,22 +307,27 @@ impl Machine {
             vector_code,
             memory_bytes: proc_bytes("/proc/meminfo", "MemTotal:"),
             memory_available_bytes: available_memory(),
-            cuda_backend: gpu.is_ok(),
+            cuda_backend,
             nvidia_gpus,
             notes,
-        }
+        })
     }
 
     fn text(&self) -> String {
         let build = if self.optimised_build { "optimised" } else { "debug" };
-        let available = gigabytes(self.memory_available_bytes);
+        let available = known(self.memory_available_bytes);
+        let cuda = match self.cuda_backend {
+            Some(true) => "works",
+            Some(false) => "not usable, see below",
+            None => "not looked for (--device cpu)",
+        };
         let mut text = output::fields(&[
             ("version", format!("{} ({}, {build})", self.version, self.target)),
             ("cores", self.cores.to_string()),
             ("threads", format!("{} (--threads N to change)", self.threads)),
             ("vector code", self.vector_code.into()),
-            ("memory", format!("{}, {available} available", gigabytes(self.memory_bytes))),
-            ("CUDA backend", if self.cuda_backend { "works" } else { "not usable, see below" }.into()),
+            ("memory", format!("{}, {available} available", known(self.memory_bytes))),
+            ("CUDA backend", cuda.into()),
             ("NVIDIA GPUs", self.nvidia_gpus.to_string()),
         ]);
         for note in &self.notes {
@@ -319,6 +337,28 @@ impl Machine {
     }
 }
 
-fn gigabytes(bytes: Option<u64>) -> String {
-    bytes.map_or("unknown".into(), |bytes| format!("{:.1} GB", bytes as f64 / 1e9))
+/// Opens a GPU and tests it; what it is, in words.
+fn try_gpu(number: usize) -> Result<String> {
+    let driver = Driver::open(number)?;
+    let gpu = driver.describe()?;
+    cuda::self_test(&Cuda::new(driver))?;
+    Ok(format!(
+        "GPU {number} ({}, compute capability {}.{}, {} of {} free, cuBLASLt {}) passes its self-test",
+        gpu.name,
+        gpu.capability.0,
+        gpu.capability.1,
+        byte_size(gpu.memory.0 as u64),
+        byte_size(gpu.memory.1 as u64),
+        gpu.cublas
+    ))
+}
+
+fn known(bytes: Option<u64>) -> String {
+    bytes.map_or("unknown".into(), byte_size)
+}
+
+/// The memory of a plan, and what was done to stay within it.
+fn taken(plan: &MemoryPlan) -> String {
+    let again = if plan.activations_made_again { ", some activations made again" } else { "" };
+    format!("{}{again}", byte_size(plan.bytes as u64))
 }

@@ -142,10 +142,7 @@ fn run(cli: Cli) -> Result<()> {
 fn is_help(kind: ErrorKind) -> bool {
     matches!(
         kind,
-        ErrorKind::DisplayHelp
-            | ErrorKind::DisplayVersion
-            | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
-            | ErrorKind::MissingSubcommand
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
     )
 }
 
@@ -188,6 +185,8 @@ mod tests {
         };
         let missing = error(&["train"]);
         assert!(missing.starts_with("the following required arguments were not provided: --data"), "{missing}");
+        let none = error(&["--json"]);
+        assert!(none.contains("requires a subcommand") && none.contains("ablate") && !none.contains('\n'), "{none}");
         let typo = error(&["report", "--jsn", "x"]);
         assert!(typo.contains("'--jsn'") && typo.contains("'--json'") && !typo.contains('\n'), "{typo}");
     }

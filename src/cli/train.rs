@@ -8,11 +8,14 @@ use super::args::{self, FileArgs, LoraArgs, MethodName, TrainingArgs};
 use super::{Context, signals};
 use crate::ablation::source::ModelSource;
 use crate::ablation::{self, Setup};
+use crate::backend::Place;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::formats;
+use crate::progress::Progress;
 use crate::report::results_table;
 use crate::train::options::{LoraOptions, Method, TrainOptions};
+use crate::train::record::RunRecord;
 
 /// Train one configuration
 ///
@@ -68,8 +71,23 @@ impl Train {
             ..self.training.options(TrainOptions::default(), self.files.hf_names)
         };
         signals::install(&context.progress)?;
-        // Made first, so that its full name is known even for `--out .`.
+        // Made first, so that a folder that cannot be written is found before the images are packed, and its full name is
+        // known even for `--out .`.
+        let new = !self.out.exists();
         files::create_folder(&self.out)?;
+        let outcome = self.train(place, &options, &context.progress);
+        if outcome.is_err() && new {
+            // Unless something stands in it, nothing came of it; what went wrong is the error to report.
+            let _ = std::fs::remove_dir(&self.out);
+        }
+        let record = outcome?;
+        context.result(&record, || {
+            format!("{}results: {}\n", results_table(std::slice::from_ref(&record)), self.out.display())
+        })
+    }
+
+    /// Trains in the folder, which is there.
+    fn train(&self, place: Place, options: &TrainOptions, progress: &Progress) -> Result<RunRecord> {
         let full = self.out.canonicalize().map_err(|e| Error::io(&self.out, "find the folder", e))?;
         let name = full.file_name().map_or_else(|| "run".into(), |name| name.to_string_lossy().into_owned());
         let beside = self.out.parent().filter(|_| self.out.file_name().is_some()).unwrap_or(Path::new(".."));
@@ -80,14 +98,10 @@ impl Train {
             &self.model,
             self.adapter.as_deref(),
             vec![place],
-            &context.progress,
+            progress,
         )?;
-        let split = self.files.split_plan();
-        setup.announce(&options, false, &context.progress)?;
-        let record = ablation::run_one(&setup, &name, &options, &split, 0, &self.out, &context.progress)?;
-        context.result(&record, || {
-            format!("{}results: {}\n", results_table(std::slice::from_ref(&record)), self.out.display())
-        })
+        setup.announce(options, false, progress)?;
+        ablation::run_one(&setup, &name, options, &self.files.split_plan(), 0, &self.out, progress)
     }
 
     fn method(&self) -> Result<Method> {

@@ -159,7 +159,27 @@ pub struct Model<B: Backend> {
     norm: B::Full,
     log: Log<B>,
     batches_tracked: u64,
-    planned_bytes: usize,
+    buffers: Buffers,
+}
+
+/// Bytes of a model's buffers, by what they hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Buffers {
+    /// Parameters, and what is derived from them.
+    pub weights: usize,
+    /// Gradients of the weights.
+    pub gradients: usize,
+    /// What layers leave for the backward pass, and the results of evaluations.
+    pub activations: usize,
+    /// Room that layers use one after the other.
+    pub scratch: usize,
+}
+
+impl Buffers {
+    /// All together.
+    pub fn total(&self) -> usize {
+        self.weights + self.gradients + self.activations + self.scratch
+    }
 }
 
 /// First and second moments of the trained tensors.
@@ -174,7 +194,9 @@ impl<B: Backend> Model<B> {
     /// Plans and allocates everything a run needs. All weights are zero until set.
     pub fn new(backend: B, config: &SegformerConfig, options: ModelOptions, trainable: &Trainable) -> Self {
         let plan = Plan::new(config, trainable);
-        let before = backend.allocated();
+        let mut counted = backend.allocated();
+        // Bytes allocated since the last call.
+        let mut since = |backend: &B| backend.allocated() - std::mem::replace(&mut counted, backend.allocated());
         let lengths = plan.lengths();
         let per_unit = backend.images_per_unit(options.batch).max(1);
         let trains = !plan.trained.is_empty();
@@ -205,6 +227,9 @@ impl<B: Backend> Model<B> {
                 }
             })
             .collect();
+
+        let log = Log::new(&backend, plan.decoder.labels, per_unit);
+        let activations = since(&backend);
 
         let grids: Vec<Grid> = units.first().map_or(Vec::new(), |u| u.stages.iter().map(|s| s.grid).collect());
         let largest = |size: &dyn Fn(usize) -> usize| (0..grids.len()).map(size).max().unwrap_or(0);
@@ -243,6 +268,7 @@ impl<B: Backend> Model<B> {
                     .collect(),
             })
             .collect();
+        let scratch = since(&backend);
 
         let slot_count = count.min(SLOTS);
         let slots = (0..slot_count)
@@ -253,22 +279,30 @@ impl<B: Backend> Model<B> {
                 })
             })
             .collect();
-        let mut model = Self {
-            planned_bytes: 0,
-            tensors: Tensors::new(
-                &backend,
-                &lengths,
-                |id| plan.products[id.0],
-                |id| plan.adapters.iter().any(|a| a.weight == id && a.scaled_b.is_none()),
-            ),
-            fuse_blocks: plan.stages.iter().map(|_| backend.full(width * width)).collect(),
-            fuse_gradients: (plan.stages.iter())
-                .map(|_| backend.full(if plan.wanted[plan.decoder.fuse.0] { width * width } else { 0 }))
-                .collect(),
-            stats: backend.full(2 * width),
-            total: backend.full(2 * width),
-            norm: backend.full(1),
-            log: Log::new(&backend, plan.decoder.labels, per_unit),
+        let fuse_gradients = (plan.stages.iter())
+            .map(|_| backend.full(if plan.wanted[plan.decoder.fuse.0] { width * width } else { 0 }))
+            .collect();
+        let (total, norm) = (backend.full(2 * width), backend.full(1));
+        let gradients = since(&backend);
+
+        let tensors = Tensors::new(
+            &backend,
+            &lengths,
+            |id| plan.products[id.0],
+            |id| plan.adapters.iter().any(|a| a.weight == id && a.scaled_b.is_none()),
+        );
+        let fuse_blocks = plan.stages.iter().map(|_| backend.full(width * width)).collect();
+        let stats = backend.full(2 * width);
+        let buffers = Buffers { weights: since(&backend), gradients, activations, scratch };
+        Self {
+            buffers,
+            tensors,
+            fuse_blocks,
+            fuse_gradients,
+            stats,
+            total,
+            norm,
+            log,
             batches_tracked: 0,
             config: config.clone(),
             options,
@@ -277,9 +311,7 @@ impl<B: Backend> Model<B> {
             workers,
             plan,
             backend,
-        };
-        model.planned_bytes = model.backend.allocated() - before;
-        model
+        }
     }
 
     /// The configuration.
@@ -307,9 +339,14 @@ impl<B: Backend> Model<B> {
         self.options.batch
     }
 
-    /// Bytes allocated for everything a run needs, the dataset aside.
+    /// Bytes allocated with the model, by what they hold.
+    pub fn buffers(&self) -> Buffers {
+        self.buffers
+    }
+
+    /// Bytes allocated with the model: all but the optimizer's and what operations share.
     pub fn planned_bytes(&self) -> usize {
-        self.planned_bytes
+        self.buffers.total()
     }
 
     /// Batches BatchNorm has seen in training.

@@ -73,16 +73,29 @@ pub fn sample(data: &PackedDataset, index: usize, augment: Augment) -> Sample<'_
 }
 
 /// A model that only evaluates, in batches of up to `batch` images, as `on_cpu` or `on_gpu` make it.
-fn evaluating(place: &Place, checkpoint: &Checkpoint, size: usize, batch: usize) -> Result<Box<dyn Evaluating>> {
+fn evaluating(
+    place: &Place,
+    checkpoint: &Checkpoint,
+    size: usize,
+    batch: usize,
+    progress: &Progress,
+) -> Result<Box<dyn Evaluating>> {
     let Checkpoint { config, tensors } = checkpoint;
     let nothing = &Trainable::Nothing;
-    Ok(match place {
+    let lower = |n| format!("--eval-batch-size {n}");
+    let (model, plan): (Box<dyn Evaluating>, _) = match place {
         Place::Cpu => {
             let batch = CPU_BATCH.max(rayon::current_num_threads());
-            Box::new(on_cpu(config, ModelOptions { size, batch }, nothing, tensors)?)
+            let (model, plan) = on_cpu(config, ModelOptions { size, batch }, nothing, tensors)?;
+            (Box::new(model), plan)
         }
-        Place::Gpu(gpu) => Box::new(on_gpu(gpu, config, ModelOptions { size, batch }, nothing, tensors)?),
-    })
+        Place::Gpu(gpu) => {
+            let (model, plan) = on_gpu(gpu, config, ModelOptions { size, batch }, nothing, tensors, &lower)?;
+            (Box::new(model), plan)
+        }
+    };
+    progress.details(plan.lines());
+    Ok(model)
 }
 
 /// A model in evaluation mode on some device.
@@ -134,7 +147,7 @@ pub fn evaluate(
             checkpoint.config.num_labels()
         )));
     }
-    let mut model = evaluating(place, &checkpoint, data.size(), batch_size.min(indices.len().max(1)))?;
+    let mut model = evaluating(place, &checkpoint, data.size(), batch_size.min(indices.len().max(1)), progress)?;
     let bar = progress.bar("evaluating", indices.len() as u64, "images");
     model.measure(data, indices, batch_size, &|n| bar.inc(n))
 }
@@ -154,7 +167,7 @@ impl Predictor {
     pub fn new(place: &Place, start: &Start, size: usize, progress: &Progress) -> Result<Self> {
         let checkpoint = merged(start, progress)?;
         let labels = checkpoint.config.num_labels();
-        Ok(Self { model: evaluating(place, &checkpoint, size, 1)?, size, labels })
+        Ok(Self { model: evaluating(place, &checkpoint, size, 1, progress)?, size, labels })
     }
 
     /// Number of classes.

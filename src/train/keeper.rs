@@ -1,6 +1,8 @@
 //! Checkpoints, history and plots are written while the next epoch trains.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
@@ -12,23 +14,27 @@ use crate::{Error, Result, report};
 pub struct Keeper {
     jobs: Option<SyncSender<Snapshot>>,
     thread: Option<JoinHandle<Result<()>>>,
+    kept: Arc<AtomicUsize>,
 }
 
 impl Keeper {
-    /// A keeper of the run `name` in the folder `out`, where `keep` checkpoints stay.
-    pub fn new(name: &str, out: PathBuf, keep: usize) -> Self {
+    /// A keeper of the run `name` in the folder `out`, where `keep` checkpoints stay; `kept` epochs were written before.
+    pub fn new(name: &str, out: PathBuf, keep: usize, kept: usize) -> Self {
         let name = name.to_string();
+        let kept = Arc::new(AtomicUsize::new(kept));
+        let written = Arc::clone(&kept);
         // Nothing waits in line: at most one epoch is being written while another trains.
         let (jobs, queue) = sync_channel::<Snapshot>(0);
         let thread = std::thread::spawn(move || {
             for snapshot in queue {
                 snapshot.write(&out)?;
+                written.store(snapshot.state.epoch, Ordering::Release);
                 checkpoint::prune(&out, &snapshot.state, keep)?;
                 report::run::refresh(&out, &name, &snapshot.state.log_history)?;
             }
             Ok(())
         });
-        Self { jobs: Some(jobs), thread: Some(thread) }
+        Self { jobs: Some(jobs), thread: Some(thread), kept }
     }
 
     /// Hands over an epoch, as soon as the one before it is written.
@@ -41,6 +47,11 @@ impl Keeper {
             // The thread ends early only with an error.
             _ => self.finish(),
         }
+    }
+
+    /// Epochs done by the newest checkpoint that was written whole; of those handed over, after [`Keeper::finish`].
+    pub fn kept(&self) -> usize {
+        self.kept.load(Ordering::Acquire)
     }
 
     /// Waits until everything is written.

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use super::memory::{MemoryPlan, fit, planned_on_gpu};
 use super::options::{LoraOptions, Method, TrainOptions};
 use super::run::adamw;
-use super::start::{Prepared, Start, Weights, on_cpu, on_gpu, planned_on_gpu};
+use super::start::{Prepared, Start, Weights, on_cpu, on_gpu};
 use crate::Result;
 use crate::backend::cuda::Work;
-use crate::backend::{Backend, Place, Sample};
+use crate::backend::{Backend, Place, Room, Sample};
 use crate::dataset::Augment;
 use crate::lora;
 use crate::progress::Progress;
@@ -32,6 +33,13 @@ pub struct Measured {
     pub seconds: Vec<f64>,
     /// What to know of how the device worked ([`crate::backend::Memory::remark`]).
     pub remark: Option<String>,
+    /// The memory it took.
+    pub plan: MemoryPlan,
+}
+
+/// How a smaller batch is asked for.
+fn lower(batch: usize) -> String {
+    format!("--batch-size {batch}")
 }
 
 /// Times each of `steps` steps over `batch` pictures of `size`², SegFormer-B0 with two classes, after those in which a device
@@ -51,14 +59,19 @@ pub fn measure_step(place: &Place, kind: StepKind, size: usize, batch: usize, st
     let (options, prepared) = prepare(kind)?;
     let Prepared { config, tensors, trainable } = &prepared;
     let sizes = ModelOptions { size, batch };
-    match &place {
+    let (timed, plan) = match &place {
         Place::Cpu => {
-            let model = on_cpu(config, sizes, trainable, tensors)?;
+            let (model, plan) = on_cpu(config, sizes, trainable, tensors)?;
             drop(prepared);
-            time(model, &samples, &options, kind, (1, steps))
+            (time(model, &samples, &options, kind, (1, steps)), plan)
         }
-        Place::Gpu(gpu) => time(on_gpu(gpu, config, sizes, trainable, tensors)?, &samples, &options, kind, (2, steps)),
-    }
+        Place::Gpu(gpu) => {
+            let (model, plan) = on_gpu(gpu, config, sizes, trainable, tensors, &lower)?;
+            (time(model, &samples, &options, kind, (2, steps)), plan)
+        }
+    };
+    let (seconds, remark) = timed?;
+    Ok(Measured { seconds, remark, plan })
 }
 
 /// Options and fresh weights for steps of this kind.
@@ -87,9 +100,9 @@ fn prepare(kind: StepKind) -> Result<(TrainOptions, Prepared)> {
 
 /// What a step of one kind asks of a GPU.
 pub struct Demand {
-    /// Bytes of memory that a run takes, its dataset aside.
-    pub memory: usize,
-    /// The same where activations are made again rather than kept.
+    /// Memory that a run takes.
+    pub plan: MemoryPlan,
+    /// Bytes that it takes where activations are made again rather than kept.
     pub least_memory: usize,
     /// Bytes of it that operations share, partial sums and what is on its way from the host.
     pub rooms: [usize; 2],
@@ -97,31 +110,42 @@ pub struct Demand {
     pub work: BTreeMap<String, Work>,
 }
 
-/// What a step over `batch` pictures of `size`² asks of a GPU, counted without one.
+/// What a step over `batch` pictures of `size`² asks of a GPU of which `limit` bytes may be used, counted without one.
 ///
 /// # Errors
-/// None in practice: fresh weights fit.
-pub fn demand(kind: StepKind, size: usize, batch: usize) -> Result<Demand> {
+/// When the batch does not fit, with the one that would.
+pub fn demand(kind: StepKind, size: usize, batch: usize, limit: Option<usize>) -> Result<Demand> {
     let (_, prepared) = prepare(kind)?;
+    let Prepared { config, trainable, .. } = &prepared;
     let sizes = ModelOptions { size, batch };
+    let saves = match limit {
+        None => false,
+        Some(bytes) => {
+            let room = ("a GPU", Room { bytes, limited: true });
+            fit(config, sizes, trainable, room, &lower)?.plan.activations_made_again
+        }
+    };
     let mut ledgers = Vec::new();
-    let model = planned_on_gpu(&prepared.config, sizes, &prepared.trainable, false, |model| {
+    let model = planned_on_gpu(config, sizes, trainable, saves, |model| {
         ledgers.push(model.backend().device().take_ledger());
     });
     let work = ledgers.swap_remove(if kind == StepKind::Eval { 2 } else { 1 });
-    let saving = planned_on_gpu(&prepared.config, sizes, &prepared.trainable, true, |_| ());
-    let least_memory = saving.backend().device().bytes();
-    Ok(Demand { memory: model.backend().device().bytes(), least_memory, rooms: model.backend().rooms(), work })
+    let plan = MemoryPlan::on_gpu(&model, limit);
+    let least_memory = match saves {
+        true => plan.bytes,
+        false => planned_on_gpu(config, sizes, trainable, true, |_| ()).backend().device().bytes(),
+    };
+    Ok(Demand { plan, least_memory, rooms: model.backend().rooms(), work })
 }
 
-/// Times `steps` steps after `first` others.
+/// Times `steps` steps after `first` others: seconds of each, and what to know of how the device worked.
 fn time<B: Backend>(
     mut model: Model<B>,
     samples: &[Sample<'_>],
     options: &TrainOptions,
     kind: StepKind,
     (first, steps): (usize, usize),
-) -> Result<Measured> {
+) -> Result<(Vec<f64>, Option<String>)> {
     let pixels = samples.len() * model.size() * model.size();
     let mut moments = model.moments();
     let decays = vec![false; moments.first.len()];
@@ -144,5 +168,5 @@ fn time<B: Backend>(
         }
     }
     model.backend().check()?;
-    Ok(Measured { seconds, remark: model.backend().remark() })
+    Ok((seconds, model.backend().remark()))
 }

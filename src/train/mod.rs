@@ -4,6 +4,7 @@ mod checkpoint;
 mod evaluate;
 mod keeper;
 mod measure;
+mod memory;
 mod metrics;
 pub mod options;
 pub mod record;
@@ -13,6 +14,7 @@ mod start;
 
 pub use evaluate::{Predictor, evaluate, sample};
 pub use measure::{Demand, Measured, StepKind, demand, measure_step};
+pub use memory::{MemoryPlan, Part};
 pub use metrics::Confusion;
 pub use run::{Inputs, run};
 pub use schedule::Schedule;

@@ -71,9 +71,18 @@ pub fn run(
     let sizes = ModelOptions { size: inputs.data.size(), batch };
     let Prepared { config, tensors, trainable } = &prepared;
     let task = Task { name, options, inputs, out, progress };
+    let lower = |n| format!("--batch-size {n}, and raise --grad-accum");
     match inputs.place {
-        Place::Cpu => task.run(on_cpu(config, sizes, trainable, tensors)?, tensors),
-        Place::Gpu(gpu) => task.run(on_gpu(gpu, config, sizes, trainable, tensors)?, tensors),
+        Place::Cpu => {
+            let (model, plan) = on_cpu(config, sizes, trainable, tensors)?;
+            progress.details(plan.lines());
+            task.run(model, tensors)
+        }
+        Place::Gpu(gpu) => {
+            let (model, plan) = on_gpu(gpu, config, sizes, trainable, tensors, &lower)?;
+            progress.details(plan.lines());
+            task.run(model, tensors)
+        }
     }
 }
 
@@ -90,18 +99,27 @@ struct Task<'a> {
 impl Task<'_> {
     fn run<B: Backend>(self, model: Model<B>, start: &StateDict) -> Result<RunRecord> {
         let Self { name, options, inputs, out, progress } = self;
-        progress.detail(format!(
-            "planned memory: {:.0} MB for micro-batches of {} images at {2} x {2}",
-            model.planned_bytes() as f64 / 1e6,
-            model.batch(),
-            model.size()
-        ));
         let moments = model.moments();
         let mut run = Run { name, options, inputs, out, progress, model, moments, state: State::default() };
         run.resume(start)?;
         run.epochs()?;
-        run.finish()
+        // Every epoch has been written by now.
+        let kept = run.state.epoch;
+        run.finish().map_err(|error| with_what_is_kept(error, kept))
     }
+}
+
+/// A device's failure, with what there is to continue from: `kept` epochs.
+fn with_what_is_kept(error: Error, kept: usize) -> Error {
+    if error.kind != Kind::Device {
+        return error;
+    }
+    let kept = match kept {
+        0 => "no epoch is kept yet, and the same command begins anew".into(),
+        1 => "epoch 1 is kept, and the same command continues after it".into(),
+        n => format!("the epochs up to {n} are kept, and the same command continues after them"),
+    };
+    Error::new(Kind::Device, format!("{error}; {kept}"))
 }
 
 struct Run<'a, B: Backend> {
@@ -138,16 +156,13 @@ impl<B: Backend> Run<'_, B> {
     }
 
     fn epochs(&mut self) -> Result<()> {
-        let mut keeper = Keeper::new(self.name, self.out.to_path_buf(), self.options.keep_checkpoints);
+        let (out, keep) = (self.out.to_path_buf(), self.options.keep_checkpoints);
+        let mut keeper = Keeper::new(self.name, out, keep, self.state.epoch);
         let trained = self.epochs_kept_by(&mut keeper);
         match (trained, keeper.finish()) {
             // An interruption is no news beside a checkpoint that could not be written.
             (Err(interruption), Err(lost)) if interruption.kind == Kind::Interrupted => Err(lost),
-            (Err(error), _) if error.kind == Kind::Device => Err(Error::new(
-                Kind::Device,
-                format!("{error}; the epochs before {} are kept, and the same command continues", self.state.epoch + 1),
-            )),
-            (Err(error), _) => Err(error),
+            (Err(error), _) => Err(with_what_is_kept(error, keeper.kept())),
             (Ok(()), written) => written,
         }
     }
@@ -378,5 +393,143 @@ impl<B: Backend> Run<'_, B> {
     /// The base model's name for `adapter_config.json`.
     fn base_model(&self) -> String {
         self.inputs.model.name.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::backend::cuda::{Argument, Cuda, Device, Dry, MatrixProduct};
+    use crate::dataset::demo::{self, Domain};
+    use crate::dataset::prepare;
+    use crate::segformer::SegformerConfig;
+    use crate::train::start::Weights;
+
+    /// A device that counts, lost after so many calls.
+    #[derive(Default)]
+    struct Lost {
+        dry: Dry,
+        calls: Arc<AtomicUsize>,
+        last: usize,
+        /// Which of the calls read.
+        reads: Arc<Mutex<Vec<bool>>>,
+    }
+
+    impl Lost {
+        fn call(&self, reads: bool) -> Result<()> {
+            self.reads.lock().expect("no panic").push(reads);
+            match self.calls.fetch_add(1, Ordering::Relaxed) {
+                call if call < self.last => Ok(()),
+                _ => Err(Error::new(Kind::Device, "the device is lost")),
+            }
+        }
+    }
+
+    impl Device for Lost {
+        type Memory = u64;
+        type Graph = ();
+
+        fn allocate(&self, bytes: usize) -> Result<u64> {
+            self.call(false).and_then(|()| self.dry.allocate(bytes))
+        }
+
+        fn address(memory: &u64) -> u64 {
+            *memory
+        }
+
+        unsafe fn write(&self, from: &[u8], to: u64) -> Result<()> {
+            // SAFETY: the caller's, here and below.
+            self.call(false).and_then(|()| unsafe { self.dry.write(from, to) })
+        }
+
+        fn expect(&self, _: usize) {}
+
+        unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<()> {
+            // SAFETY: as above.
+            self.call(true).and_then(|()| unsafe { self.dry.read(from, to) })
+        }
+
+        unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()> {
+            // SAFETY: as above.
+            self.call(false).and_then(|()| unsafe { self.dry.clear(at, bytes) })
+        }
+
+        unsafe fn launch(&self, kernel: &'static str, grid: [usize; 3], threads: usize, of: &[Argument]) -> Result<()> {
+            // SAFETY: as above.
+            self.call(false).and_then(|()| unsafe { self.dry.launch(kernel, grid, threads, of) })
+        }
+
+        unsafe fn product(&self, product: &MatrixProduct) -> Result<()> {
+            // SAFETY: as above.
+            self.call(false).and_then(|()| unsafe { self.dry.product(product) })
+        }
+
+        fn records(&self) -> bool {
+            false
+        }
+
+        fn record(&self, work: &mut dyn FnMut()) -> Result<()> {
+            self.dry.record(work)
+        }
+
+        unsafe fn replay(&self, (): &()) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    /// Trains two epochs in a folder of `scratch`, on a device that is lost at call `last`.
+    fn train(scratch: &Path, device: Lost) -> (PathBuf, Result<RunRecord>) {
+        let out = scratch.join(format!("run-{}", device.last));
+        let data = PackedDataset::open(&scratch.join("data.pack")).expect("packed");
+        let hidden_sizes = vec![8, 16, 40, 64];
+        let config =
+            SegformerConfig { hidden_sizes, depths: vec![1; 4], decoder_hidden_size: 16, ..SegformerConfig::default() };
+        let model = Start {
+            name: "fresh".into(),
+            weights: Weights::Random(config),
+            adapter: None,
+            adapter_name: String::new(),
+        };
+        let split = Split { train: vec![0, 1, 2], val: vec![3] };
+        let inputs = Inputs { data: &data, split: &split, model: &model, place: &Place::Cpu };
+        let options = TrainOptions { epochs: 2, batch_size: 2, grad_accum: 1, ..TrainOptions::default() };
+        let progress = Progress::silent();
+        let Prepared { config, tensors, trainable } = model.prepare(&options, &progress).expect("fresh weights fit");
+        let mut model = Model::new(Cuda::new(device), &config, ModelOptions { size: 32, batch: 2 }, &trainable);
+        load(&mut model, &tensors);
+        let task = Task { name: "run", options: &options, inputs: &inputs, out: &out, progress: &progress };
+        let outcome = task.run(model, &tensors);
+        (out, outcome)
+    }
+
+    /// Wherever the device is lost, the message promises the epochs that are in the folder.
+    #[test]
+    fn what_is_said_to_be_kept_is_kept() {
+        let scratch = tempfile::tempdir().expect("scratch folder");
+        let (pictures, file) = (scratch.path().join("pictures"), scratch.path().join("data.pack"));
+        demo::write_folder(&pictures, Domain::Source, 4, 32, &Progress::silent()).expect("drawn");
+        prepare(&pictures, &file, 32, &Progress::silent()).expect("packed");
+        let device = Lost { last: usize::MAX, ..Lost::default() };
+        let reads = Arc::clone(&device.reads);
+        train(scratch.path(), device).1.expect("a device that counts does not fail");
+
+        // The epochs' snapshots are the first calls of which a hundred read one after the other.
+        let reads = reads.lock().expect("no panic").clone();
+        let begins = |&i: &usize| !reads[i - 1] && reads[i..].iter().take(100).filter(|&&read| read).count() == 100;
+        let snapshots: Vec<usize> = (1..reads.len()).filter(begins).collect();
+        let [first, second, ..] = snapshots[..] else { panic!("two epochs, {} snapshots", snapshots.len()) };
+        let cases = [(first - 50, 0), (first, 0), (first + 60, 0), (second - 50, 1), (second, 1), (second + 99, 1)];
+        for (last, kept) in cases.into_iter().chain([(reads.len() - 1, 2)]) {
+            let (out, outcome) = train(scratch.path(), Lost { last, ..Lost::default() });
+            let error = outcome.expect_err("it is lost");
+            let there = checkpoint::latest(&out).expect("whole").map_or(0, |state| state.epoch);
+            let promise = ["; no epoch is kept", "; epoch 1 is kept", "; the epochs up to 2 are kept"][kept];
+            assert_eq!((there, error.kind), (kept, Kind::Device), "lost at call {last}: {error}");
+            assert!(error.to_string().starts_with(&format!("the device is lost{promise}")), "{error}");
+        }
     }
 }

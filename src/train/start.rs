@@ -2,19 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::memory::{MemoryPlan, Planned, fit};
 use super::options::{LoraOptions, Method, Protocol, TrainOptions};
-use super::run::adamw;
 use crate::backend::cpu::Cpu;
-use crate::backend::cuda::{Cuda, Dry};
-use crate::backend::{Backend, Gpu, GpuPlace, Memory, Sample};
-use crate::dataset::Augment;
+use crate::backend::{Backend, Gpu, GpuPlace, Memory};
 use crate::error::Kind;
 use crate::formats::{Adapter, Checkpoint, HostData, HostTensor, StateDict};
 use crate::lora::{self, Match};
 use crate::progress::Progress;
 use crate::random::{Philox, Purpose};
 use crate::segformer::{
-    BATCH_COUNTER, Id, Model, ModelOptions, Module, Role, SegformerConfig, StepRandom, TensorSpec, Trainable, modules,
+    BATCH_COUNTER, Id, Model, ModelOptions, Module, Role, SegformerConfig, TensorSpec, Trainable, modules,
 };
 use crate::system::check_memory;
 use crate::{Error, Result};
@@ -333,7 +331,7 @@ const WIDEST_HEAD: usize = 64;
 /// Images for which buffers are reserved on trial where more are asked for.
 const TRIAL: usize = 32;
 
-/// A model on the CPU that holds `tensors`.
+/// A model on the CPU that holds `tensors`, and the plan of its memory.
 ///
 /// # Errors
 /// When the memory does not suffice.
@@ -342,7 +340,7 @@ pub(super) fn on_cpu(
     options: ModelOptions,
     trainable: &Trainable,
     tensors: &StateDict,
-) -> Result<Model<Cpu<f32>>> {
+) -> Result<(Model<Cpu<f32>>, MemoryPlan)> {
     let planned = |batch: usize| {
         let model = Model::new(Cpu::new(None)?, config, ModelOptions { batch, ..options }, trainable);
         check_memory(model.planned_bytes(), options.batch, options.size)?;
@@ -354,10 +352,12 @@ pub(super) fn on_cpu(
     }
     let mut model = planned(options.batch)?;
     load(&mut model, tensors);
-    Ok(model)
+    let plan = MemoryPlan::on_cpu(&model);
+    Ok((model, plan))
 }
 
-/// A model on a GPU that holds `tensors`, in one block of memory that suffices for all it will do.
+/// A model on a GPU that holds `tensors`, in one block of memory that suffices for all it will do, and the plan of that memory.
+/// `lower` says how the user asks for smaller batches.
 ///
 /// # Errors
 /// When the memory does not suffice, with the batch that would fit; or when the device fails.
@@ -367,7 +367,8 @@ pub(super) fn on_gpu(
     options: ModelOptions,
     trainable: &Trainable,
     tensors: &StateDict,
-) -> Result<Model<Gpu>> {
+    lower: &dyn Fn(usize) -> String,
+) -> Result<(Model<Gpu>, MemoryPlan)> {
     let head = |(channels, heads): (&usize, &usize)| channels / heads;
     if let Some(head) = config.hidden_sizes.iter().zip(&config.num_attention_heads).map(head).find(|&h| h > WIDEST_HEAD)
     {
@@ -378,80 +379,11 @@ pub(super) fn on_gpu(
             ),
         ));
     }
-    let planned = |batch, saves| planned_on_gpu(config, ModelOptions { batch, ..options }, trainable, saves, |_| ());
-    let bytes = |model: &Model<Cuda<Dry>>| model.backend().device().bytes();
-    let room = gpu.room()?;
-    let mut plan = planned(options.batch, false);
-    if bytes(&plan) > room {
-        plan = planned(options.batch, true);
-    }
-    if bytes(&plan) > room {
-        // Memory grows with the batch.
-        let fits = |&batch: &usize| bytes(&planned(batch, true)) <= room;
-        let fitting = (1..options.batch).collect::<Vec<_>>().partition_point(fits);
-        let remedy = match fitting {
-            0 => "not even one fits: lower --size".into(),
-            n => format!("{n} would fit: --batch-size {n}, and raise --grad-accum"),
-        };
-        return Err(Error::new(
-            Kind::Device,
-            format!(
-                "{}: batches of {} images at {3} x {3} need {:.2} GB, {4:.2} GB may be used; {remedy}",
-                gpu.driver.name(),
-                options.batch,
-                bytes(&plan) as f64 / 1e9,
-                options.size,
-                room as f64 / 1e9,
-            ),
-        ));
-    }
-    let mut model = Model::new(gpu.backend(plan.backend())?, config, options, trainable);
+    let Planned { model: dry, plan } = fit(config, options, trainable, (gpu.driver.name(), gpu.room()?), lower)?;
+    let mut model = Model::new(gpu.backend(dry.backend())?, config, options, trainable);
     load(&mut model, tensors);
     model.backend().check()?;
-    Ok(model)
-}
-
-/// A model on a device that only counts, after all that a run does: what its device has handed out is what a run needs.
-/// Calls `between` when the model is made, after a training step over a whole batch (if it trains), and after an evaluation.
-pub(super) fn planned_on_gpu(
-    config: &SegformerConfig,
-    options: ModelOptions,
-    trainable: &Trainable,
-    saves: bool,
-    between: impl FnMut(&Model<Cuda<Dry>>),
-) -> Model<Cuda<Dry>> {
-    let new = || Cuda::new(Dry::default()).saving_memory(saves);
-    // The rooms that operations share do not always grow with the batch, so every size a batch may have is tried.
-    let mut scout = Model::new(new(), config, options, trainable);
-    for images in 1..=options.batch {
-        dry_steps(&mut scout, images, |_| ());
-    }
-    let backend = new();
-    backend.reserve(scout.backend().rooms());
-    let mut model = Model::new(backend, config, options, trainable);
-    dry_steps(&mut model, options.batch, between);
-    model
-}
-
-/// A training step (one micro-batch, one update) if the model trains, and an evaluation, on blank pictures.
-fn dry_steps(model: &mut Model<Cuda<Dry>>, images: usize, mut between: impl FnMut(&Model<Cuda<Dry>>)) {
-    let size = model.size();
-    let (pixels, labels) = (vec![0; size * size * 3], vec![0; size * size]);
-    let blank = |index| Sample { index, pixels: &pixels, labels: &labels, augment: Augment::IDENTITY };
-    let samples: Vec<Sample<'_>> = (0..images).map(blank).collect();
-    model.refresh();
-    let mut moments = model.moments();
-    between(model);
-    if !moments.first.is_empty() {
-        let options = TrainOptions::default();
-        model.clear_gradients();
-        model.train_micro_batch(&samples, 1.0, StepRandom { seed: 0, step: 0 });
-        model.finish_gradients();
-        model.update(&adamw(&options, options.lr, 1), &vec![true; moments.first.len()], &mut moments);
-    }
-    between(model);
-    model.evaluate(&samples);
-    between(model);
+    Ok((model, plan))
 }
 
 /// Puts tensors into a model and makes what is derived from them.

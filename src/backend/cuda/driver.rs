@@ -247,13 +247,51 @@ fn device_error(message: impl Into<String>) -> Error {
     Error::new(Kind::Device, message)
 }
 
+/// Why there is no GPU of this number among `count`, if there is none.
+fn missing(ordinal: usize, count: i32) -> Option<String> {
+    match usize::try_from(count).unwrap_or(0) {
+        0 => Some("the NVIDIA driver finds no GPU: use --device cpu".into()),
+        count if ordinal < count => None,
+        1 => Some(format!("there is no GPU {ordinal}: one is there; use --device cuda:0")),
+        count => Some(format!("there is no GPU {ordinal}: use --device cuda:0 to cuda:{}", count - 1)),
+    }
+}
+
+/// What it means that a GPU of this compute capability did not take the kernels.
+fn refused((major, minor): (i32, i32), code: sys::CUresult) -> String {
+    use sys::CUresult as Code;
+    let why = match code {
+        Code::CUDA_ERROR_NO_BINARY_FOR_GPU => format!(
+            "this build holds no code for its compute capability {major}.{minor}: add it to ARCHITECTURES in build.rs and build \
+             again, or use --device cpu"
+        ),
+        Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION | Code::CUDA_ERROR_INVALID_IMAGE | Code::CUDA_ERROR_INVALID_PTX => {
+            "its driver is too old for the kernels: install driver 580 or newer, or build with the CUDA of this one"
+                .into()
+        }
+        Code::CUDA_ERROR_JIT_COMPILER_NOT_FOUND | Code::CUDA_ERROR_JIT_COMPILATION_DISABLED => format!(
+            "this build holds code for its compute capability {major}.{minor} as PTX alone, which the driver does not compile \
+             here: add it to ARCHITECTURES in build.rs and build again, or let the driver (CUDA_DISABLE_PTX_JIT)"
+        ),
+        Code::CUDA_ERROR_OUT_OF_MEMORY => {
+            "has no memory free for the kernels: end other programs on it, or use another".into()
+        }
+        _ => "does not load the kernels: see whether nvidia-smi finds it in order, or use --device cpu".into(),
+    };
+    format!("{why} ({code:?})")
+}
+
 impl Driver {
     /// Opens GPU number `ordinal`, with everything the backend needs.
     ///
     /// # Errors
     /// What is missing, with its remedy: kernels in this build, the driver, the GPU, cuBLASLt, or one too old.
     pub fn open(ordinal: usize) -> Result<Self> {
-        let Some(image) = KERNELS else {
+        Self::open_with(KERNELS, ordinal)
+    }
+
+    fn open_with(kernels: Option<&[u8]>, ordinal: usize) -> Result<Self> {
+        let Some(image) = kernels else {
             return Err(device_error(
                 "this build has no CUDA kernels: run tools/get-nvcc.sh and build again, or use --device cpu",
             ));
@@ -278,10 +316,8 @@ impl Driver {
         }
         let count = CudaContext::device_count()
             .map_err(|e| device_error(format!("the NVIDIA driver finds no GPU ({e}): use --device cpu")))?;
-        if ordinal as i64 >= i64::from(count) {
-            return Err(device_error(format!(
-                "there is no GPU {ordinal}: {count} found, numbered from 0; use --device cuda:0"
-            )));
+        if let Some(problem) = missing(ordinal, count) {
+            return Err(device_error(problem));
         }
         let failed = |what: &str| {
             let what = what.to_string();
@@ -299,7 +335,7 @@ impl Driver {
         // SAFETY: the image is a fatbin that nvcc made.
         let module = unsafe { cuda::module::load_data(image.as_ptr().cast()) }
             .map(Module)
-            .map_err(failed("refuses the kernels; the driver may be too old (580 or newer is needed)"))?;
+            .map_err(|e| device_error(format!("GPU {ordinal}: {}", refused(capability, e.0))))?;
         let products = Products::new().map_err(|e| device_error(format!("GPU {ordinal}: cuBLASLt: {e}")))?;
         let line = Arc::new(Line { stream, recording: Mutex::new(None), recorded: Condvar::new() });
         let workspace = allocate(&line, ordinal, WORKSPACE)?;
@@ -800,4 +836,41 @@ fn plan(handle: lt::cublasLtHandle_t, shape: Shape) -> std::result::Result<Plan,
         found?
     };
     Ok(Plan { description, left, right, result, algorithm: found.algo })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_build_without_kernels_says_how_to_get_them() {
+        let Err(error) = Driver::open_with(None, 0) else { panic!("there is nothing to run") };
+        assert_eq!(error.kind, Kind::Device);
+        assert!(error.to_string().contains("no CUDA kernels: run tools/get-nvcc.sh and build again"), "{error}");
+    }
+
+    #[test]
+    fn a_gpu_that_is_not_there() {
+        assert_eq!((missing(0, 1), missing(3, 4)), (None, None));
+        for (ordinal, count, advice) in [(0, 0, "--device cpu"), (1, 1, "--device cuda:0"), (7, 4, "cuda:0 to cuda:3")]
+        {
+            let said = missing(ordinal, count).expect("it is not there");
+            assert!(said.ends_with(advice), "{said}");
+        }
+    }
+
+    #[test]
+    fn kernels_that_do_not_load_have_their_reasons() {
+        use sys::CUresult as Code;
+        for (code, words) in [
+            (Code::CUDA_ERROR_NO_BINARY_FOR_GPU, "no code for its compute capability 12.1: add it to ARCHITECTURES"),
+            (Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION, "driver is too old for the kernels: install driver 580"),
+            (Code::CUDA_ERROR_JIT_COMPILATION_DISABLED, "12.1 as PTX alone"),
+            (Code::CUDA_ERROR_OUT_OF_MEMORY, "no memory free"),
+            (Code::CUDA_ERROR_ECC_UNCORRECTABLE, "see whether nvidia-smi"),
+        ] {
+            let said = refused((12, 1), code);
+            assert!(said.contains(words) && !said.contains('\n'), "{code:?}: {said}");
+        }
+    }
 }
