@@ -422,7 +422,7 @@ fn evaluation_leaves_training_as_it_was() {
         model.set(Id(i), &values.collect::<Vec<f32>>());
     }
     model.refresh();
-    let mut step = |model: &mut Model<Cpu<f32>>| {
+    let step = |model: &mut Model<Cpu<f32>>| {
         model.clear_gradients();
         model.train_micro_batch(&samples, 1.0, StepRandom { seed: 3, step: 1 });
         model.finish_gradients();
