@@ -406,6 +406,36 @@ fn threads_that_share_a_picture_do_not_change_a_bit() {
     }
 }
 
+/// Evaluation may multiply less precisely than training does, between whose steps it stands.
+#[test]
+fn evaluation_leaves_training_as_it_was() {
+    let size = 64;
+    let pixels: Vec<u8> = (0..size * size * 3).map(|at| (at * 31 % 251) as u8).collect();
+    let labels: Vec<u8> = (0..size * size).map(|at| u8::from(at % 5 == 0)).collect();
+    let samples = [Sample { index: 0, pixels: &pixels, labels: &labels, augment: Augment::IDENTITY }];
+    let options = ModelOptions { size, batch: 1 };
+    let backend = Cpu::<f32>::new(Some(2)).expect("threads");
+    let mut model = Model::new(backend, &SegformerConfig::default(), options, &Trainable::Everything);
+    let stream = Philox::new(2, Purpose::Demo, 0, 0);
+    for i in 0..model.plan().specs.len() {
+        let values = (0..model.plan().specs[i].len()).map(|at| 0.1 + 0.1 * stream.uniform((i * 7919 + at) as u64));
+        model.set(Id(i), &values.collect::<Vec<f32>>());
+    }
+    model.refresh();
+    let step = |model: &mut Model<Cpu<f32>>| {
+        model.clear_gradients();
+        model.train_micro_batch(&samples, 1.0, StepRandom { seed: 3, step: 1 });
+        model.finish_gradients();
+        let gradients = model.trained().map(|(_, id)| model.gradient(id).expect("a trained tensor has one"));
+        (model.training_logits(1).concat(), gradients.collect::<Vec<_>>().concat())
+    };
+    let before = step(&mut model);
+    assert!(before.1.iter().all(|x| x.is_finite()) && before.1.iter().any(|x| *x != 0.0));
+    let evaluated = [model.logits(&samples).concat(), model.logits(&samples).concat()];
+    assert!(evaluated[0] == evaluated[1]);
+    assert!(step(&mut model) == before);
+}
+
 /// Every part of the starting point that is wrong is named.
 #[test]
 fn a_start_that_does_not_fit_is_refused() {

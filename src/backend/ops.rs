@@ -115,6 +115,12 @@ pub trait Memory: Send + Sync + Sized {
     /// Where storage lies: a number that no other living storage of this backend shares, unless it is empty.
     fn place(&self, x: &Self::Full) -> u64;
 
+    /// Does `work`: forward passes that no backward pass follows, whose products a device may then make less precisely than
+    /// gradients would need.
+    fn evaluating<R>(&self, work: impl FnOnce() -> R) -> R {
+        work()
+    }
+
     /// Pictures that are processed together as one unit when a batch holds `images`.
     fn images_per_unit(&self, images: usize) -> usize;
     /// Whether activations that are cheap to make again are kept for the backward pass all the same: on a device whose time

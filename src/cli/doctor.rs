@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::args::DeviceArgs;
 use super::{Context, args, output};
-use crate::backend::cpu::simd_level;
+use crate::backend::cpu::{has_matrix_units, simd_level};
 use crate::backend::cuda::{self, Cuda, Driver, Work};
 use crate::backend::{Choice, Place};
 use crate::error::{Error, Result};
@@ -291,6 +291,11 @@ impl Machine {
         }
         if cuda_backend != Some(true) {
             notes.push("on a CPU, try `ablate --demo`, or --size 128 and fewer epochs".into());
+        }
+        if has_matrix_units() {
+            notes.push(
+                "evaluation on the CPU multiplies in matrix units (AMX); SEGPEFT_AMX=0 makes it use vectors".into(),
+            );
         }
         if !optimised_build {
             notes.push("this is a debug build, many times slower: build with `cargo build --release`".into());

@@ -612,11 +612,13 @@ impl<B: Backend> Model<B> {
             let key = [phase as u64, batch.len() as u64];
             backend.repeat(&key, &Inputs { samples: batch, size, ..Inputs::default() }, || {
                 backend.running_stats(mean, var, decoder.width, stats);
-                backend.each_unit(units, &mut slots, workers, |u, unit, (), worker| {
-                    let pass = Pass { backend, tensors, images: part(u).len(), random: None };
-                    encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, worker);
-                    decoder.forward_evaluation(&pass, stats, &unit.stages, &mut unit.decoder, &mut worker.scratch);
-                    inside(backend, size, part(u), unit);
+                backend.evaluating(|| {
+                    backend.each_unit(units, &mut slots, workers, |u, unit, (), worker| {
+                        let pass = Pass { backend, tensors, images: part(u).len(), random: None };
+                        encoder::forward(&pass, &plan.stages, part(u), &mut unit.stages, worker);
+                        decoder.forward_evaluation(&pass, stats, &unit.stages, &mut unit.decoder, &mut worker.scratch);
+                        inside(backend, size, part(u), unit);
+                    });
                 });
             });
             for (u, unit) in units.iter_mut().enumerate() {

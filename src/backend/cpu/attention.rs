@@ -2,8 +2,9 @@
 
 use super::layer_norm::{fold, sum};
 use super::linear::{View, product};
-use super::room::with_room;
+use super::room::{take, with_room};
 use super::simd::{LANES, Level, vectorised};
+use super::tiles::{self as units, Start, Step};
 use super::{Buffer, Cpu, Real};
 use crate::backend::{Attention, AttentionShape};
 
@@ -81,27 +82,94 @@ pub(super) fn tiles<'a, T: Real>(
     })
 }
 
+/// Keys and values as products read them.
+#[derive(Clone, Copy)]
+pub(super) struct Keys<'a, T> {
+    k: &'a [T],
+    v: &'a [T],
+    shape: AttentionShape,
+    /// Those of each head of each picture, packed for [`units`], of numbers that are f32; empty where they are read as they are.
+    packed: &'a [Step],
+}
+
+impl<'a, T: Real> Keys<'a, T> {
+    /// In as much room as [`Cpu::packed_keys`] says.
+    pub fn new(k: &'a [T], v: &'a [T], shape: AttentionShape, room: &'a mut [T]) -> Self {
+        let AttentionShape { images, heads, head: width, keys, .. } = shape;
+        let packed: &mut [Step] = bytemuck::cast_slice_mut(room);
+        if !packed.is_empty() {
+            let (k, v) = (bytemuck::cast_slice(k), bytemuck::cast_slice(v));
+            let mut rest = &mut packed[..];
+            for (image, head) in (0..images).flat_map(|image| (0..heads).map(move |head| (image, head))) {
+                let of_head = |x| head_view(x, shape, image * keys, head);
+                let (of_k, of_v) = (units::steps(keys, width), units::steps(width, keys));
+                units::pack(of_head(k).t(), (keys, width), scale(width) as f32, take(&mut rest, of_k));
+                units::pack(of_head(v), (width, keys), 1.0, take(&mut rest, of_v));
+            }
+        }
+        Self { k, v, shape, packed }
+    }
+
+    /// The packed keys and values of a head.
+    fn of_head(&self, image: usize, head: usize) -> (&'a [Step], &'a [Step]) {
+        let AttentionShape { heads, head: width, keys, .. } = self.shape;
+        let (of_k, of_v) = (units::steps(keys, width), units::steps(width, keys));
+        self.packed[(image * heads + head) * (of_k + of_v)..][..of_k + of_v].split_at(of_k)
+    }
+
+    /// Sets `scores` to the scaled products of `count` queries with the keys.
+    fn scores(&self, count: usize, q: View<'_, T>, image: usize, head: usize, scores: &mut [T]) {
+        let AttentionShape { head: width, keys, .. } = self.shape;
+        let size = (count, keys, width);
+        if self.packed.is_empty() {
+            let k = head_view(self.k, self.shape, image * keys, head);
+            return product(size, T::of(scale(width)), q, k.t(), scores, 0, keys, false);
+        }
+        let (k, _) = self.of_head(image, head);
+        units::product(size, q.cast(), k, Start::Row(None), bytemuck::cast_slice_mut(scores), keys);
+    }
+
+    /// Sets a head's columns of `count` rows of o to the products of `scores` with the values.
+    fn values(&self, count: usize, scores: &[T], image: usize, head: usize, o: &mut [T]) {
+        let AttentionShape { heads, head: width, keys, .. } = self.shape;
+        let (size, scores, channels) = ((count, width, keys), View::rows(scores, keys), heads * width);
+        if self.packed.is_empty() {
+            let v = head_view(self.v, self.shape, image * keys, head);
+            return product(size, T::ONE, scores, v, o, head * width, channels, false);
+        }
+        let (_, v) = self.of_head(image, head);
+        let o = &mut bytemuck::cast_slice_mut(o)[head * width..];
+        units::product(size, scores.cast(), v, Start::Row(None), o, channels);
+    }
+}
+
+/// What the products of queries with keys are multiplied with.
+fn scale(width: usize) -> f64 {
+    1.0 / (width as f64).sqrt()
+}
+
+impl<T: Real> Cpu<T> {
+    /// Numbers of room for [`Keys`].
+    pub(super) fn packed_keys(&self, AttentionShape { images, heads, head, keys, .. }: AttentionShape) -> usize {
+        images * heads * (self.packed(keys, head) + self.packed(head, keys))
+    }
+}
+
 /// Attention of the queries q from `token` on, as many as `o` has room for, to keys and values of picture `image`; `scores` is
 /// room for a number per query and key.
 pub(super) fn attend<'l, T: Real>(
     (q, token): (&[T], usize),
-    (k, v, image): (&[T], &[T], usize),
-    shape: AttentionShape,
+    (key_values, image): (Keys<'_, T>, usize),
     scores: &mut [T],
     o: &mut [T],
     mut lse: impl Iterator<Item = &'l mut [T]>,
 ) {
+    let shape = key_values.shape;
     let AttentionShape { heads, head: width, keys, .. } = shape;
     let channels = heads * width;
-    let scale = T::of(1.0 / (width as f64).sqrt());
     let count = o.len() / channels;
     for head in 0..heads {
-        let (qt, kt, vt) = (
-            head_view(q, shape, token, head),
-            head_view(k, shape, image * keys, head),
-            head_view(v, shape, image * keys, head),
-        );
-        product((count, keys, width), scale, qt, kt.t(), scores, 0, keys, false);
+        key_values.scores(count, head_view(q, shape, token, head), image, head, scores);
         let (mut shares, mut logarithms) = ([T::ZERO; TILE], [T::ZERO; TILE]);
         vectorised(
             #[inline(always)]
@@ -118,7 +186,7 @@ pub(super) fn attend<'l, T: Real>(
         if let Some(lse) = lse.next() {
             lse.copy_from_slice(&logarithms[..count]);
         }
-        product((count, width, keys), T::ONE, View::rows(scores, keys), vt, o, head * width, channels, false);
+        key_values.values(count, scores, image, head, o);
         // The outputs are shorter than the scores, so they are what is divided by the denominators.
         for (o, share) in o.chunks_exact_mut(channels).zip(shares) {
             for o in &mut o[head * width..][..width] {
@@ -138,9 +206,12 @@ impl<T: Real> Attention for Cpu<T> {
         o: &mut Buffer<T>,
         lse: &mut Buffer<T>,
     ) {
-        self.each(tiles(shape, o, Some(lse)), |Tile { image, token, out: o, lse }| {
-            with_room([TILE * shape.keys], |[scores]| {
-                attend((q, token), (k, v, image), shape, scores, o, lse.into_iter())
+        with_room([self.packed_keys(shape)], |[room]| {
+            let keys = Keys::new(k, v, shape, room);
+            self.each(tiles(shape, o, Some(lse)), |Tile { image, token, out: o, lse }| {
+                with_room([TILE * shape.keys], |[scores]| {
+                    attend((q, token), (keys, image), scores, o, lse.into_iter());
+                });
             });
         });
     }

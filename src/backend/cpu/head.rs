@@ -1,6 +1,6 @@
 //! BatchNorm, ReLU and dropout at the end of the decoder.
 
-use super::linear::linear;
+use super::linear::{Weights, linear};
 use super::resize::{resize_line, spread_line};
 use super::room::{strip, with_room};
 use super::simd::{Level, each, vectorised};
@@ -177,35 +177,42 @@ impl<T: Real> Head for Cpu<T> {
         let strip = strip(to);
         let lines = self.share((to.images * to.height).div_ceil(strip), 1) * strip;
         let logits = logits[..to.rows() * labels].chunks_mut(lines * logit_line);
-        self.each(logits.enumerate(), |(share, logits)| {
-            with_room([strip * line, line], |[room, activation]| {
-                for (number, logits) in logits.chunks_mut(strip * logit_line).enumerate() {
-                    let (start, count) = (share * lines + number * strip, logits.len() / logit_line);
-                    let room = &mut room[..count * line];
-                    match &first {
-                        Some(FirstStage { tokens, weight, bias, inputs }) => {
-                            let product = Product { rows: count * to.width, inputs: *inputs, outputs: channels };
-                            let tokens = &tokens[start * to.width * inputs..];
-                            linear(tokens, weight, bias.map(|bias| &bias[..]), product, room, false);
+        let inputs = first.as_ref().map_or(0, |first| first.inputs);
+        with_room([self.packed(channels, inputs)], |[packed]| {
+            let first = first.map(|FirstStage { tokens, weight, bias, inputs }| {
+                let product = Product { rows: 0, inputs, outputs: channels };
+                (tokens, Weights::new(weight, product, packed), bias, product)
+            });
+            self.each(logits.enumerate(), |(share, logits)| {
+                with_room([strip * line, line], |[room, activation]| {
+                    for (number, logits) in logits.chunks_mut(strip * logit_line).enumerate() {
+                        let (start, count) = (share * lines + number * strip, logits.len() / logit_line);
+                        let room = &mut room[..count * line];
+                        match &first {
+                            Some((tokens, weight, bias, product)) => {
+                                let product = Product { rows: count * to.width, ..*product };
+                                let tokens = &tokens[start * to.width * product.inputs..];
+                                linear(tokens, *weight, bias.map(|bias| &bias[..]), product, room, false);
+                            }
+                            None => room.copy_from_slice(&z[start * line..][..count * line]),
                         }
-                        None => room.copy_from_slice(&z[start * line..][..count * line]),
+                        for (row, (z, logits)) in
+                            room.chunks_exact_mut(line).zip(logits.chunks_exact_mut(logit_line)).enumerate()
+                        {
+                            vectorised(
+                                #[inline(always)]
+                                |level| {
+                                    for (part, from) in parts {
+                                        resize_line(part, *from, to, channels, start + row, z, true);
+                                    }
+                                    activate(z, norm, None, 0, channels, activation, level);
+                                },
+                            );
+                            let product = Product { rows: to.width, inputs: channels, outputs: labels };
+                            linear(activation, Weights::Plain(weight), Some(bias), product, logits, false);
+                        }
                     }
-                    for (row, (z, logits)) in
-                        room.chunks_exact_mut(line).zip(logits.chunks_exact_mut(logit_line)).enumerate()
-                    {
-                        vectorised(
-                            #[inline(always)]
-                            |level| {
-                                for (part, from) in parts {
-                                    resize_line(part, *from, to, channels, start + row, z, true);
-                                }
-                                activate(z, norm, None, 0, channels, activation, level);
-                            },
-                        );
-                        let product = Product { rows: to.width, inputs: channels, outputs: labels };
-                        linear(activation, weight, Some(bias), product, logits, false);
-                    }
-                }
+                });
             });
         });
     }

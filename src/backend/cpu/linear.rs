@@ -1,7 +1,11 @@
-//! Products of tokens with weights, on the `gemm` crate.
+//! Products of tokens with weights, on the `gemm` crate; in evaluation on matrix units, where there are any.
+
+use std::any::TypeId;
 
 use super::layer_norm::accumulate;
+use super::room::with_room;
 use super::simd::{each, vectorised};
+use super::tiles::{self, Start, Step};
 use super::{Buffer, Cpu, Real};
 use crate::backend::{Linear, Product};
 
@@ -32,6 +36,15 @@ impl<'a, T> View<'a, T> {
     /// The transpose.
     pub fn t(self) -> Self {
         Self { row_stride: self.column_stride, column_stride: self.row_stride, ..self }
+    }
+
+    /// The same numbers under their own name.
+    pub fn cast<U: Real>(self) -> View<'a, U>
+    where
+        T: Real,
+    {
+        let Self { data, start, row_stride, column_stride } = self;
+        View { data: bytemuck::cast_slice(data), start, row_stride, column_stride }
     }
 
     fn holds(&self, rows: usize, columns: usize) -> bool {
@@ -83,29 +96,66 @@ pub(super) fn product<T: Real>(
     }
 }
 
+/// Weights `(outputs, inputs)` as a product reads them.
+#[derive(Clone, Copy)]
+pub(super) enum Weights<'a, T> {
+    /// As they are.
+    Plain(&'a [T]),
+    /// Packed for [`tiles`], of numbers that are f32.
+    Tiles(&'a [Step]),
+}
+
+impl<'a, T: Real> Weights<'a, T> {
+    /// Those of products like `p`, in as much room as [`Cpu::packed`] says: of none, as they are.
+    pub fn new(w: &'a [T], p: Product, room: &'a mut [T]) -> Self {
+        if room.is_empty() {
+            return Self::Plain(w);
+        }
+        let steps = bytemuck::cast_slice_mut(room);
+        tiles::pack(View::rows(bytemuck::cast_slice(w), p.inputs).t(), (p.outputs, p.inputs), 1.0, steps);
+        Self::Tiles(steps)
+    }
+}
+
 /// `y = x·Wᵀ + bias`, plus y itself with `add`.
-pub(super) fn linear<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, p: Product, y: &mut [T], add: bool) {
+pub(super) fn linear<T: Real>(x: &[T], w: Weights<'_, T>, bias: Option<&[T]>, p: Product, y: &mut [T], add: bool) {
+    let w = match w {
+        Weights::Plain(w) => w,
+        Weights::Tiles(w) => {
+            if let Some(bias) = bias.filter(|_| add) {
+                add_bias(bias, p, y, true);
+            }
+            let start = if add { Start::Itself } else { Start::Row(bias.map(bytemuck::cast_slice)) };
+            let (x, y) = (View::rows(bytemuck::cast_slice(x), p.inputs), bytemuck::cast_slice_mut(y));
+            return tiles::product((p.rows, p.outputs, p.inputs), x, w, start, y, p.outputs);
+        }
+    };
     if p.outputs < NARROW {
         return dots(x, w, bias, p, y, add);
     }
     if let Some(bias) = bias {
-        let y = &mut y[..p.rows * p.outputs];
-        vectorised(
-            #[inline(always)]
-            |_| {
-                for row in y.chunks_exact_mut(p.outputs) {
-                    if add {
-                        each([bias], row, |[b], y| y + b);
-                    } else {
-                        each([bias], row, |[b], _| b);
-                    }
-                }
-            },
-        );
+        add_bias(bias, p, y, add);
     }
     let add = add || bias.is_some();
     let size = (p.rows, p.outputs, p.inputs);
     product(size, T::ONE, View::rows(x, p.inputs), View::rows(w, p.inputs).t(), y, 0, p.outputs, add);
+}
+
+/// Sets every row of y to the bias, plus itself with `add`.
+fn add_bias<T: Real>(bias: &[T], p: Product, y: &mut [T], add: bool) {
+    let y = &mut y[..p.rows * p.outputs];
+    vectorised(
+        #[inline(always)]
+        |_| {
+            for row in y.chunks_exact_mut(p.outputs) {
+                if add {
+                    each([bias], row, |[b], y| y + b);
+                } else {
+                    each([bias], row, |[b], _| b);
+                }
+            }
+        },
+    );
 }
 
 /// [`linear`] output by output: a matrix this narrow leaves the lanes of the matrix kernels empty.
@@ -126,6 +176,15 @@ fn dots<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, p: Product, y: &mut [T], 
 }
 
 impl<T: Real> Cpu<T> {
+    /// Numbers of room for the packed right side of a product of `inputs` terms to `outputs` columns; 0 where it is read as it is.
+    pub(super) fn packed(&self, outputs: usize, inputs: usize) -> usize {
+        if TypeId::of::<T>() == TypeId::of::<f32>() && self.evaluates() && tiles::suit(outputs, inputs) {
+            tiles::steps(outputs, inputs) * size_of::<Step>() / size_of::<T>()
+        } else {
+            0
+        }
+    }
+
     /// Rows of a product that a thread of the unit takes. The last may be left with less, but not with fewer than [`FEWEST`].
     fn share_of_product(&self, rows: usize) -> usize {
         let part = |threads: usize| rows.div_ceil(threads).next_multiple_of(ROWS);
@@ -138,9 +197,12 @@ impl<T: Real> Linear for Cpu<T> {
     fn linear(&self, x: &Buffer<T>, w: &Buffer<T>, bias: Option<&Buffer<T>>, p: Product, y: &mut Buffer<T>, add: bool) {
         let rows = self.share_of_product(p.rows);
         let x = x[..p.rows * p.inputs].chunks(rows * p.inputs);
-        self.each(x.zip(y[..p.rows * p.outputs].chunks_mut(rows * p.outputs)), |(x, y)| {
-            let p = Product { rows: y.len() / p.outputs, ..p };
-            linear(x, w, bias.map(|bias| &bias[..]), p, y, add);
+        with_room([self.packed(p.outputs, p.inputs)], |[room]| {
+            let w = Weights::new(w, p, room);
+            self.each(x.zip(y[..p.rows * p.outputs].chunks_mut(rows * p.outputs)), |(x, y)| {
+                let p = Product { rows: y.len() / p.outputs, ..p };
+                linear(x, w, bias.map(|bias| &bias[..]), p, y, add);
+            });
         });
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
@@ -18,6 +18,8 @@ pub struct Cpu<T> {
     teams: Mutex<HashMap<usize, Arc<Vec<rayon::ThreadPool>>>>,
     /// Threads that a unit has at the moment.
     team: AtomicUsize,
+    /// Whether no backward pass follows what is done at the moment.
+    evaluates: AtomicBool,
     allocated: AtomicUsize,
     numbers: PhantomData<T>,
 }
@@ -30,8 +32,8 @@ impl<T: Real> Cpu<T> {
     pub fn new(threads: Option<usize>) -> Result<Self> {
         let pool = threads_of(threads.unwrap_or_else(rayon::current_num_threads))
             .map_err(|e| Error::new(Kind::Device, format!("cannot start the worker threads: {e}; try --threads 1")))?;
-        let (teams, team) = (Mutex::default(), AtomicUsize::new(1));
-        Ok(Self { pool, teams, team, allocated: AtomicUsize::new(0), numbers: PhantomData })
+        let (teams, team, evaluates) = (Mutex::default(), AtomicUsize::new(1), AtomicBool::new(false));
+        Ok(Self { pool, teams, team, evaluates, allocated: AtomicUsize::new(0), numbers: PhantomData })
     }
 
     /// Pools for `units` units that are under way at once; none where each has but one thread, or no more can be started.
@@ -52,6 +54,11 @@ impl<T: Real> Cpu<T> {
     /// Threads of the unit.
     pub(super) fn team(&self) -> usize {
         self.team.load(Ordering::Relaxed)
+    }
+
+    /// Whether no backward pass follows.
+    pub(super) fn evaluates(&self) -> bool {
+        self.evaluates.load(Ordering::Relaxed)
     }
 
     /// Rows of `rows` that a thread of the unit takes, a multiple of `step`. What operations compute does not depend on it.
@@ -160,6 +167,13 @@ impl<T: Real> Memory for Cpu<T> {
 
     fn place(&self, x: &Buffer<T>) -> u64 {
         x.as_ptr() as u64
+    }
+
+    fn evaluating<R>(&self, work: impl FnOnce() -> R) -> R {
+        self.evaluates.store(true, Ordering::Relaxed);
+        let result = work();
+        self.evaluates.store(false, Ordering::Relaxed);
+        result
     }
 
     fn images_per_unit(&self, _images: usize) -> usize {

@@ -2,7 +2,7 @@
 
 use super::depthwise::gelu_of_convolution;
 use super::layer_norm::normalise;
-use super::linear::linear;
+use super::linear::{Weights, linear};
 use super::residual::add_branch;
 use super::room::{strip, take, with_room};
 use super::{Buffer, Cpu, Real};
@@ -40,28 +40,43 @@ impl<T: Real> MixFfn for Cpu<T> {
         let (mut y, mut next, mut next_stats, mut stats) =
             (&mut y[..], &mut next[..], &mut next_stats[..], &mut stats[..]);
         let (mut normed, mut h) = (normed.map(|x| &mut x[..]), h.map(|x| &mut x[..]));
-        for image in 0..images {
-            let x = &x[image * height * line..][..height * line];
-            let factor = drop.map_or(T::ONE, |drop| T::of(f64::from(drop.factor(image as u64))));
-            let mut parts = Vec::new();
-            for first in (0..height).step_by(share) {
-                let count = share.min(height - first);
-                parts.push(Lines {
-                    first,
-                    y: take(&mut y, count * line),
-                    next: (take(&mut next, count * line), take(&mut next_stats, count * pairs)),
-                    stats: take(&mut stats, count * pairs),
-                    normed: normed.as_mut().map(|x| take(x, count * line)),
-                    h: h.as_mut().map(|x| take(x, count * wide)),
-                });
+        let expansion = Product { rows: 0, inputs: channels, outputs: hidden };
+        let contraction = Product { rows: 0, inputs: hidden, outputs: channels };
+        with_room([self.packed(hidden, channels), self.packed(channels, hidden)], |[expand, contract]| {
+            let products = (
+                Weights::new(weights.expand.0, expansion, expand),
+                Weights::new(weights.contract.0, contraction, contract),
+            );
+            for image in 0..images {
+                let x = &x[image * height * line..][..height * line];
+                let factor = drop.map_or(T::ONE, |drop| T::of(f64::from(drop.factor(image as u64))));
+                let mut parts = Vec::new();
+                for first in (0..height).step_by(share) {
+                    let count = share.min(height - first);
+                    parts.push(Lines {
+                        first,
+                        y: take(&mut y, count * line),
+                        next: (take(&mut next, count * line), take(&mut next_stats, count * pairs)),
+                        stats: take(&mut stats, count * pairs),
+                        normed: normed.as_mut().map(|x| take(x, count * line)),
+                        h: h.as_mut().map(|x| take(x, count * wide)),
+                    });
+                }
+                self.each(parts.into_iter(), |part| lines(x, grid, weights, products, factor, part));
             }
-            self.each(parts.into_iter(), |part| lines(x, grid, weights, factor, part));
-        }
+        });
     }
 }
 
-/// The lines of `part` of the picture x, strip by strip.
-fn lines<T: Real>(x: &[T], grid: Grid, weights: &FfnWeights<'_, Cpu<T>>, factor: T, mut part: Lines<'_, T>) {
+/// The lines of `part` of the picture x, strip by strip; `products`: weights of expansion and contraction.
+fn lines<T: Real>(
+    x: &[T],
+    grid: Grid,
+    weights: &FfnWeights<'_, Cpu<T>>,
+    products: (Weights<'_, T>, Weights<'_, T>),
+    factor: T,
+    mut part: Lines<'_, T>,
+) {
     let FfnWeights { norm, expand, mix, contract, next, channels, hidden } = *weights;
     let Grid { height, width, .. } = grid;
     let (line, wide, pairs) = (width * channels, width * hidden, 2 * width);
@@ -78,7 +93,7 @@ fn lines<T: Real>(x: &[T], grid: Grid, weights: &FfnWeights<'_, Cpu<T>>, factor:
             normalise(&x[start * line..stop * line], norm, channels, normed, stats);
             let p = Product { rows: count * width, inputs: channels, outputs: hidden };
             let h = &mut h[..count * wide];
-            linear(normed, expand.0, expand.1.map(|bias| &bias[..]), p, h, false);
+            linear(normed, products.0, expand.1.map(|bias| &bias[..]), p, h, false);
             if (first..end).contains(&start) {
                 let at = start - first;
                 part.stats[at * pairs..][..count * pairs].copy_from_slice(stats);
@@ -108,7 +123,7 @@ fn lines<T: Real>(x: &[T], grid: Grid, weights: &FfnWeights<'_, Cpu<T>>, factor:
             let there = Grid { images: 1, height: bottom - top, width };
             gelu_of_convolution(h, mix.0, mix.1, there, hidden, start - top..stop - top, g);
             let p = Product { rows: (stop - start) * width, inputs: hidden, outputs: channels };
-            linear(g, contract.0, contract.1.map(|bias| &bias[..]), p, branch, false);
+            linear(g, products.1, contract.1.map(|bias| &bias[..]), p, branch, false);
             let own = (start - first) * line..(stop - first) * line;
             let y = &mut part.y[own.clone()];
             add_branch(&x[start * line..stop * line], branch, factor, y);

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::layer_norm::normalise;
-use super::linear::{View, linear, product};
+use super::linear::{View, Weights, linear, product};
 use super::room::{strip, take, with_room};
 use super::simd::{each, vectorised};
 use super::{Buffer, Cpu, Real};
@@ -145,37 +145,41 @@ impl<T: Real> EmbedPixels for Cpu<T> {
         let (strip, line, pairs) = (strip(grid), grid.width * channels, 2 * grid.width);
         let share = self.share(grid.height.div_ceil(strip), 1) * strip;
         let (mut raw, mut stats) = kept.map(|(raw, stats)| (&mut raw[..], &mut stats[..])).unzip();
-        for (sample, y) in samples.iter().zip(y.chunks_mut(grid.height * line)) {
-            let mut parts = Vec::new();
-            for (part, y) in y.chunks_mut(share * line).enumerate() {
-                let count = y.len() / line;
-                let raw = raw.as_mut().map(|raw| take(raw, count * line));
-                let stats = stats.as_mut().map(|stats| take(stats, count * pairs));
-                parts.push((part * share, y, raw, stats));
-            }
-            self.each(parts.into_iter(), |(first, y, mut raw, mut stats)| {
-                let mut pixels = PixelWindows::new(sample, size, window);
-                let rooms = [strip * grid.width * row, strip * line, strip * pairs];
-                with_room(rooms, |[patches, raw_room, stats_room]| {
-                    for (number, y) in y.chunks_mut(strip * line).enumerate() {
-                        let (start, count) = (number * strip, y.len() / line);
-                        let patches = &mut patches[..count * grid.width * row];
-                        let raw = match &mut raw {
-                            Some(raw) => &mut raw[start * line..][..count * line],
-                            None => &mut raw_room[..count * line],
-                        };
-                        let stats = match &mut stats {
-                            Some(stats) => &mut stats[start * pairs..][..count * pairs],
-                            None => &mut stats_room[..count * pairs],
-                        };
-                        pixels.gather(first + start, grid.width, patches);
-                        let product = Product { rows: count * grid.width, inputs: row, outputs: channels };
-                        linear(patches, w, bias.map(|bias| &bias[..]), product, raw, false);
-                        normalise(raw, norm, channels, y, stats);
-                    }
+        let product = Product { rows: 0, inputs: row, outputs: channels };
+        with_room([self.packed(channels, row)], |[room]| {
+            let w = Weights::new(w, product, room);
+            for (sample, y) in samples.iter().zip(y.chunks_mut(grid.height * line)) {
+                let mut parts = Vec::new();
+                for (part, y) in y.chunks_mut(share * line).enumerate() {
+                    let count = y.len() / line;
+                    let raw = raw.as_mut().map(|raw| take(raw, count * line));
+                    let stats = stats.as_mut().map(|stats| take(stats, count * pairs));
+                    parts.push((part * share, y, raw, stats));
+                }
+                self.each(parts.into_iter(), |(first, y, mut raw, mut stats)| {
+                    let mut pixels = PixelWindows::new(sample, size, window);
+                    let rooms = [strip * grid.width * row, strip * line, strip * pairs];
+                    with_room(rooms, |[patches, raw_room, stats_room]| {
+                        for (number, y) in y.chunks_mut(strip * line).enumerate() {
+                            let (start, count) = (number * strip, y.len() / line);
+                            let patches = &mut patches[..count * grid.width * row];
+                            let raw = match &mut raw {
+                                Some(raw) => &mut raw[start * line..][..count * line],
+                                None => &mut raw_room[..count * line],
+                            };
+                            let stats = match &mut stats {
+                                Some(stats) => &mut stats[start * pairs..][..count * pairs],
+                                None => &mut stats_room[..count * pairs],
+                            };
+                            pixels.gather(first + start, grid.width, patches);
+                            let product = Product { rows: count * grid.width, ..product };
+                            linear(patches, w, bias.map(|bias| &bias[..]), product, raw, false);
+                            normalise(raw, norm, channels, y, stats);
+                        }
+                    });
                 });
-            });
-        }
+            }
+        });
     }
 
     fn embed_pixels_backward(

@@ -16,29 +16,31 @@ pub(super) fn strip(grid: Grid) -> usize {
 }
 
 thread_local! {
-    /// Room of this thread, kept from call to call, as raw 8-byte words so that one store serves every number type.
-    static ROOM: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
+    /// Rooms of this thread that nobody is in, kept from call to call, as raw 8-byte words so that one store serves every number
+    /// type. There are as many as calls stand within one another; the last serves the outermost.
+    static ROOMS: RefCell<Vec<Vec<u64>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Calls `work` with rooms for so many numbers each, which begin at cache lines and hold whatever was left there. They live as
-/// long as the thread; `work` must not ask for more.
+/// long as the thread.
 pub(super) fn with_room<T: Real, R, const N: usize>(lens: [usize; N], work: impl FnOnce([&mut [T]; N]) -> R) -> R {
     let line = LINE / size_of::<T>();
-    ROOM.with_borrow_mut(|words| {
-        let whole = lens.map(|len| len.next_multiple_of(line));
-        let needed = (whole.iter().sum::<usize>() + line) * size_of::<T>() / size_of::<u64>();
-        if words.len() < needed {
-            words.resize(needed, 0);
-        }
-        let numbers: &mut [T] = bytemuck::cast_slice_mut(words);
-        let start = numbers.as_ptr().align_offset(LINE).min(line);
-        let mut rest = &mut numbers[start..];
-        work(std::array::from_fn(|i| {
-            let (room, others) = std::mem::take(&mut rest).split_at_mut(whole[i]);
-            rest = others;
-            &mut room[..lens[i]]
-        }))
-    })
+    let whole = lens.map(|len| len.next_multiple_of(line));
+    let needed = (whole.iter().sum::<usize>() + line) * size_of::<T>() / size_of::<u64>();
+    let mut words = ROOMS.with_borrow_mut(Vec::pop).unwrap_or_default();
+    if words.len() < needed {
+        words.resize(needed, 0);
+    }
+    let numbers: &mut [T] = bytemuck::cast_slice_mut(&mut words);
+    let start = numbers.as_ptr().align_offset(LINE).min(line);
+    let mut rest = &mut numbers[start..];
+    let result = work(std::array::from_fn(|i| {
+        let (room, others) = std::mem::take(&mut rest).split_at_mut(whole[i]);
+        rest = others;
+        &mut room[..lens[i]]
+    }));
+    ROOMS.with_borrow_mut(|rooms| rooms.push(words));
+    result
 }
 
 /// The first `len` numbers, which are left out from then on.
