@@ -14,9 +14,9 @@ use criterion::{Criterion, SamplingMode, Throughput};
 use segpeft_native::backend::cuda::{Cuda, Driver, Spent};
 use segpeft_native::backend::{
     Attention, AttentionBranch, AttentionInput, AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights,
-    BatchNormView, Classifier, Depthwise, Dropout, EmbedPixels, FfnOutputs, FfnWeights, FirstGradient, FirstStage,
-    Grid, Head, HeadPass, InFront, LayerNorm, Linear, Loss, Memory, MixFfn, MixFfnBackward, MixFfnParts, MixFfnWeights,
-    Patches, Product, Residual, Resize, Sample, Window,
+    BatchNormView, Classifier, Convolution, ConvolutionNorm, Depthwise, Dropout, EmbedPixels, FfnOutputs, FfnWeights,
+    FirstGradient, FirstStage, Grid, Head, HeadPass, InFront, LayerNorm, Linear, Loss, Memory, MixFfn, MixFfnBackward,
+    MixFfnParts, MixFfnWeights, Patches, Product, Residual, Resize, Sample, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -26,6 +26,7 @@ const STAGES: [(usize, usize, usize, usize, usize); 4] =
     [(128, 32, 128, 1, 8), (64, 64, 256, 2, 4), (32, 160, 640, 5, 2), (16, 256, 1024, 8, 1)];
 const SIZE: usize = 512;
 const PIXELS: Window = Window { side: 7, stride: 4, padding: 3 };
+const OVERLAPPING: Window = Window { side: 3, stride: 2, padding: 1 };
 const KEYS: usize = 256;
 const WIDTH: usize = 256;
 const LABELS: usize = 2;
@@ -285,14 +286,23 @@ fn blocks(batch: usize) -> Vec<Case> {
             ));
         }
 
-        // The sequence reduction with its LayerNorm.
-        if matches!(c, 32 | 64) {
-            let window = Window { side: reduction, stride: reduction, padding: 0 };
+        // The sequence reduction and the embedding of the next stage, each with its LayerNorm, in evaluation.
+        let reduces = Window { side: reduction, stride: reduction, padding: 0 };
+        let mut convolutions = vec![("reduction and norm", reduces, c)];
+        convolutions.extend(STAGES.get(i + 1).map(|next| ("embedding and norm of the next", OVERLAPPING, next.1)));
+        for (what, window, outputs) in convolutions {
+            // All others are gathered patches, a product and a LayerNorm.
+            if !matches!((window == OVERLAPPING, c), (true, _) | (false, 32 | 64)) {
+                continue;
+            }
+            let made = g.through(window).rows() * window.side * window.side * c * outputs;
             cases.push(case(
-                name("reduce_tokens", c),
-                2 * rows * c * c,
-                move |Lab { cuda, x: [x, ..], w: [weight, bias], p, y: [raw, y], s: [s, _], .. }| {
-                    cuda.reduce_tokens(x, g, window, (weight, Some(bias)), (p, p), c, raw, y, s);
+                name(what, outputs),
+                2 * made,
+                move |Lab { cuda, x: [x, ..], w: [weight, bias], p, y: [y, _], .. }| {
+                    let (bias, norm) = (Some(&*bias), (&*p, &*p));
+                    let convolution = ConvolutionNorm { window, weight, bias, norm, inputs: c, outputs };
+                    cuda.convolution_norm(x, g, &convolution, y, None);
                 },
             ));
         }
@@ -302,7 +312,7 @@ fn blocks(batch: usize) -> Vec<Case> {
             if !matches!(c, 32 | 64) {
                 break;
             }
-            let window = Window { side: reduction, stride: reduction, padding: 0 };
+            let window = reduces;
             cases.push(case(
                 name(what, c),
                 4 * rows * c * c,
@@ -388,10 +398,8 @@ fn blocks(batch: usize) -> Vec<Case> {
             cuda.drop_path(x, drop, g, c, y);
         }));
 
-        let overlap = Window { side: 3, stride: 2, padding: 1 };
-        let strided = Window { side: reduction, stride: reduction, padding: 0 };
         // The last stage has no next one and no reduction.
-        for window in [overlap, strided].into_iter().take(if i < 3 { 2 } else { 0 }) {
+        for window in [OVERLAPPING, reduces].into_iter().take(if i < 3 { 2 } else { 0 }) {
             let what = |way: &str| name(&format!("patches{way} {0}x{0}/{1} of", window.side, window.stride), c);
             cases.push(plain(what(""), move |Lab { cuda, x: [x, ..], y: [y, _], .. }| {
                 cuda.patches(x, g, c, window, y);

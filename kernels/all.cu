@@ -6,6 +6,7 @@
 #include "interpolate.cuh"
 #include "mma.cuh"
 #include "tables.cuh"
+#include "windows.cuh"
 
 namespace attention {
 #include "attention.cu"
@@ -15,6 +16,9 @@ namespace attention_branch {
 }
 namespace attention_input {
 #include "attention_input.cu"
+}
+namespace convolution {
+#include "convolution.cu"
 }
 namespace depthwise {
 #include "depthwise.cu"

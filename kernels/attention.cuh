@@ -52,28 +52,6 @@ template <bool WIDE> __device__ __forceinline__ uint4 eight(const bf16* from /* 
     }
 }
 
-// A row of a tile without padding, in parts of eight, which take turns from row to row, or, of 32, from two rows to the next:
-// the same part of eight neighbouring rows is in different banks.
-template <int D> struct Turned {
-    uint4 at[D / 8];
-};
-
-template <int D> __device__ __forceinline__ uint4* turned(Turned<D>* rows, int row, int part) {
-    return &rows[row].at[part ^ row / (64 / D) % (D / 8)];
-}
-
-// As those of mma.cuh; `row` is a multiple of 16.
-template <int D> __device__ __forceinline__ void across(Turned<D>* tile, int row, int column, unsigned (&x)[4]) {
-    int lane = threadIdx.x % 32;
-    uint4* at = turned(tile + row, lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2);
-    load_matrices<false>(reinterpret_cast<bf16*>(at), x);
-}
-
-template <int D> __device__ __forceinline__ void along(Turned<D>* tile, int row, int column, unsigned (&x)[4]) {
-    int lane = threadIdx.x % 32;
-    load_matrices<true>(reinterpret_cast<bf16*>(turned(tile + row, lane % 16, column / 8 + lane / 16)), x);
-}
-
 // Adds A·tileᵀ for rows row.. row + 16 of a tile: s's columns from 8·n on.
 template <int D, int N, class Line>
 __device__ __forceinline__ void add_scores(const unsigned (&a)[TILES<D>][D / 16][4], Line* tile, int row,

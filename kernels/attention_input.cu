@@ -1,136 +1,17 @@
-// In front of attention: tokens to reduced tokens, and the way back from the gradients of queries and of reduced tokens to that of
-// the residual stream. The windows of the sequence reduction are as far apart as they are wide, so that a token lies in one
-// window, at one of its taps: no patches are gathered. Channels are in the order for 16-byte access (mma.cuh).
-#include "common.cuh"
-#include "mma.cuh"
-
-constexpr int TILE = 16;
-
-// Half `half` of an operand's rows: a lane's channels of its row.
-template <int C>
-__device__ __forceinline__ void load_half(const bf16* row, bool exists, int half, unsigned (&a)[C / 16][4]) {
-    for (int n = 0; n < C / 32; n++) {
-        uint4 x = {0, 0, 0, 0};
-        if (exists) x = sixteen(row + n * 32 + threadIdx.x % 4 * 8);
-        set_half(a[2 * n], a[2 * n + 1], half, x);
-    }
-}
-
-// The first token of window `key`; -1 past the last one.
-__device__ __forceinline__ int origin_of(int key, int keys, int width, int side) {
-    int across = width / side, line = key / across;
-    return key < keys ? (line * width + key % across) * side : -1;
-}
-
-// ---- the sequence reduction
-//
-// A block has REDUCED windows; its warps take turns by taps, and what they have summed is added up at the end, and normalised.
-constexpr int WARPS = 8, TILES = 2, REDUCED = TILE * TILES;
-constexpr float EPSILON = 1e-5f;
-
-template <int C>
-__device__ __forceinline__ void reduce(const bf16* tokens, const bf16* weight, const bf16* bias, const float* gamma,
-                                       const float* beta, int keys, int width, int side, bf16* raw, bf16* y,
-                                       float* stats) {
-    // A tile's sums by warp. The padding takes neighbouring rows to different banks.
-    SHARED(float4, sums, [WARPS][TILE][C / 4 + 1]);
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    int first = blockIdx.x * REDUCED, taps = side * side, origins[TILES][2];
-    for (int i = 0; i < 2 * TILES; i++) origins[i / 2][i % 2] = origin_of(first + i * 8 + g, keys, width, side);
-    float d[TILES][C / 8][4] = {};
-#pragma unroll 1
-    for (int tap = warp; tap < taps; tap += WARPS) {
-        int beyond = tap / side * width + tap % side;
-#pragma unroll 1  // more would take too many registers
-        for (int s = 0; s < C / 32; s++) {
-            unsigned a[TILES][2][4];
-#pragma unroll
-            for (int i = 0; i < 2 * TILES; i++) {
-                int origin = origins[i / 2][i % 2];
-                const bf16* row = tokens + size_t(max(origin, 0) + beyond) * C + s * 32;
-                load_half<32>(row, origin >= 0, i % 2, a[i / 2]);
-            }
-            const bf16* row = weight + (weight_row(g) * taps + tap) * C + s * 32 + t * 8;
-#pragma unroll
-            for (int n = 0; n < C / 8; n++) {
-                uint4 b = sixteen(row + (n / 4 * 32 + n % 4 * 2) * (taps * C));
-                for (int i = 0; i < 2 * TILES; i++) multiply(d[i / 2][n], a[i / 2][i % 2], b, i % 2);
-            }
-        }
-    }
-    constexpr int LANES = C / 4;
-#pragma unroll
-    for (int m = 0; m < TILES; m++) {
-        __syncthreads();
-        for (int half = 0; half < 2; half++) {
-            for (int n = 0; n < C / 8; n += 2) {
-                float4 four = {d[m][n][2 * half], d[m][n][2 * half + 1], d[m][n + 1][2 * half], d[m][n + 1][2 * half + 1]};
-                sums[warp][g + 8 * half][n / 4 * 8 + t * 2 + n % 4 / 2] = four;
-            }
-        }
-        __syncthreads();
-        // Whole warps, as LANES is a power of two.
-        int line = threadIdx.x / LANES, part = threadIdx.x % LANES, key = first + m * TILE + line;
-        if (line >= TILE) continue;
-        Pack<4> p = {};
-        if (bias != nullptr) p = load<4>(bias + part * 4);
-        for (int w = 0; w < WARPS; w++) {
-            float4 four = sums[w][line][part];
-            p.x[0] += four.x;
-            p.x[1] += four.y;
-            p.x[2] += four.z;
-            p.x[3] += four.w;
-        }
-        float sum = 0, square = 0;
-        for (int i = 0; i < 4; i++) {
-            // What is normalised is what is stored.
-            p.x[i] = __bfloat162float(__float2bfloat16_rn(p.x[i]));
-            sum += p.x[i];
-        }
-        size_t at = size_t(key) * C + part * 4;
-        if (key < keys) store(raw + at, p);
-        float mean = group_sum(sum, LANES) / C;
-        for (int i = 0; i < 4; i++) {
-            p.x[i] -= mean;
-            square += p.x[i] * p.x[i];
-        }
-        float scale = rsqrtf(group_sum(square, LANES) / C + EPSILON);
-        Pack<4> slope = load<4>(gamma + part * 4), offset = load<4>(beta + part * 4);
-        for (int i = 0; i < 4; i++) p.x[i] = p.x[i] * scale * slope.x[i] + offset.x[i];
-        if (key >= keys) continue;
-        store(y + at, p);
-        if (part == 0) *reinterpret_cast<float2*>(stats + 2 * size_t(key)) = {mean, scale};
-    }
-}
-
-// raw = the strided convolution of tokens, y its LayerNorm. Windows are `side` x `side` tokens, and height and width multiples
-// of that. Grid: ceil(keys / REDUCED), blocks of THREADS. So for both.
-KERNEL(THREADS, 2) reduce_tokens_32(const bf16* tokens /* (images, height, width, 32) */,
-                                    const bf16* weight /* (32, side², 32) */, const bf16* bias /* (32) or null */,
-                                    const float* gamma /* (32) */, const float* beta /* (32) */, int keys, int width,
-                                    int side, bf16* raw /* (keys, 32) */, bf16* y /* (keys, 32) */,
-                                    float* stats /* (keys, 2): mean, 1/std */) {
-    reduce<32>(tokens, weight, bias, gamma, beta, keys, width, side, raw, y, stats);
-}
-
-KERNEL(THREADS, 2) reduce_tokens_64(const bf16* tokens /* (images, height, width, 64) */,
-                                    const bf16* weight /* (64, side², 64) */, const bf16* bias /* (64) or null */,
-                                    const float* gamma /* (64) */, const float* beta /* (64) */, int keys, int width,
-                                    int side, bf16* raw /* (keys, 64) */, bf16* y /* (keys, 64) */,
-                                    float* stats /* (keys, 2): mean, 1/std */) {
-    reduce<64>(tokens, weight, bias, gamma, beta, keys, width, side, raw, y, stats);
-}
-
-// ---- the way back
-//
-// From the gradients of queries and of reduced tokens, before their LayerNorm, through both products and the LayerNorm to that of
-// the stream. The gradient of the LayerNorm's output is nowhere in memory: of a token's normalised channels it is
-// dq · query + dreduced · tap, where dreduced is its window's and `tap` the weights there. A warp takes tokens that lie at the
-// same tap of 16 windows, so that all products are 16 rows with a square weight.
+// The way back in front of attention: from the gradients of queries and of reduced tokens, before their LayerNorm, through both
+// products and the LayerNorm to that of the stream. The gradient of the LayerNorm's output is nowhere in memory, and no patches
+// are: the windows of the sequence reduction are as far apart as they are wide, so that a token lies in one window, at one of
+// its taps, and the gradient of its normalised channels is dq · query + dreduced · tap, where dreduced is its window's and `tap`
+// the weights there. A warp takes tokens that lie at the same tap of 16 windows, so that all products are 16 rows with a square
+// weight. Channels are in the order for 16-byte access (mma.cuh).
 //
 // A block has KEYS windows and all their tokens; its warps take turns by taps, each with the tap's weights in its own part of
 // shared memory.
-constexpr int KEYS = 64;
+#include "common.cuh"
+#include "mma.cuh"
+#include "windows.cuh"
+
+constexpr int KEYS = 64, TILE = 16;
 // Sums per channel: gamma's gradient, beta's, and that of a bias in front.
 constexpr int KINDS = 3;
 // With the least blocks that a multiprocessor shall hold at once.

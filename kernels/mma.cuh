@@ -54,6 +54,16 @@ __device__ __forceinline__ void set_half(unsigned (&low)[4], unsigned (&high)[4]
     high[half + 2] = x.w;
 }
 
+// A lane's channels of a row, as what an operand of C summed channels has of it: rows g + 8·half.
+template <int C>
+__device__ __forceinline__ void load_half(const bf16* row, bool exists, int half, unsigned (&a)[C / 16][4]) {
+    for (int n = 0; n < C / 32; n++) {
+        uint4 x = {0, 0, 0, 0};
+        if (exists) x = sixteen(row + n * 32 + threadIdx.x % 4 * 8);
+        set_half(a[2 * n], a[2 * n + 1], half, x);
+    }
+}
+
 // Of 32 consecutive rows of a weight, the one in column g of a product's first tile; two more per tile.
 __device__ __forceinline__ int weight_row(int g) { return g / 2 * 8 + g % 2; }
 
@@ -104,6 +114,33 @@ template <int D> __device__ __forceinline__ void across(const Row<D>* tile, int 
 template <int D> __device__ __forceinline__ void along(const Row<D>* tile, int row, int column, unsigned (&x)[4]) {
     int lane = threadIdx.x % 32;
     load_matrices<true>(&tile[row + lane % 16].at[column + lane / 16 * 8], x);
+}
+
+// A row of a tile without padding, in parts of eight, which take turns from row to row, or, of 32, from two rows to the next:
+// the same part of eight neighbouring rows is in different banks.
+template <int D> struct Turned {
+    uint4 at[D / 8];
+};
+
+template <int D> __device__ __forceinline__ uint4* turned(Turned<D>* rows, int row, int part) {
+    return &rows[row].at[part ^ row / (64 / D) % (D / 8)];
+}
+
+// As above; `row` is a multiple of 16.
+template <int D> __device__ __forceinline__ void operand(Turned<D>* tile, int row, int column, unsigned (&a)[4]) {
+    int lane = threadIdx.x % 32;
+    load_matrices<false>(reinterpret_cast<bf16*>(turned(tile + row, lane % 16, column / 8 + lane / 16)), a);
+}
+
+template <int D> __device__ __forceinline__ void across(Turned<D>* tile, int row, int column, unsigned (&x)[4]) {
+    int lane = threadIdx.x % 32;
+    uint4* at = turned(tile + row, lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2);
+    load_matrices<false>(reinterpret_cast<bf16*>(at), x);
+}
+
+template <int D> __device__ __forceinline__ void along(Turned<D>* tile, int row, int column, unsigned (&x)[4]) {
+    int lane = threadIdx.x % 32;
+    load_matrices<true>(reinterpret_cast<bf16*>(turned(tile + row, lane % 16, column / 8 + lane / 16)), x);
 }
 
 // Begins to copy `bytes` bytes, and zeros up to N, to shared memory past the registers; done, for this thread, after

@@ -14,6 +14,7 @@ pub trait Backend:
     + Attention
     + AttentionBranch
     + AttentionInput
+    + Convolution
     + Depthwise
     + MixFfn
     + MixFfnBackward
@@ -35,6 +36,7 @@ impl<B> Backend for B where
         + Attention
         + AttentionBranch
         + AttentionInput
+        + Convolution
         + Depthwise
         + MixFfn
         + MixFfnBackward
@@ -522,6 +524,42 @@ pub trait MixFfnBackward: Depthwise {
     }
 }
 
+/// A convolution over tokens and the LayerNorm behind it.
+pub struct ConvolutionNorm<'a, B: Memory> {
+    /// Geometry of the convolution.
+    pub window: Window,
+    /// Its weights `(outputs, side²·inputs)`.
+    pub weight: &'a B::Act,
+    /// Its bias.
+    pub bias: Option<&'a B::Act>,
+    /// Scale and shift of the LayerNorm.
+    pub norm: (&'a B::Full, &'a B::Full),
+    /// Channels of the tokens.
+    pub inputs: usize,
+    /// Channels that come out.
+    pub outputs: usize,
+}
+
+/// A convolution over tokens with its LayerNorm as one operation, without gathered patches.
+pub trait Convolution: LayerNorm + Patches {
+    /// Whether [`Convolution::convolution_norm`] does tokens of a grid and a convolution from `inputs` channels to `outputs`.
+    fn fuses_convolution(&self, _grid: Grid, _window: Window, _inputs: usize, _outputs: usize) -> bool {
+        false
+    }
+    /// `y = layer_norm(raw)`, where raw `(windows, outputs)` is the convolution of `tokens` `(grid, inputs)`; `kept` receives raw
+    /// and its (mean, 1/std) per row. The same as [`Patches::patches`], [`Linear::linear`] and [`LayerNorm::layer_norm`].
+    fn convolution_norm(
+        &self,
+        _tokens: &Self::Act,
+        _grid: Grid,
+        _convolution: &ConvolutionNorm<'_, Self>,
+        _y: &mut Self::Act,
+        _kept: Option<(&mut Self::Act, &mut Self::Full)>,
+    ) {
+        unreachable!("this backend gathers patches")
+    }
+}
+
 /// What [`AttentionInput::attention_input_backward`] goes back through.
 pub struct AttentionInputs<'a, B: Memory> {
     /// Q's weight, `(channels, channels)`.
@@ -540,28 +578,12 @@ pub struct AttentionInputs<'a, B: Memory> {
     pub channels: usize,
 }
 
-/// What stands in front of attention, each way as one operation, on a device where moving tokens is what takes the time.
+/// The way back from queries and reduced tokens to the residual stream as one operation, on a device where moving tokens is what
+/// takes the time.
 pub trait AttentionInput: LayerNorm + Patches {
-    /// Whether the operations below do this shape.
+    /// Whether [`AttentionInput::attention_input_backward`] does this shape.
     fn joins_attention_input(&self, _grid: Grid, _channels: usize, _window: Window) -> bool {
         false
-    }
-    /// The sequence reduction of `tokens` `(grid, channels)`: raw `(windows, channels)`, the convolution with `(weight, bias)`,
-    /// and its LayerNorm y with scale and shift `norm`; `stats` receives (mean, 1/std) per row. The same as
-    /// [`Patches::patches`], [`Linear::linear`] and [`LayerNorm::layer_norm`].
-    fn reduce_tokens(
-        &self,
-        _tokens: &Self::Act,
-        _grid: Grid,
-        _window: Window,
-        _convolution: (&Self::Act, Option<&Self::Act>),
-        _norm: (&Self::Full, &Self::Full),
-        _channels: usize,
-        _raw: &mut Self::Act,
-        _y: &mut Self::Act,
-        _stats: &mut Self::Full,
-    ) {
-        unreachable!("a backend that joins operations has the joint one");
     }
     /// From `dq`, the gradient of Q `(grid, channels)`, and `dreduced`, that of what the sequence reduction made
     /// `(windows, channels)`, to that of the stream, which is added to `dx`. The same as [`Linear::linear_backward_input`],

@@ -91,6 +91,8 @@ struct Timing {
     device_bytes: Option<usize>,
     /// That, and the CPU's, in parts.
     memory: MemoryPlan,
+    /// Whether products were made in the processor's matrix units, with an f32 as two bf16.
+    matrix_units: bool,
     /// Whether steps were launched kernel by kernel because that was asked for.
     eager: bool,
     /// What to know of how the device worked.
@@ -237,6 +239,7 @@ impl Doctor {
             device: place.kind().into(),
             device_bytes: matches!(place, Place::Gpu(_)).then_some(plan.bytes),
             memory: plan,
+            matrix_units: matches!(step, Step::Eval) && matches!(place, Place::Cpu) && has_matrix_units(),
             eager: self.eager,
             remark,
             profile: (profile.into_iter())

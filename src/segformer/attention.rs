@@ -75,9 +75,10 @@ impl AttentionLayer {
         is_plain && backend.fuses_attention(self.shape(grid), keep)
     }
 
-    /// Whether the backend has joint operations in front of attention.
+    /// Whether the backend goes back from the gradients of Q and of the reduced tokens to the stream's in one operation.
     fn joins_input<B: Backend>(&self, backend: &B, grid: Grid) -> bool {
-        let reduces = self.reduction.as_ref().is_some_and(|(convolution, _)| convolution.side.is_none());
+        let is_plain = |convolution: &Affine| convolution.side.is_none() && self.query.side.is_none();
+        let reduces = self.reduction.as_ref().is_some_and(|(convolution, _)| is_plain(convolution));
         reduces && backend.joins_attention_input(grid, self.channels, self.window)
     }
 
@@ -100,13 +101,14 @@ impl AttentionLayer {
         let normed = normed.out.as_ref().unwrap_or(t0);
         let source = match (&self.reduction, &mut acts.reduced) {
             (Some((convolution, norm)), Some((raw, stats))) => {
-                if self.joins_input(backend, grid) {
+                if convolution.side.is_none()
+                    && backend.fuses_convolution(grid, self.window, self.channels, self.channels)
+                {
                     if let Some(kept) = acts.patches.as_mut().filter(|_| pass.keeps()) {
                         backend.patches(normed, grid, self.channels, self.window, kept);
                     }
-                    let (weights, channels) = (convolution.operands(pass), self.channels);
-                    let norm = (pass.tensors.value(norm.gamma), pass.tensors.value(norm.beta));
-                    backend.reduce_tokens(normed, grid, self.window, weights, norm, channels, raw, t1, stats);
+                    let kept = pass.keeps().then_some((raw, stats));
+                    backend.convolution_norm(normed, grid, &norm.behind(pass, convolution, self.window), t1, kept);
                 } else {
                     let patches = acts.patches.as_mut().unwrap_or(patches);
                     backend.patches(normed, grid, self.channels, self.window, patches);
@@ -221,7 +223,7 @@ impl AttentionLayer {
 
         // Towards the LayerNorm: t5 collects the gradient of its output, unless the backend goes on to the stream at once; and before,
         // that of the reduced tokens.
-        let is_joint = below && self.input_gradient && self.query.side.is_none() && self.joins_input(backend, grid);
+        let is_joint = below && self.input_gradient && self.joins_input(backend, grid);
         match (&self.reduction, &acts.reduced) {
             (Some((convolution, norm)), Some((raw, raw_stats))) => {
                 let trains = convolution.trains(gradients);

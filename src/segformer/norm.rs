@@ -3,7 +3,7 @@
 use super::affine::Affine;
 use super::model::Pass;
 use super::tensors::{EachGradient, Gradients, Id};
-use crate::backend::{Backend, Dropout, Grid, InFront};
+use crate::backend::{Backend, ConvolutionNorm, Dropout, Grid, InFront, Window};
 
 /// What a LayerNorm made.
 pub struct Normed<B: Backend> {
@@ -78,6 +78,19 @@ pub struct Norm {
 }
 
 impl Norm {
+    /// The layer with the convolution in front, as one operation reads them.
+    pub fn behind<'a, B: Backend>(
+        &self,
+        pass: &Pass<'a, B>,
+        convolution: &Affine,
+        window: Window,
+    ) -> ConvolutionNorm<'a, B> {
+        let (weight, bias) = convolution.operands(pass);
+        let norm = (pass.tensors.value(self.gamma), pass.tensors.value(self.beta));
+        let inputs = convolution.inputs / (window.side * window.side);
+        ConvolutionNorm { window, weight, bias, norm, inputs, outputs: convolution.outputs }
+    }
+
     /// `y = norm(x)` over `rows` rows; `stats` receives (mean, 1/std) per row.
     pub fn forward<B: Backend>(
         &self,

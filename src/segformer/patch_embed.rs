@@ -80,6 +80,17 @@ impl PatchEmbed {
             let kept = (pass.keeps() && self.trains).then_some((&mut acts.raw, &mut acts.stats));
             return pass.backend.embed_pixels(samples, from.height, self.window, convolution, norm, outputs, y, kept);
         }
+        let (channels, outputs) = (self.channels_in, self.projection.outputs);
+        let is_plain = self.projection.side.is_none();
+        let joint = is_plain && pass.backend.fuses_convolution(from, self.window, channels, outputs);
+        if let (EmbedInput::Tokens(x), true) = (input, joint) {
+            if let Some(kept) = acts.patches.as_mut().filter(|_| pass.keeps()) {
+                pass.backend.patches(x, from, self.channels_in, self.window, kept);
+            }
+            let kept = pass.keeps().then_some((&mut acts.raw, &mut acts.stats));
+            let convolution = self.norm.behind(pass, &self.projection, self.window);
+            return pass.backend.convolution_norm(x, from, &convolution, y, kept);
+        }
         let rows = from.through(self.window).rows();
         let patches = acts.patches.as_mut().unwrap_or(&mut scratch.wide[0]);
         self.gather(pass, input, from, patches);

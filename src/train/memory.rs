@@ -17,9 +17,9 @@ use crate::{Error, Result};
 pub struct MemoryPlan {
     /// Bytes in all.
     pub bytes: usize,
-    /// Bytes that it may take, where that was asked.
+    /// Bytes that it may take: on a GPU what is free, or `--max-memory`.
     pub limit: Option<usize>,
-    /// Whether activations are made again in the backward pass rather than kept, which a GPU can be told.
+    /// Whether a GPU makes activations again in the backward pass that it could keep. The CPU always does, and says false.
     pub activations_made_again: bool,
     /// Images of the largest batch.
     pub batch: usize,

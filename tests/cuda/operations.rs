@@ -12,9 +12,9 @@ use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
     AdamW, AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Base, BatchNormView,
-    Classifier, Dropout, FfnOutputs, FfnWeights, FirstGradient, FirstStage, Grid, Head as _, HeadPass, InFront,
-    Loss as _, Memory, MixFfnParts, MixFfnWeights, Moving, Patches as _, Product, Sample, Scaled, SmallProduct,
-    Transpose, Window,
+    Classifier, ConvolutionNorm, Dropout, FfnOutputs, FfnWeights, FirstGradient, FirstStage, Grid, Head as _, HeadPass,
+    InFront, Loss as _, Memory, MixFfnParts, MixFfnWeights, Moving, Patches as _, Product, Sample, Scaled,
+    SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -681,25 +681,84 @@ fn attention_input_backward<B: Backend>(
     backend.layer_norm_backward_all(&dn, x, stats, gamma, rows, channels, (dx, true), parameters, front);
 }
 
-/// [`AttentionInput::reduce_tokens`], or its parts where the backend does not join them.
-fn reduce_tokens<B: Backend>(
+/// [`Convolution::convolution_norm`], or its parts where the backend does not fuse them.
+fn convolution_norm<B: Backend>(
     backend: &B,
-    (tokens, grid, window): (&B::Act, Grid, Window),
-    (weight, bias): (&B::Act, Option<&B::Act>),
-    (gamma, beta): (&B::Full, &B::Full),
-    channels: usize,
-    (raw, y, stats): (&mut B::Act, &mut B::Act, &mut B::Full),
+    (tokens, grid): (&B::Act, Grid),
+    convolution: &ConvolutionNorm<'_, B>,
+    y: &mut B::Act,
+    kept: Option<(&mut B::Act, &mut B::Full)>,
 ) {
-    if backend.joins_attention_input(grid, channels, window) {
-        let (convolution, norm) = ((weight, bias), (gamma, beta));
-        return backend.reduce_tokens(tokens, grid, window, convolution, norm, channels, raw, y, stats);
+    let &ConvolutionNorm { window, weight, bias, norm: (gamma, beta), inputs, outputs } = convolution;
+    if backend.fuses_convolution(grid, window, inputs, outputs) {
+        return backend.convolution_norm(tokens, grid, convolution, y, kept);
     }
-    let (keys, inputs) = (grid.through(window).rows(), window.side * window.side * channels);
-    let mut gathered = backend.act(keys * inputs);
-    backend.patches(tokens, grid, channels, window, &mut gathered);
-    backend.linear(&gathered, weight, bias, Product { rows: keys, inputs, outputs: channels }, raw, false);
-    backend.layer_norm(raw, gamma, beta, keys, channels, y, stats);
+    let (rows, gathered) = (grid.through(window).rows(), window.side * window.side * inputs);
+    let (mut own_raw, mut own_stats) = (backend.act(rows * outputs), backend.full(2 * rows));
+    let (raw, stats) = kept.unwrap_or((&mut own_raw, &mut own_stats));
+    let mut patches = backend.act(rows * gathered);
+    backend.patches(tokens, grid, inputs, window, &mut patches);
+    backend.linear(&patches, weight, bias, Product { rows, inputs: gathered, outputs }, raw, false);
+    backend.layer_norm(raw, gamma, beta, rows, outputs, y, stats);
 }
+
+case!(
+    convolution,
+    Convolution { images: usize, height: usize, width: usize, window: (usize, usize, usize), channels: (usize, usize) },
+    |self, lab| {
+        let &Self { images, height, width, window: (side, stride, padding), channels: (inputs, outputs) } = self;
+        let (grid, window) = (Grid { images, height, width }, Window { side, stride, padding });
+        let rows = grid.through(window).rows();
+        let n = rows * outputs;
+        let (x, weight) = (lab.act(grid.rows() * inputs, 1), lab.act(side * side * inputs * outputs, 2));
+        let (shift, gamma, beta) = (lab.act(outputs, 3), lab.full(outputs, 4), lab.full(outputs, 5));
+        let [mut raw, mut y, mut plain, mut alone] = [6, 7, 8, 9].map(|site| lab.act(n, site));
+        let mut stats = lab.full(2 * rows, 10);
+        let norm = (&gamma, &beta);
+        let layer = |bias| ConvolutionNorm { window, weight: &weight, bias, norm, inputs, outputs };
+        convolution_norm(lab.0, (&x, grid), &layer(Some(&shift)), &mut y, Some((&mut raw, &mut stats)));
+        convolution_norm(lab.0, (&x, grid), &layer(Some(&shift)), &mut alone, None);
+        convolution_norm(lab.0, (&x, grid), &layer(None), &mut plain, None);
+        // Against what the rounded raw has: one more than means are off by, and the ratio of the inverse deviations.
+        let measured = {
+            let (raw, stats) = (lab.0.download_act(&raw, n), lab.0.scalars(&stats, 2 * rows));
+            let off = |(row, stats): (&[f32], &[f64])| {
+                let average = |f: &dyn Fn(f64) -> f64| row.iter().map(|&x| f(x.into())).sum::<f64>() / outputs as f64;
+                let mean = average(&|x| x);
+                let variance = average(&|x| (x - mean).powi(2));
+                [1.0 + stats[0] - mean, stats[1] * (variance + 1e-5).sqrt()]
+            };
+            raw.chunks_exact(outputs).zip(stats.chunks_exact(2)).flat_map(off).collect()
+        };
+        vec![
+            lab.read("raw", &raw, n, 1.0, 0.0),
+            // Of the rounded raw.
+            lab.read("y", &y, n, 1.0, 1.0),
+            lab.read("y alone", &alone, n, 1.0, 1.0),
+            lab.read("y without a bias", &plain, n, 1.0, 1.0),
+            Output { name: "measured", values: measured, own: 0.0, summed: 0.0 },
+        ]
+    },
+    [
+        (1, 8, 8, (8, 8, 0), (32, 32)),
+        (3, 10, 14, (2, 2, 0), (32, 32)),
+        (2, 32, 40, (8, 8, 0), (32, 32)),
+        (1, 3, 2, (1, 1, 0), (32, 32)),
+        (1, 6, 9, (3, 3, 0), (32, 32)),
+        (2, 12, 16, (4, 4, 0), (64, 64)),
+        (5, 8, 10, (2, 2, 0), (64, 64)),
+        (2, 4, 6, (2, 2, 0), (24, 24)),
+        (1, 5, 8, (2, 2, 0), (32, 32)),
+        (1, 2, 2, (3, 2, 1), (32, 64)),
+        (3, 12, 9, (3, 2, 1), (32, 64)),
+        (2, 16, 16, (3, 2, 1), (32, 64)),
+        (1, 1, 7, (3, 2, 1), (64, 160)),
+        (3, 14, 10, (3, 2, 1), (64, 160)),
+        (1, 3, 5, (3, 2, 1), (160, 256)),
+        (2, 16, 13, (3, 2, 1), (160, 256)),
+        (2, 7, 6, (3, 2, 1), (40, 48))
+    ]
+);
 
 case!(
     attention_input,
@@ -728,26 +787,6 @@ case!(
         run(&mut plain, None, InFront { scaled: None, bias: Some(&mut alone) });
         let front = InFront { scaled: Some((drop, grid, &mut dropped)), bias: Some(&mut bias) };
         run(&mut summed, Some((&mut dgamma, &mut dbeta)), front);
-        let n_keys = keys * channels;
-        let [mut raw, mut reduced, mut raw_alone, mut alone_y] = [17, 18, 19, 20].map(|site| lab.act(n_keys, site));
-        let [mut measured, mut measured_alone] = [21, 22].map(|site| lab.full(2 * keys, site));
-        let (shift, source) = (lab.act(channels, 23), (x, grid, window));
-        let outputs = (&mut raw, &mut reduced, &mut measured);
-        reduce_tokens(lab.0, source, (reduction, Some(&shift)), (gamma, &beta), channels, outputs);
-        let outputs = (&mut raw_alone, &mut alone_y, &mut measured_alone);
-        reduce_tokens(lab.0, source, (reduction, None), (gamma, &beta), channels, outputs);
-        // Against what the rounded raw has: one more than means are off by, and the ratio of the inverse deviations.
-        let measures = |name, raw: &B::Act, stats: &B::Full| {
-            let (raw, stats) = (lab.0.download_act(raw, n_keys), lab.0.scalars(stats, 2 * keys));
-            let rows = raw.chunks_exact(channels).zip(stats.chunks_exact(2));
-            let off = |(row, stats): (&[f32], &[f64])| {
-                let average = |f: &dyn Fn(f64) -> f64| row.iter().map(|&x| f(x.into())).sum::<f64>() / channels as f64;
-                let mean = average(&|x| x);
-                let variance = average(&|x| (x - mean).powi(2));
-                [1.0 + stats[0] - mean, stats[1] * (variance + 1e-5).sqrt()]
-            };
-            Output { name, values: rows.flat_map(off).collect(), own: 0.0, summed: 0.0 }
-        };
         // Where the parts are not joined, the LayerNorm's gradient is rounded, and was before queries' came to it.
         let parts = if [32, 64].contains(&channels) { 0.0 } else { 2.0 };
         let full = |name, values| Output { summed: parts, ..lab.read_full(name, values, channels) };
@@ -761,13 +800,6 @@ case!(
             full("dgamma", &dgamma),
             full("dbeta", &dbeta),
             full("bias", &bias),
-            lab.read("raw", &raw, n_keys, 1.0, 0.0),
-            lab.read("raw without a bias", &raw_alone, n_keys, 1.0, 0.0),
-            // Of the rounded raw.
-            lab.read("reduced", &reduced, n_keys, 1.0, 1.0),
-            lab.read("reduced without a bias", &alone_y, n_keys, 1.0, 1.0),
-            measures("measured", &raw, &measured),
-            measures("measured without a bias", &raw_alone, &measured_alone),
         ]
     },
     [

@@ -132,6 +132,8 @@ def main():
     gpu = theirs[0].get("device_name")
     where = f"{gpu}, " if gpu else ""
     precision, unit = ("bf16", "device MiB") if gpu else ("f32", "MiB")
+    if any(result and result.get("matrix_units") for sides in measured.values() for result in sides["ours"]):
+        precision += ", in evaluation as two bf16 in matrix units"
     print(f"{where}{machine(options.threads)}\n")
     print(f"{ours} ({precision}) against {', '.join(f'{k} {v}' for k, v in theirs[0]['versions'].items())} ", end="")
     print(f"({options.dtype}); {options.size}x{options.size}, batch {options.batch_size}; ", end="")

@@ -1,4 +1,4 @@
-//! What stands in front of attention stays one operation after the other: a picture's tensors fit into a core's cache.
+//! The way back in front of attention stays one operation after the other: a picture's tensors fit into a core's cache.
 
 use super::{Cpu, Real};
 use crate::backend::AttentionInput;

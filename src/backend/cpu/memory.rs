@@ -170,10 +170,16 @@ impl<T: Real> Memory for Cpu<T> {
     }
 
     fn evaluating<R>(&self, work: impl FnOnce() -> R) -> R {
+        /// Ends evaluation also where the work panics: a training step must never multiply as it does.
+        struct End<'a>(&'a AtomicBool);
+        impl Drop for End<'_> {
+            fn drop(&mut self) {
+                self.0.store(false, Ordering::Relaxed);
+            }
+        }
         self.evaluates.store(true, Ordering::Relaxed);
-        let result = work();
-        self.evaluates.store(false, Ordering::Relaxed);
-        result
+        let _end = End(&self.evaluates);
+        work()
     }
 
     fn images_per_unit(&self, _images: usize) -> usize {

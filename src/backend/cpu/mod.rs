@@ -9,6 +9,7 @@ mod attention;
 mod attention_branch;
 mod attention_input;
 mod buffer;
+mod convolution;
 mod depthwise;
 mod head;
 mod layer_norm;

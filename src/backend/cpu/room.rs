@@ -1,4 +1,4 @@
-//! Memory for what goes no further than the second-level cache.
+//! Memory for an operation: what goes no further than the second-level cache, and packed weights, keys and values.
 
 use std::cell::RefCell;
 

@@ -91,6 +91,7 @@ pub(super) fn product(
 ) {
     let (_, n, k) = size;
     assert!(available() && left.column_stride == 1 && n <= c_stride && right.len() == steps(n, k));
+    assert!(!matches!(start, Start::Row(Some(row)) if row.len() < n));
     with_room([AHEAD * size_of::<Step>() / size_of::<f32>()], |[room]: [&mut [f32]; 1]| {
         let left = (&left.data[left.start..], left.row_stride);
         // SAFETY: the units are available.
@@ -344,7 +345,8 @@ mod amx {
         ((1u32 << count.min(HALF)) - 1) as u16
     }
 
-    /// Writes the parts of a and b as pairs. The low part of a number that is not finite is none, so that it shows in the sums.
+    /// Writes the parts of a and b as pairs. The low part of a number that is not
+    /// finite, or rounds to infinity, is no number either, so that it shows in the sums.
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn split(a: __m512, b: __m512, high: &mut [u32; HALF], low: &mut [u32; HALF]) {

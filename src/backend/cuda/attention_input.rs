@@ -1,52 +1,19 @@
-//! What stands in front of attention, each way in one kernel.
+//! The way back in front of attention in one kernel.
 
-use super::memory::{ColumnSums, THREADS};
+use super::convolution::tiles;
+use super::memory::ColumnSums;
 use super::{Argument, Cuda, Device};
 use crate::backend::{AttentionInput, AttentionInputs, Grid, InFront, Linear, Window};
 
-/// Windows of a block, there and back, and the sums per channel that it leaves, as in the kernels.
-const REDUCED: usize = 32;
+/// Windows of a block, and the sums per channel that it leaves, as in the kernels.
 const KEYS: usize = 64;
 const KINDS: usize = 3;
 
 impl<D: Device> AttentionInput for Cuda<D> {
     /// In the first two stages of SegFormer-B0, where most tokens are, and where windows share none.
     fn joins_attention_input(&self, grid: Grid, channels: usize, window: Window) -> bool {
-        let apart = window.stride == window.side && window.padding == 0;
-        let whole = [grid.height, grid.width].iter().all(|extent| extent.is_multiple_of(window.side));
         // Kernels count tokens in 32 bits.
-        matches!(channels, 32 | 64) && apart && whole && grid.rows() <= i32::MAX as usize
-    }
-
-    fn reduce_tokens(
-        &self,
-        tokens: &Self::Act,
-        grid: Grid,
-        window: Window,
-        (weight, bias): (&Self::Act, Option<&Self::Act>),
-        (gamma, beta): (&Self::Full, &Self::Full),
-        channels: usize,
-        raw: &mut Self::Act,
-        y: &mut Self::Act,
-        stats: &mut Self::Full,
-    ) {
-        assert!(
-            self.joins_attention_input(grid, channels, window),
-            "{channels} channels, {window:?} have no joint kernel"
-        );
-        let (rows, keys) = (grid.rows(), grid.through(window).rows());
-        if rows == 0 {
-            return;
-        }
-        let n = keys * channels;
-        let mut arguments =
-            vec![tokens.at(rows * channels), weight.at(window.side * window.side * channels * channels)];
-        arguments.push(bias.map_or(Argument::pointer(0), |bias| bias.at(channels)));
-        arguments.extend([gamma.at(channels), beta.at(channels)]);
-        arguments.extend([keys, grid.width, window.side].map(Argument::from));
-        arguments.extend([raw.to(n), y.to(n), stats.to(2 * keys)]);
-        let kernel = if channels == 32 { "reduce_tokens_32" } else { "reduce_tokens_64" };
-        self.launch_blocks(kernel, [keys.div_ceil(REDUCED), 1, 1], THREADS, &arguments);
+        matches!(channels, 32 | 64) && tiles(grid, window) && grid.rows() <= i32::MAX as usize
     }
 
     fn attention_input_backward(

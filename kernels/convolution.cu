@@ -1,0 +1,253 @@
+// Convolutions over tokens with the LayerNorm behind, without gathered patches: the sequence reductions, whose windows share no
+// token, and the overlapping patch embeddings. The convolution's weights are (outputs, side², inputs).
+#include "common.cuh"
+#include "mma.cuh"
+#include "windows.cuh"
+
+constexpr int TILE = 16;
+constexpr float EPSILON = 1e-5f;
+
+// ---- the sequence reduction
+//
+// A block has REDUCED windows; its warps take turns by taps, and what they have summed is added up at the end, and normalised.
+constexpr int WARPS = 8, TILES = 2, REDUCED = TILE * TILES;
+
+template <int C>
+__device__ __forceinline__ void reduce(const bf16* tokens, const bf16* weight, const bf16* bias, const float* gamma,
+                                       const float* beta, int keys, int width, int side, bf16* raw, bf16* y,
+                                       float* stats) {
+    // A tile's sums by warp. The padding takes neighbouring rows to different banks.
+    SHARED(float4, sums, [WARPS][TILE][C / 4 + 1]);
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    int first = blockIdx.x * REDUCED, taps = side * side, origins[TILES][2];
+    for (int i = 0; i < 2 * TILES; i++) origins[i / 2][i % 2] = origin_of(first + i * 8 + g, keys, width, side);
+    float d[TILES][C / 8][4] = {};
+#pragma unroll 1
+    for (int tap = warp; tap < taps; tap += WARPS) {
+        int beyond = tap / side * width + tap % side;
+#pragma unroll 1  // more would take too many registers
+        for (int s = 0; s < C / 32; s++) {
+            unsigned a[TILES][2][4];
+#pragma unroll
+            for (int i = 0; i < 2 * TILES; i++) {
+                int origin = origins[i / 2][i % 2];
+                const bf16* row = tokens + size_t(max(origin, 0) + beyond) * C + s * 32;
+                load_half<32>(row, origin >= 0, i % 2, a[i / 2]);
+            }
+            const bf16* row = weight + (weight_row(g) * taps + tap) * C + s * 32 + t * 8;
+#pragma unroll
+            for (int n = 0; n < C / 8; n++) {
+                uint4 b = sixteen(row + (n / 4 * 32 + n % 4 * 2) * (taps * C));
+                for (int i = 0; i < 2 * TILES; i++) multiply(d[i / 2][n], a[i / 2][i % 2], b, i % 2);
+            }
+        }
+    }
+    constexpr int LANES = C / 4;
+#pragma unroll
+    for (int m = 0; m < TILES; m++) {
+        __syncthreads();
+        for (int half = 0; half < 2; half++) {
+            for (int n = 0; n < C / 8; n += 2) {
+                float4 four = {d[m][n][2 * half], d[m][n][2 * half + 1], d[m][n + 1][2 * half], d[m][n + 1][2 * half + 1]};
+                sums[warp][g + 8 * half][n / 4 * 8 + t * 2 + n % 4 / 2] = four;
+            }
+        }
+        __syncthreads();
+        // Whole warps, as LANES is a power of two.
+        int line = threadIdx.x / LANES, part = threadIdx.x % LANES, key = first + m * TILE + line;
+        if (line >= TILE) continue;
+        Pack<4> p = {};
+        if (bias != nullptr) p = load<4>(bias + part * 4);
+        for (int w = 0; w < WARPS; w++) {
+            float4 four = sums[w][line][part];
+            p.x[0] += four.x;
+            p.x[1] += four.y;
+            p.x[2] += four.z;
+            p.x[3] += four.w;
+        }
+        float sum = 0, square = 0;
+        for (int i = 0; i < 4; i++) {
+            // What is normalised is what is stored.
+            p.x[i] = __bfloat162float(__float2bfloat16_rn(p.x[i]));
+            sum += p.x[i];
+        }
+        size_t at = size_t(key) * C + part * 4;
+        if (raw != nullptr && key < keys) store(raw + at, p);
+        float mean = group_sum(sum, LANES) / C;
+        for (int i = 0; i < 4; i++) {
+            p.x[i] -= mean;
+            square += p.x[i] * p.x[i];
+        }
+        float scale = rsqrtf(group_sum(square, LANES) / C + EPSILON);
+        Pack<4> slope = load<4>(gamma + part * 4), offset = load<4>(beta + part * 4);
+        for (int i = 0; i < 4; i++) p.x[i] = p.x[i] * scale * slope.x[i] + offset.x[i];
+        if (key >= keys) continue;
+        store(y + at, p);
+        if (stats != nullptr && part == 0) *reinterpret_cast<float2*>(stats + 2 * size_t(key)) = {mean, scale};
+    }
+}
+
+// raw = the strided convolution of tokens, y its LayerNorm. Windows are `side` x `side` tokens, and height and width multiples
+// of that. Grid: ceil(keys / REDUCED), blocks of THREADS. So for both.
+KERNEL(THREADS, 2) reduce_tokens_32(const bf16* tokens /* (images, height, width, 32) */,
+                                    const bf16* weight /* (32, side², 32) */, const bf16* bias /* (32) or null */,
+                                    const float* gamma /* (32) */, const float* beta /* (32) */, int keys, int width,
+                                    int side, bf16* raw /* (keys, 32) or null */, bf16* y /* (keys, 32) */,
+                                    float* stats /* (keys, 2): mean, 1/std; or null */) {
+    reduce<32>(tokens, weight, bias, gamma, beta, keys, width, side, raw, y, stats);
+}
+
+KERNEL(THREADS, 2) reduce_tokens_64(const bf16* tokens /* (images, height, width, 64) */,
+                                    const bf16* weight /* (64, side², 64) */, const bf16* bias /* (64) or null */,
+                                    const float* gamma /* (64) */, const float* beta /* (64) */, int keys, int width,
+                                    int side, bf16* raw /* (keys, 64) or null */, bf16* y /* (keys, 64) */,
+                                    float* stats /* (keys, 2): mean, 1/std; or null */) {
+    reduce<64>(tokens, weight, bias, gamma, beta, keys, width, side, raw, y, stats);
+}
+
+// ---- the patch embeddings
+//
+// A block has 16 windows per line of warps and all their outputs, which COLUMNS warps share. It goes through the sums by CHUNK
+// channels of a tap: tokens and weights pass through shared memory, where a ring of RING chunks is on its way; what lies
+// outside of the picture is zero there. So LayerNorm finds whole rows in registers.
+constexpr int SIDE = 3, STRIDE = 2, PADDING = 1, CHUNK = 32;
+
+template <int IN, int OUT, int LINES, int COLUMNS, int RING>
+__device__ __forceinline__ void embed(const bf16* __restrict__ tokens, const bf16* __restrict__ weight,
+                                      const bf16* __restrict__ bias, const float* __restrict__ gamma,
+                                      const float* __restrict__ beta, int height, int width, int out_height,
+                                      int out_width, int rows, bf16* __restrict__ raw, bf16* __restrict__ y,
+                                      float* __restrict__ stats) {
+    constexpr int BLOCK = 32 * LINES * COLUMNS, TALL = TILE * LINES, OWN = OUT / COLUMNS, GROUPS = OWN / 32;
+    constexpr int CHUNKS = SIDE * SIDE * IN / CHUNK, PIECES = CHUNK / 8;
+    constexpr int PLACES = TALL * PIECES / BLOCK;
+    static_assert(IN % CHUNK == 0 && OWN % 32 == 0 && TALL * PIECES % BLOCK == 0 && OUT * PIECES % BLOCK == 0, "whole");
+    SHARED(Turned<CHUNK>, windows, [RING][TALL]);
+    SHARED(Turned<CHUNK>, weights, [RING][OUT]);
+    SHARED(float, sums, [2][COLUMNS][TALL]);
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    int line = warp / COLUMNS, column = warp % COLUMNS, start = blockIdx.x * TALL;
+
+    // What a thread copies of a chunk: a piece of some windows, whose first tap these are.
+    const bf16* images[PLACES];
+    int tops[PLACES], lefts[PLACES];
+    for (int i = 0; i < PLACES; i++) {
+        int row = start + (threadIdx.x + i * BLOCK) / PIECES, left = row % out_width, above = row / out_width;
+        images[i] = tokens + size_t(above / out_height) * height * width * IN;
+        tops[i] = row < rows ? above % out_height * STRIDE - PADDING : -SIDE;
+        lefts[i] = left * STRIDE - PADDING;
+    }
+    int piece = threadIdx.x % PIECES;
+    auto bring = [&](int chunk) {
+        if (chunk < CHUNKS) {
+            int slot = chunk % RING, tap = chunk / (IN / CHUNK), c = chunk % (IN / CHUNK) * CHUNK + piece * 8;
+            for (int i = 0; i < PLACES; i++) {
+                int line = tops[i] + tap / SIDE, column = lefts[i] + tap % SIDE;
+                bool exists = unsigned(line) < unsigned(height) && unsigned(column) < unsigned(width);
+                const bf16* from = images[i] + (exists ? size_t(line * width + column) * IN + c : 0);
+                int row = (threadIdx.x + i * BLOCK) / PIECES;
+                copy_async<16>(turned(windows[slot], row, piece), from, exists ? 16 : 0);
+            }
+            for (int i = threadIdx.x; i < OUT * PIECES; i += BLOCK) {
+                // The output that column n of tile j is, by 32.
+                int row = i / PIECES, j = row % 32 / 8, n = row % 8, output = row / 32 * 32 + n / 2 * 8 + j * 2 + n % 2;
+                copy_async<16>(turned(weights[slot], row, piece), weight + (output * SIDE * SIDE + tap) * IN + c, 16);
+            }
+        }
+        copies_end_group();
+    };
+    for (int chunk = 0; chunk < RING - 1; chunk++) bring(chunk);
+    float d[4 * GROUPS][4] = {};
+#pragma unroll 1
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        copies_done_but<RING - 2>();
+        // The chunk is there for all, and all have read the one before, whose place the next takes.
+        __syncthreads();
+        bring(chunk + RING - 1);
+        int slot = chunk % RING;
+        for (int s = 0; s < CHUNK / 16; s++) {
+            unsigned a[4];
+            operand(windows[slot], line * TILE, s * 16, a);
+            for (int n = 0; n < 4 * GROUPS; n += 2) {
+                unsigned b[4];
+                across(weights[slot], column * OWN + n * 8, s * 16, b);
+                mma(d[n], a, b[0], b[1]);
+                mma(d[n + 1], a, b[2], b[3]);
+            }
+        }
+    }
+    copies_done();
+
+    // A lane's channels of group n: 8 from here on.
+    auto channel = [&](int n) { return column * OWN + n * 32 + t * 8; };
+    int own[2] = {start + line * TILE + g, start + line * TILE + g + 8};
+    auto value = [&](int half, int n, int i) -> float& { return d[4 * n + i / 2][2 * half + i % 2]; };
+    // The sum over a row's channels of what its lanes have.
+    auto row_sum = [&](int kind, int half, float x) {
+        x = group_sum(x, 4);
+        if constexpr (COLUMNS == 1) return x;
+        int row = line * TILE + g + 8 * half;
+        if (t == 0) sums[kind][column][row] = x;
+        __syncthreads();
+        float total = 0;
+        for (int c = 0; c < COLUMNS; c++) total += sums[kind][c][row];
+        return total;
+    };
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float sum = 0, square = 0;
+        for (int n = 0; n < GROUPS; n++) {
+            Pack<8> p = {};
+            if (bias != nullptr) p = load<8>(bias + channel(n));
+            for (int i = 0; i < 8; i++) {
+                // What is normalised is what is stored.
+                p.x[i] = __bfloat162float(__float2bfloat16_rn(value(half, n, i) + p.x[i]));
+                value(half, n, i) = p.x[i];
+                sum += p.x[i];
+            }
+            if (raw != nullptr && own[half] < rows) store(raw + size_t(own[half]) * OUT + channel(n), p);
+        }
+        float mean = row_sum(0, half, sum) / OUT;
+        for (int n = 0; n < GROUPS; n++) {
+            for (int i = 0; i < 8; i++) square += (value(half, n, i) - mean) * (value(half, n, i) - mean);
+        }
+        float scale = rsqrtf(row_sum(1, half, square) / OUT + EPSILON);
+        if (own[half] >= rows) continue;
+        for (int n = 0; n < GROUPS; n++) {
+            Pack<8> p, slope = load<8>(gamma + channel(n)), offset = load<8>(beta + channel(n));
+            for (int i = 0; i < 8; i++) p.x[i] = (value(half, n, i) - mean) * scale * slope.x[i] + offset.x[i];
+            store(y + size_t(own[half]) * OUT + channel(n), p);
+        }
+        bool first = t == 0 && column == 0;
+        if (stats != nullptr && first) *reinterpret_cast<float2*>(stats + 2 * size_t(own[half])) = {mean, scale};
+    }
+}
+
+// The embeddings of SegFormer-B0 from the second stage on: raw = the convolution of tokens, y its LayerNorm; rows are images ·
+// out_height · out_width. Grid: ceil(rows / 16·LINES). So for all.
+KERNEL(256, 2) embed_tokens_64(
+    const bf16* tokens /* (images, height, width, 32) */, const bf16* weight /* (64, 3·3, 32) */,
+    const bf16* bias /* (64) or null */, const float* gamma /* (64) */, const float* beta /* (64) */, int height,
+    int width, int out_height, int out_width, int rows, bf16* raw /* (rows, 64) or null */, bf16* y /* (rows, 64) */,
+    float* stats /* (rows, 2): mean, 1/std; or null */) {
+    embed<32, 64, 8, 1, 3>(tokens, weight, bias, gamma, beta, height, width, out_height, out_width, rows, raw, y,
+                            stats);
+}
+
+KERNEL(128, 3) embed_tokens_160(
+    const bf16* tokens /* (images, height, width, 64) */, const bf16* weight /* (160, 3·3, 64) */,
+    const bf16* bias /* (160) or null */, const float* gamma /* (160) */, const float* beta /* (160) */, int height,
+    int width, int out_height, int out_width, int rows, bf16* raw /* (rows, 160) or null */, bf16* y /* (rows, 160) */,
+    float* stats /* (rows, 2): mean, 1/std; or null */) {
+    embed<64, 160, 4, 1, 3>(tokens, weight, bias, gamma, beta, height, width, out_height, out_width, rows, raw, y,
+                            stats);
+}
+
+KERNEL(256, 2) embed_tokens_256(
+    const bf16* tokens /* (images, height, width, 160) */, const bf16* weight /* (256, 3·3, 160) */,
+    const bf16* bias /* (256) or null */, const float* gamma /* (256) */, const float* beta /* (256) */, int height,
+    int width, int out_height, int out_width, int rows, bf16* raw /* (rows, 256) or null */, bf16* y /* (rows, 256) */,
+    float* stats /* (rows, 2): mean, 1/std; or null */) {
+    embed<160, 256, 4, 2, 2>(tokens, weight, bias, gamma, beta, height, width, out_height, out_width, rows, raw, y,
+                            stats);
+}
