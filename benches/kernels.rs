@@ -288,17 +288,17 @@ fn blocks(batch: usize) -> Vec<Case> {
 
         // The sequence reduction and the embedding of the next stage, each with its LayerNorm, in evaluation.
         let reduces = Window { side: reduction, stride: reduction, padding: 0 };
-        let mut convolutions = vec![("reduction and norm", reduces, c)];
-        convolutions.extend(STAGES.get(i + 1).map(|next| ("embedding and norm of the next", OVERLAPPING, next.1)));
+        let mut convolutions = vec![("reduce_tokens", reduces, c)];
+        convolutions.extend(STAGES.get(i + 1).map(|next| ("embed_tokens", OVERLAPPING, next.1)));
         for (what, window, outputs) in convolutions {
             // All others are gathered patches, a product and a LayerNorm.
             if !matches!((window == OVERLAPPING, c), (true, _) | (false, 32 | 64)) {
                 continue;
             }
-            let made = g.through(window).rows() * window.side * window.side * c * outputs;
+            let made = g.through(window).rows();
             cases.push(case(
-                name(what, outputs),
-                2 * made,
+                format!("{what} {} {made}x{outputs}", i + 1),
+                2 * made * window.side * window.side * c * outputs,
                 move |Lab { cuda, x: [x, ..], w: [weight, bias], p, y: [y, _], .. }| {
                     let (bias, norm) = (Some(&*bias), (&*p, &*p));
                     let convolution = ConvolutionNorm { window, weight, bias, norm, inputs: c, outputs };

@@ -130,7 +130,8 @@ __device__ __forceinline__ void walk(const bf16* __restrict__ dq, const bf16* __
     }
 }
 
-// dx += LayerNorm's gradient towards x; `scaled` receives dx times its image's factor. Windows are as in reduce_tokens.
+// dx += LayerNorm's gradient towards x; `scaled` receives dx times its image's factor. Windows are as in reduce_tokens
+// (convolution.cu).
 // Grid: ceil(keys / KEYS), blocks of 256 threads for 32 channels, of 128 for 64.
 KERNEL(BOUNDS_32) attention_input_backward_32(
     const bf16* dq /* (images, height, width, 32) */, const bf16* dreduced /* (keys, 32) */,

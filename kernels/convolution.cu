@@ -65,14 +65,13 @@ __device__ __forceinline__ void reduce(const bf16* tokens, const bf16* weight, c
             p.x[2] += four.z;
             p.x[3] += four.w;
         }
+        // What is normalised is what is stored.
+        uint2 words = {pair_of(p.x[0], p.x[1]), pair_of(p.x[2], p.x[3])};
+        p = widen<4>(words);
         float sum = 0, square = 0;
-        for (int i = 0; i < 4; i++) {
-            // What is normalised is what is stored.
-            p.x[i] = __bfloat162float(__float2bfloat16_rn(p.x[i]));
-            sum += p.x[i];
-        }
+        for (int i = 0; i < 4; i++) sum += p.x[i];
         size_t at = size_t(key) * C + part * 4;
-        if (raw != nullptr && key < keys) store(raw + at, p);
+        if (raw != nullptr && key < keys) *reinterpret_cast<uint2*>(raw + at) = words;
         float mean = group_sum(sum, LANES) / C;
         for (int i = 0; i < 4; i++) {
             p.x[i] -= mean;
@@ -108,8 +107,8 @@ KERNEL(THREADS, 2) reduce_tokens_64(const bf16* tokens /* (images, height, width
 // ---- the patch embeddings
 //
 // A block has 16 windows per line of warps and all their outputs, which COLUMNS warps share. It goes through the sums by CHUNK
-// channels of a tap: tokens and weights pass through shared memory, where a ring of RING chunks is on its way; what lies
-// outside of the picture is zero there. So LayerNorm finds whole rows in registers.
+// channels of a tap: tokens and weights pass through shared memory, where of RING chunks one is read and the others are on
+// their way; what lies outside of the picture is zero there. So LayerNorm finds a row in the registers of its warps.
 constexpr int SIDE = 3, STRIDE = 2, PADDING = 1, CHUNK = 32;
 
 template <int IN, int OUT, int LINES, int COLUMNS, int RING>
@@ -120,38 +119,42 @@ __device__ __forceinline__ void embed(const bf16* __restrict__ tokens, const bf1
                                       float* __restrict__ stats) {
     constexpr int BLOCK = 32 * LINES * COLUMNS, TALL = TILE * LINES, OWN = OUT / COLUMNS, GROUPS = OWN / 32;
     constexpr int CHUNKS = SIDE * SIDE * IN / CHUNK, PIECES = CHUNK / 8;
-    constexpr int PLACES = TALL * PIECES / BLOCK;
-    static_assert(IN % CHUNK == 0 && OWN % 32 == 0 && TALL * PIECES % BLOCK == 0 && OUT * PIECES % BLOCK == 0, "whole");
+    // Rows of a chunk that a block copies at a time.
+    constexpr int AT_ONCE = BLOCK / PIECES, PLACES = TALL / AT_ONCE;
+    static_assert(IN % CHUNK == 0 && OWN % 32 == 0 && TALL % AT_ONCE == 0 && OUT % AT_ONCE == 0, "whole copies");
+    static_assert(AT_ONCE % 32 == 0, "whole groups of outputs");
     SHARED(Turned<CHUNK>, windows, [RING][TALL]);
     SHARED(Turned<CHUNK>, weights, [RING][OUT]);
     SHARED(float, sums, [2][COLUMNS][TALL]);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int line = warp / COLUMNS, column = warp % COLUMNS, start = blockIdx.x * TALL;
 
-    // What a thread copies of a chunk: a piece of some windows, whose first tap these are.
+    // What a thread copies of a chunk: a piece of some windows, whose first tap these are, and of some outputs' weights.
+    unsigned piece = threadIdx.x % PIECES, row = threadIdx.x / PIECES;
     const bf16* images[PLACES];
     int tops[PLACES], lefts[PLACES];
     for (int i = 0; i < PLACES; i++) {
-        int row = start + (threadIdx.x + i * BLOCK) / PIECES, left = row % out_width, above = row / out_width;
-        images[i] = tokens + size_t(above / out_height) * height * width * IN;
-        tops[i] = row < rows ? above % out_height * STRIDE - PADDING : -SIDE;
-        lefts[i] = left * STRIDE - PADDING;
+        int window = start + row + i * AT_ONCE, above = window / out_width;
+        images[i] = tokens + size_t(above / out_height) * height * width * IN + piece * 8;
+        tops[i] = window < rows ? above % out_height * STRIDE - PADDING : -SIDE;
+        lefts[i] = window % out_width * STRIDE - PADDING;
     }
-    int piece = threadIdx.x % PIECES;
-    auto bring = [&](int chunk) {
+    // The output that column n of tile j is, by 32: rows 8·j + n.
+    unsigned output = row / 32 * 32 + row % 8 / 2 * 8 + row % 32 / 8 * 2 + row % 2;
+    weight += output * (SIDE * SIDE * IN) + piece * 8;
+    auto bring = [&](unsigned chunk) {
         if (chunk < CHUNKS) {
-            int slot = chunk % RING, tap = chunk / (IN / CHUNK), c = chunk % (IN / CHUNK) * CHUNK + piece * 8;
+            unsigned slot = chunk % RING, tap = chunk / (IN / CHUNK), c = chunk % (IN / CHUNK) * CHUNK;
             for (int i = 0; i < PLACES; i++) {
-                int line = tops[i] + tap / SIDE, column = lefts[i] + tap % SIDE;
-                bool exists = unsigned(line) < unsigned(height) && unsigned(column) < unsigned(width);
-                const bf16* from = images[i] + (exists ? size_t(line * width + column) * IN + c : 0);
-                int row = (threadIdx.x + i * BLOCK) / PIECES;
-                copy_async<16>(turned(windows[slot], row, piece), from, exists ? 16 : 0);
+                int y = tops[i] + int(tap / SIDE), x = lefts[i] + int(tap % SIDE);
+                bool exists = unsigned(y) < unsigned(height) && unsigned(x) < unsigned(width);
+                const bf16* from = images[i] + (exists ? size_t(y * width + x) * IN + c : 0);
+                copy_async<16>(turned(windows[slot], row + i * AT_ONCE, piece), from, exists ? 16 : 0);
             }
-            for (int i = threadIdx.x; i < OUT * PIECES; i += BLOCK) {
-                // The output that column n of tile j is, by 32.
-                int row = i / PIECES, j = row % 32 / 8, n = row % 8, output = row / 32 * 32 + n / 2 * 8 + j * 2 + n % 2;
-                copy_async<16>(turned(weights[slot], row, piece), weight + (output * SIDE * SIDE + tap) * IN + c, 16);
+#pragma unroll
+            for (int i = 0; i < OUT / AT_ONCE; i++) {
+                const bf16* from = weight + i * (AT_ONCE * SIDE * SIDE * IN) + chunk * CHUNK;
+                copy_async<16>(turned(weights[slot], row + i * AT_ONCE, piece), from, 16);
             }
         }
         copies_end_group();
@@ -176,7 +179,6 @@ __device__ __forceinline__ void embed(const bf16* __restrict__ tokens, const bf1
             }
         }
     }
-    copies_done();
 
     // A lane's channels of group n: 8 from here on.
     auto channel = [&](int n) { return column * OWN + n * 32 + t * 8; };
@@ -199,13 +201,16 @@ __device__ __forceinline__ void embed(const bf16* __restrict__ tokens, const bf1
         for (int n = 0; n < GROUPS; n++) {
             Pack<8> p = {};
             if (bias != nullptr) p = load<8>(bias + channel(n));
+            for (int i = 0; i < 8; i++) p.x[i] += value(half, n, i);
+            // What is normalised is what is stored.
+            uint4 words = words_of(p.x);
+            p = widen<8>(words);
             for (int i = 0; i < 8; i++) {
-                // What is normalised is what is stored.
-                p.x[i] = __bfloat162float(__float2bfloat16_rn(value(half, n, i) + p.x[i]));
                 value(half, n, i) = p.x[i];
                 sum += p.x[i];
             }
-            if (raw != nullptr && own[half] < rows) store(raw + size_t(own[half]) * OUT + channel(n), p);
+            size_t at = size_t(own[half]) * OUT + channel(n);
+            if (raw != nullptr && own[half] < rows) *reinterpret_cast<uint4*>(raw + at) = words;
         }
         float mean = row_sum(0, half, sum) / OUT;
         for (int n = 0; n < GROUPS; n++) {
@@ -224,7 +229,7 @@ __device__ __forceinline__ void embed(const bf16* __restrict__ tokens, const bf1
 }
 
 // The embeddings of SegFormer-B0 from the second stage on: raw = the convolution of tokens, y its LayerNorm; rows are images ·
-// out_height · out_width. Grid: ceil(rows / 16·LINES). So for all.
+// out_height · out_width. Blocks of 256, 128 and 256 threads, with 128, 64 and 64 rows each.
 KERNEL(256, 2) embed_tokens_64(
     const bf16* tokens /* (images, height, width, 32) */, const bf16* weight /* (64, 3·3, 32) */,
     const bf16* bias /* (64) or null */, const float* gamma /* (64) */, const float* beta /* (64) */, int height,

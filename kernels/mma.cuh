@@ -123,6 +123,7 @@ template <int D> struct Turned {
 };
 
 template <int D> __device__ __forceinline__ uint4* turned(Turned<D>* rows, int row, int part) {
+    static_assert(D <= 64, "a row within all banks");
     return &rows[row].at[part ^ row / (64 / D) % (D / 8)];
 }
 

@@ -107,7 +107,8 @@ impl AttentionLayer {
                     if let Some(kept) = acts.patches.as_mut().filter(|_| pass.keeps()) {
                         backend.patches(normed, grid, self.channels, self.window, kept);
                     }
-                    let kept = pass.keeps().then_some((raw, stats));
+                    let goes_back = self.trains || self.input_gradient;
+                    let kept = (pass.keeps() && goes_back).then_some((raw, stats));
                     backend.convolution_norm(normed, grid, &norm.behind(pass, convolution, self.window), t1, kept);
                 } else {
                     let patches = acts.patches.as_mut().unwrap_or(patches);

@@ -85,6 +85,7 @@ impl Norm {
         convolution: &Affine,
         window: Window,
     ) -> ConvolutionNorm<'a, B> {
+        debug_assert!(convolution.side.is_none(), "a path beside the convolution is not part of it");
         let (weight, bias) = convolution.operands(pass);
         let norm = (pass.tensors.value(self.gamma), pass.tensors.value(self.beta));
         let inputs = convolution.inputs / (window.side * window.side);

@@ -87,7 +87,8 @@ impl PatchEmbed {
             if let Some(kept) = acts.patches.as_mut().filter(|_| pass.keeps()) {
                 pass.backend.patches(x, from, self.channels_in, self.window, kept);
             }
-            let kept = pass.keeps().then_some((&mut acts.raw, &mut acts.stats));
+            let goes_back = self.trains || self.input_gradient;
+            let kept = (pass.keeps() && goes_back).then_some((&mut acts.raw, &mut acts.stats));
             let convolution = self.norm.behind(pass, &self.projection, self.window);
             return pass.backend.convolution_norm(x, from, &convolution, y, kept);
         }
