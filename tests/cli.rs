@@ -184,7 +184,11 @@ fn doctor_describes_the_device_that_is_named() {
     let cpu = succeeds(folder.path(), &["doctor", "--device", "cpu", "--json"]);
     let json: Value = serde_json::from_slice(&cpu.stdout).expect("JSON");
     assert!(json["cuda_backend"].is_null(), "no GPU is looked for: {json}");
-    fails(folder.path(), &["doctor", "--device", "cuda:99"], DEVICE, &[]);
+    let missing = ["doctor", "--device", "cuda:99"];
+    fails(folder.path(), &missing, DEVICE, &[]);
+    // What to do about the first that is missing: a GPU of that number, any, or cuBLASLt.
+    let text = stderr(&run(folder.path(), &missing));
+    assert!(["use --device c", "LD_LIBRARY_PATH"].iter().any(|remedy| text.contains(remedy)), "{text}");
     fails(folder.path(), &["doctor", "--max-memory", "4"], USAGE, &["--max-memory", "--step"]);
 }
 

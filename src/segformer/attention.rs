@@ -101,21 +101,9 @@ impl AttentionLayer {
         let normed = normed.out.as_ref().unwrap_or(t0);
         let source = match (&self.reduction, &mut acts.reduced) {
             (Some((convolution, norm)), Some((raw, stats))) => {
-                if convolution.side.is_none()
-                    && backend.fuses_convolution(grid, self.window, self.channels, self.channels)
-                {
-                    if let Some(kept) = acts.patches.as_mut().filter(|_| pass.keeps()) {
-                        backend.patches(normed, grid, self.channels, self.window, kept);
-                    }
-                    let goes_back = self.trains || self.input_gradient;
-                    let kept = (pass.keeps() && goes_back).then_some((raw, stats));
-                    backend.convolution_norm(normed, grid, &norm.behind(pass, convolution, self.window), t1, kept);
-                } else {
-                    let patches = acts.patches.as_mut().unwrap_or(patches);
-                    backend.patches(normed, grid, self.channels, self.window, patches);
-                    convolution.forward(pass, patches, key_rows, raw, side);
-                    norm.forward(pass, raw, key_rows, t1, stats);
-                }
+                let goes_back = self.trains || self.input_gradient;
+                let kept = (acts.patches.as_mut(), raw, stats, goes_back);
+                norm.convolve(pass, convolution, (normed, grid), self.window, kept, t1, patches, side);
                 &*t1
             }
             _ => normed,

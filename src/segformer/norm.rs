@@ -1,7 +1,7 @@
 //! A LayerNorm (or the affine part of the BatchNorm) in the model.
 
 use super::affine::Affine;
-use super::model::Pass;
+use super::model::{Pass, SideScratch};
 use super::tensors::{EachGradient, Gradients, Id};
 use crate::backend::{Backend, ConvolutionNorm, Dropout, Grid, InFront, Window};
 
@@ -78,18 +78,35 @@ pub struct Norm {
 }
 
 impl Norm {
-    /// The layer with the convolution in front, as one operation reads them.
-    pub fn behind<'a, B: Backend>(
+    /// `y = norm(raw)`, where raw is `convolution` of `tokens` on their grid. What is kept for the pass back: patches, where there
+    /// is room for them, and, if one comes, raw and its (mean, 1/std) per row. `room` is for patches.
+    pub fn convolve<B: Backend>(
         &self,
-        pass: &Pass<'a, B>,
+        pass: &Pass<'_, B>,
         convolution: &Affine,
+        (tokens, grid): (&B::Act, Grid),
         window: Window,
-    ) -> ConvolutionNorm<'a, B> {
-        debug_assert!(convolution.side.is_none(), "a path beside the convolution is not part of it");
+        (patches, raw, stats, goes_back): (Option<&mut B::Act>, &mut B::Act, &mut B::Full, bool),
+        y: &mut B::Act,
+        room: &mut B::Act,
+        side: &mut SideScratch<B>,
+    ) {
+        let (backend, rows) = (pass.backend, grid.through(window).rows());
+        let (inputs, outputs) = (convolution.inputs / (window.side * window.side), convolution.outputs);
+        if convolution.side.is_some() || !backend.fuses_convolution(grid, window, inputs, outputs) {
+            let patches = patches.unwrap_or(room);
+            backend.patches(tokens, grid, inputs, window, patches);
+            convolution.forward(pass, patches, rows, raw, side);
+            return self.forward(pass, raw, rows, y, stats);
+        }
+        if let Some(patches) = patches.filter(|_| pass.keeps()) {
+            backend.patches(tokens, grid, inputs, window, patches);
+        }
         let (weight, bias) = convolution.operands(pass);
         let norm = (pass.tensors.value(self.gamma), pass.tensors.value(self.beta));
-        let inputs = convolution.inputs / (window.side * window.side);
-        ConvolutionNorm { window, weight, bias, norm, inputs, outputs: convolution.outputs }
+        let convolution = ConvolutionNorm { window, weight, bias, norm, inputs, outputs };
+        let kept = (pass.keeps() && goes_back).then_some((raw, stats));
+        backend.convolution_norm(tokens, grid, &convolution, y, kept);
     }
 
     /// `y = norm(x)` over `rows` rows; `stats` receives (mean, 1/std) per row.

@@ -80,23 +80,20 @@ impl PatchEmbed {
             let kept = (pass.keeps() && self.trains).then_some((&mut acts.raw, &mut acts.stats));
             return pass.backend.embed_pixels(samples, from.height, self.window, convolution, norm, outputs, y, kept);
         }
-        let (channels, outputs) = (self.channels_in, self.projection.outputs);
-        let is_plain = self.projection.side.is_none();
-        let joint = is_plain && pass.backend.fuses_convolution(from, self.window, channels, outputs);
-        if let (EmbedInput::Tokens(x), true) = (input, joint) {
-            if let Some(kept) = acts.patches.as_mut().filter(|_| pass.keeps()) {
-                pass.backend.patches(x, from, self.channels_in, self.window, kept);
+        let EmbedActs { raw, stats, patches } = acts;
+        let Scratch { wide: [room, _], side, .. } = scratch;
+        match input {
+            EmbedInput::Tokens(x) => {
+                let kept = (patches.as_mut(), raw, stats, self.trains || self.input_gradient);
+                self.norm.convolve(pass, &self.projection, (x, from), self.window, kept, y, room, side);
             }
-            let goes_back = self.trains || self.input_gradient;
-            let kept = (pass.keeps() && goes_back).then_some((&mut acts.raw, &mut acts.stats));
-            let convolution = self.norm.behind(pass, &self.projection, self.window);
-            return pass.backend.convolution_norm(x, from, &convolution, y, kept);
+            EmbedInput::Pixels(_) => {
+                let (patches, rows) = (patches.as_mut().unwrap_or(room), from.through(self.window).rows());
+                self.gather(pass, input, from, patches);
+                self.projection.forward(pass, patches, rows, raw, side);
+                self.norm.forward(pass, raw, rows, y, stats);
+            }
         }
-        let rows = from.through(self.window).rows();
-        let patches = acts.patches.as_mut().unwrap_or(&mut scratch.wide[0]);
-        self.gather(pass, input, from, patches);
-        self.projection.forward(pass, patches, rows, &mut acts.raw, &mut scratch.side);
-        self.norm.forward(pass, &acts.raw, rows, y, &mut acts.stats);
     }
 
     /// From the gradient `d` of the layer's output to its parameters' and, added, its input's.

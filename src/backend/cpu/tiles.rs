@@ -345,8 +345,8 @@ mod amx {
         ((1u32 << count.min(HALF)) - 1) as u16
     }
 
-    /// Writes the parts of a and b as pairs. The low part of a number that is not
-    /// finite, or rounds to infinity, is no number either, so that it shows in the sums.
+    /// Writes the parts of a and b as pairs. The low part of a number that is not finite, or rounds to infinity, is a NaN, so that
+    /// it shows in the sums.
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn split(a: __m512, b: __m512, high: &mut [u32; HALF], low: &mut [u32; HALF]) {

@@ -1,13 +1,12 @@
 //! The way back in front of attention in one kernel.
 
 use super::convolution::tiles;
-use super::memory::ColumnSums;
+use super::layer_norm::NORM_KINDS;
 use super::{Argument, Cuda, Device};
 use crate::backend::{AttentionInput, AttentionInputs, Grid, InFront, Linear, Window};
 
-/// Windows of a block, and the sums per channel that it leaves, as in the kernels.
+/// Windows of a block, as in the kernels.
 const KEYS: usize = 64;
-const KINDS: usize = 3;
 
 impl<D: Device> AttentionInput for Cuda<D> {
     /// In the first two stages of SegFormer-B0, where most tokens are, and where windows share none.
@@ -49,7 +48,7 @@ impl<D: Device> AttentionInput for Cuda<D> {
             (_, false) => ("attention_input_backward_64", 128),
             (_, true) => ("attention_input_backward_all_64", 128),
         };
-        let Some((dgamma, dbeta)) = parameters else {
+        let Some(parameters) = parameters else {
             self.launch_blocks(kernel, [blocks, 1, 1], threads, &arguments);
             if let Some(bias) = bias {
                 let product = scaled.map_or(&*dx, |(.., scaled)| &*scaled);
@@ -57,12 +56,9 @@ impl<D: Device> AttentionInput for Cuda<D> {
             }
             return;
         };
-        let partial = self.scratch(blocks * KINDS * channels);
+        let partial = self.scratch(blocks * NORM_KINDS * channels);
         arguments.push(Argument::pointer(partial));
         self.launch_blocks(kernel, [blocks, 1, 1], threads, &arguments);
-        let sums = |to| ColumnSums { kinds: 1, to, add: true };
-        let outputs = [Some(dgamma), Some(dbeta), bias].map(|sum| sum.map(|sum| sums(sum.both(channels))));
-        let outputs: Vec<_> = outputs.into_iter().flatten().collect();
-        self.sum_partials((partial, blocks, channels), KINDS, &outputs);
+        self.sum_norm_partials((partial, blocks, channels), parameters, bias);
     }
 }

@@ -2,7 +2,10 @@
 
 use super::memory::{ColumnSums, THREADS, slabs, width};
 use super::{Argument, Cuda, Device};
-use crate::backend::{Dropout, Grid, InFront, LayerNorm, Linear, Residual};
+use crate::backend::{Dropout, Grid, InFront, LayerNorm, Linear, Memory, Residual};
+
+/// Sums per channel that kernels leave for [`Cuda::sum_norm_partials`].
+pub(super) const NORM_KINDS: usize = 3;
 
 /// Neighbouring lanes that share a row: as many as it has packs of channels, up to a warp.
 fn lanes(channels: usize) -> usize {
@@ -98,15 +101,12 @@ impl<D: Device> LayerNorm for Cuda<D> {
         let mut arguments = vec![dy.at(n), x.at(n), stats.at(2 * rows), gamma.at(channels)];
         arguments.extend([rows, channels, lanes].map(Argument::from));
         if let Some((dgamma, dbeta)) = parameters {
-            let partial = self.scratch(slabs * 3 * channels);
+            let partial = self.scratch(slabs * NORM_KINDS * channels);
             arguments.extend([slab.into(), dx.sum_to(n, add), add.into()]);
             arguments.extend(factors);
             arguments.push(Argument::pointer(partial));
             self.launch_blocks("layer_norm_backward_both", [slabs, 1, 1], THREADS, &arguments);
-            let sums = |to| ColumnSums { kinds: 1, to, add: true };
-            let outputs = [Some(dgamma), Some(dbeta), bias].map(|sum| sum.map(|sum| sums(sum.both(channels))));
-            let outputs: Vec<_> = outputs.into_iter().flatten().collect();
-            return self.sum_partials((partial, slabs, channels), 3, &outputs);
+            return self.sum_norm_partials((partial, slabs, channels), (dgamma, dbeta), bias);
         }
         arguments.extend([dx.sum_to(n, add), add.into()]);
         let product = match scaled {
@@ -143,5 +143,19 @@ impl<D: Device> LayerNorm for Cuda<D> {
             |slab, partial| vec![dy.at(n), x.at(n), stats.at(2 * rows), rows.into(), channels.into(), slab, partial],
             &[sums(dgamma.both(channels)), sums(dbeta.both(channels))],
         );
+    }
+}
+
+impl<D: Device> Cuda<D> {
+    /// Adds up what slabs left of the gradients of gamma, beta and, if wanted, of a bias in front.
+    pub(super) fn sum_norm_partials(
+        &self,
+        partial: (u64, usize, usize),
+        (dgamma, dbeta): (&mut <Self as Memory>::Full, &mut <Self as Memory>::Full),
+        bias: Option<&mut <Self as Memory>::Full>,
+    ) {
+        let sums = [Some(dgamma), Some(dbeta), bias].into_iter().flatten();
+        let outputs: Vec<_> = sums.map(|sum| ColumnSums { kinds: 1, to: sum.both(partial.2), add: true }).collect();
+        self.sum_partials(partial, NORM_KINDS, &outputs);
     }
 }
