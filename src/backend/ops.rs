@@ -1109,8 +1109,8 @@ pub trait Matrix: Memory {
     fn scale_all(&self, alpha: f64, tensors: &mut [Scaled<'_, Self::Full, Self::Act>]);
     /// Adds `x[start..]` to y, as far as y goes.
     fn add_part(&self, x: &Self::Full, start: usize, y: &mut Self::Full);
-    /// `y += x`
-    fn add(&self, x: &Self::Full, y: &mut Self::Full);
+    /// Adds to each y its xs, in order.
+    fn add_all(&self, sums: &mut [(Vec<&Self::Full>, &mut Self::Full)]);
 }
 
 /// A tensor under [`Optimizer::adamw`].

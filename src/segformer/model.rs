@@ -453,9 +453,7 @@ impl<B: Backend> Model<B> {
         let backend = &*backend;
         backend.repeat(&[Phase::Gradients as u64], &Inputs::default(), || {
             let Some((gradients, others)) = slots.split_first_mut() else { return };
-            for other in others {
-                gradients.add(backend, other);
-            }
+            gradients.add(backend, others);
             let decoder = &plan.decoder;
             decoder.unfold(backend, tensors, fuse_blocks, fuse_gradients, gradients);
             let (mut each, mut scaled, mut products) = (gradients.each(), Vec::new(), Vec::new());

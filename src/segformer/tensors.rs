@@ -146,12 +146,10 @@ impl<B: Backend> Gradients<B> {
         backend.zero_all(&mut self.0.iter_mut().flatten().collect::<Vec<_>>());
     }
 
-    /// Adds another slot's gradients.
-    pub fn add(&mut self, backend: &B, other: &Self) {
-        for (own, other) in self.0.iter_mut().zip(&other.0) {
-            if let (Some(own), Some(other)) = (own, other) {
-                backend.add(other, own);
-            }
-        }
+    /// Adds other slots' gradients, in order.
+    pub fn add(&mut self, backend: &B, others: &[Self]) {
+        let others_of = |i: usize| others.iter().filter_map(|other| other.0[i].as_ref()).collect::<Vec<_>>();
+        let sums = self.0.iter_mut().enumerate().filter_map(|(i, own)| Some((others_of(i), own.as_mut()?)));
+        backend.add_all(&mut sums.filter(|(others, _)| !others.is_empty()).collect::<Vec<_>>());
     }
 }

@@ -231,7 +231,7 @@ fn work_that_cannot_be_recorded_is_done_once() {
         for times in 1..=4u8 {
             cuda.repeat(&[1], &Inputs::default(), || {
                 cuda.accumulate(&x, 1, &mut y);
-                cuda.add(&one, &mut sum);
+                cuda.add_part(&one, 0, &mut sum);
             });
             let times = f32::from(times);
             assert_eq!((cuda.download_act(&y, 1), cuda.download(&sum)), (vec![times], vec![times]), "after {after}");

@@ -1241,15 +1241,14 @@ case!(
             ],
         );
         lab.0.add_columns(&part, n + k, 0, k, &mut scaled);
-        lab.0.add(&x, &mut sum);
         let mut tail = lab.full(m, 8);
         lab.0.add_part(&x, 1, &mut tail);
         let (mut zeros, mut more) = (lab.full(m, 9), lab.full(m * n, 12));
         lab.0.zero(&mut zeros);
-        lab.0.add(&tail, &mut zeros);
+        lab.0.add_all(&mut [(vec![&x, &scaled], &mut sum), (vec![&tail], &mut zeros)]);
         lab.0.zero_all(&mut [&mut tail, &mut more]);
         lab.0.add_part(&x, 0, &mut tail);
-        lab.0.add(&lab.full(m * n, 13), &mut more);
+        lab.0.add_all(&mut [(vec![&lab.full(m * n, 13)], &mut more)]);
         outputs.extend([
             lab.read_full("columns", &part, m * k),
             lab.read_full("scaled alone", &other, m * k),

@@ -1,17 +1,16 @@
 //! Small products among parameters.
 
-use rayon::prelude::*;
-
 use super::linear::{View, product};
+use super::simd::vectorised;
 use super::{Buffer, Cpu, Real};
 use crate::backend::{Base, Matrix, Scaled, SmallProduct, Transpose};
 
 /// Numbers of a tensor that one thread takes at a time.
-const PART: usize = 1 << 16;
+const PART: usize = 1 << 14;
 
 impl<T: Real> Matrix for Cpu<T> {
     fn small_products(&self, products: &mut [SmallProduct<'_, Buffer<T>, Buffer<T>>]) {
-        for p in products {
+        self.each_on_all(products.iter_mut(), |p| {
             let (m, n, k) = p.size;
             let a = if p.transpose == Transpose::Left { View::rows(p.a, m).t() } else { View::rows(p.a, k) };
             let b = if p.transpose == Transpose::Right { View::rows(p.b, k).t() } else { View::rows(p.b, n) };
@@ -22,7 +21,7 @@ impl<T: Real> Matrix for Cpu<T> {
             if let Some(product) = &mut p.product {
                 product.copy_from_slice(p.c);
             }
-        }
+        });
     }
 
     fn columns(&self, x: &Buffer<T>, columns: usize, start: usize, n: usize, y: &mut Buffer<T>) {
@@ -57,13 +56,22 @@ impl<T: Real> Matrix for Cpu<T> {
         }
     }
 
-    fn add(&self, x: &Buffer<T>, y: &mut Buffer<T>) {
-        self.install(|| {
-            y.par_chunks_mut(PART).zip(x.par_chunks(PART)).for_each(|(y, x)| {
-                for (x, y) in x.iter().zip(y) {
-                    *y += *x;
-                }
-            });
+    fn add_all(&self, sums: &mut [(Vec<&Buffer<T>>, &mut Buffer<T>)]) {
+        let parts = sums.iter_mut().flat_map(|(xs, y)| {
+            let xs = &*xs;
+            y.chunks_mut(PART).enumerate().map(move |(part, y)| (xs, part * PART, y))
+        });
+        self.each_on_all(parts, |(xs, start, y)| {
+            vectorised(
+                #[inline(always)]
+                |_| {
+                    for x in xs {
+                        for (x, y) in x[start..].iter().zip(y.iter_mut()) {
+                            *y += *x;
+                        }
+                    }
+                },
+            );
         });
     }
 }

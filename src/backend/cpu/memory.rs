@@ -78,9 +78,14 @@ impl<T: Real> Cpu<T> {
         }
     }
 
-    /// Runs `work` on the device's threads, so that parallel loops inside it stay there.
-    pub(super) fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        self.pool.install(work)
+    /// Does `work` on every item, on all threads of the device, outside units; on the caller's where there is one item.
+    pub(super) fn each_on_all<I: Send>(&self, items: impl Iterator<Item = I>, work: impl Fn(I) + Send + Sync) {
+        let mut items: Vec<I> = items.collect();
+        if items.len() > 1 {
+            self.pool.install(|| items.into_par_iter().for_each(work));
+        } else if let Some(item) = items.pop() {
+            work(item);
+        }
     }
 }
 
@@ -143,9 +148,7 @@ impl<T: Real> Memory for Cpu<T> {
     }
 
     fn zero_all(&self, tensors: &mut [&mut Buffer<T>]) {
-        for tensor in tensors {
-            tensor.fill(T::ZERO);
-        }
+        self.each_on_all(tensors.iter_mut(), |tensor| tensor.fill(T::ZERO));
     }
 
     fn unrounded(x: &Buffer<T>) -> Option<&Buffer<T>> {
@@ -213,7 +216,7 @@ impl<T: Real> Memory for Cpu<T> {
         self.team.store(size, Ordering::Relaxed);
         let idle = Mutex::new(workers.iter_mut().collect::<Vec<_>>());
         let (work, idle, teams) = (&work, &idle, &teams);
-        self.install(|| {
+        self.pool.install(|| {
             rayon::scope(|scope| {
                 for (q, (queue, slot)) in queues.into_iter().zip(slots).enumerate() {
                     scope.spawn(move |_| {

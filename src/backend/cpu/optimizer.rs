@@ -1,7 +1,5 @@
 //! Clipping and AdamW.
 
-use rayon::prelude::*;
-
 use super::{Buffer, Cpu, Real, simd::vectorised};
 use crate::backend::{AdamW, Moving, Optimizer};
 
@@ -9,8 +7,13 @@ use crate::backend::{AdamW, Moving, Optimizer};
 const PART: usize = 1 << 14;
 
 impl<T: Real> Optimizer for Cpu<T> {
+    /// Of parts by themselves, then of the parts of a tensor in order, then of the tensors.
     fn gradient_norm(&self, gradients: &[&Buffer<T>], norm: &mut Buffer<T>) {
-        let total: f64 = gradients.iter().map(|gradient| self.square_norm(gradient)).sum();
+        let parts: Vec<&[T]> = gradients.iter().flat_map(|gradient| gradient.chunks(PART)).collect();
+        let mut squares = vec![0.0; parts.len()];
+        self.each_on_all(parts.into_iter().zip(&mut squares), |(part, square)| *square = square_norm(part));
+        let mut squares = squares.iter();
+        let total: f64 = gradients.iter().map(|x| squares.by_ref().take(x.len().div_ceil(PART)).sum::<f64>()).sum();
         norm[0] = T::of(total.sqrt());
     }
 
@@ -23,57 +26,45 @@ impl<T: Real> Optimizer for Cpu<T> {
         let decay = T::of(1.0 - update.lr * update.weight_decay);
         let (b1, b2, c1, c2) = (T::of(beta1), T::of(beta2), T::of(1.0 - beta1), T::of(1.0 - beta2));
         let epsilon = T::of(update.epsilon);
-        let mut parts = Vec::new();
-        for t in tensors {
+        let parts = tensors.iter_mut().flat_map(|t| {
             let keep = if t.decays { decay } else { T::ONE };
             let moments = t.m.chunks_mut(PART).zip(t.v.chunks_mut(PART));
             let mut products = t.product.as_mut().map(|product| product.chunks_mut(PART));
-            for ((p, g), moments) in t.parameter.chunks_mut(PART).zip(t.gradient.chunks(PART)).zip(moments) {
-                parts.push((p, g, moments, products.as_mut().and_then(Iterator::next), keep));
+            let parts = t.parameter.chunks_mut(PART).zip(t.gradient.chunks(PART)).zip(moments);
+            parts.map(move |((p, g), moments)| (p, g, moments, products.as_mut().and_then(Iterator::next), keep))
+        });
+        self.each_on_all(parts, |(parameter, gradient, (m, v), product, keep)| {
+            vectorised(
+                #[inline(always)]
+                |_| {
+                    for ((p, g), (m, v)) in parameter.iter_mut().zip(gradient).zip(m.iter_mut().zip(v)) {
+                        let g = *g * clip;
+                        *m = b1 * *m + c1 * g;
+                        *v = b2 * *v + c2 * (g * g);
+                        *p = *p * keep - step_size * *m / (v.sqrt() / root + epsilon);
+                    }
+                },
+            );
+            if let Some(product) = product {
+                product.copy_from_slice(parameter);
             }
-        }
-        self.install(|| {
-            parts.into_par_iter().for_each(|(parameter, gradient, (m, v), product, keep)| {
-                vectorised(
-                    #[inline(always)]
-                    |_| {
-                        for ((p, g), (m, v)) in parameter.iter_mut().zip(gradient).zip(m.iter_mut().zip(v)) {
-                            let g = *g * clip;
-                            *m = b1 * *m + c1 * g;
-                            *v = b2 * *v + c2 * (g * g);
-                            *p = *p * keep - step_size * *m / (v.sqrt() / root + epsilon);
-                        }
-                    },
-                );
-                if let Some(product) = product {
-                    product.copy_from_slice(parameter);
-                }
-            });
         });
     }
 }
 
-impl<T: Real> Cpu<T> {
-    /// Sum of squares: of parts by themselves, then of the parts in order.
-    fn square_norm(&self, x: &[T]) -> f64 {
-        let part = |x: &[T]| {
-            vectorised(
-                #[inline(always)]
-                |_| {
-                    let mut lanes = [0.0; 16];
-                    let (blocks, rest) = x.as_chunks::<16>();
-                    for block in blocks {
-                        for i in 0..16 {
-                            lanes[i] += block[i].f64() * block[i].f64();
-                        }
-                    }
-                    lanes.iter().sum::<f64>() + rest.iter().map(|x| x.f64() * x.f64()).sum::<f64>()
-                },
-            )
-        };
-        if x.len() <= PART {
-            return part(x);
-        }
-        self.install(|| x.par_chunks(PART).map(part).collect::<Vec<f64>>()).iter().sum()
-    }
+/// Sum of squares.
+fn square_norm<T: Real>(x: &[T]) -> f64 {
+    vectorised(
+        #[inline(always)]
+        |_| {
+            let mut lanes = [0.0; 16];
+            let (blocks, rest) = x.as_chunks::<16>();
+            for block in blocks {
+                for i in 0..16 {
+                    lanes[i] += block[i].f64() * block[i].f64();
+                }
+            }
+            lanes.iter().sum::<f64>() + rest.iter().map(|x| x.f64() * x.f64()).sum::<f64>()
+        },
+    )
 }

@@ -173,7 +173,11 @@ impl<D: Device> Matrix for Cuda<D> {
         self.launch("add_part", n, &[x.at(start + n), start.into(), n.into(), y.both(n)]);
     }
 
-    fn add(&self, x: &Self::Full, y: &mut Self::Full) {
-        self.add_part(x, 0, y);
+    fn add_all(&self, sums: &mut [(Vec<&Self::Full>, &mut Self::Full)]) {
+        for (xs, y) in sums {
+            for x in xs {
+                self.add_part(x, 0, y);
+            }
+        }
     }
 }
