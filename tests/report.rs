@@ -110,7 +110,7 @@ fn temporary_files(dir: &Path) -> Vec<String> {
 fn history_has_the_notebooks_columns_and_every_digit() {
     let dir = tempfile::tempdir().unwrap();
     let run = record("lora_r4_alpha4", Some((4, 4.0)), 0.8491);
-    report::run::refresh(dir.path(), &run.name, &run.training_history).unwrap();
+    report::run::write_history(dir.path(), &run.training_history).unwrap();
     let text = fs::read_to_string(dir.path().join("training_history.csv")).unwrap();
     let header: Vec<&str> = text.lines().next().unwrap().split(',').collect();
     assert_eq!(header[..17].join(","), NOTEBOOK);
@@ -152,9 +152,9 @@ fn history_has_the_notebooks_columns_and_every_digit() {
 fn plots_of_a_run_show_their_lines() {
     let dir = tempfile::tempdir().unwrap();
     let run = record("lora_r4_alpha4", Some((4, 4.0)), 0.85);
-    report::run::refresh(dir.path(), &run.name, &[]).unwrap();
+    report::run::draw(dir.path(), &run.name, &[]).unwrap();
     let empty = picture(&dir.path().join("Dice_over_Epochs.png"));
-    report::run::refresh(dir.path(), &run.name, &run.training_history).unwrap();
+    report::run::draw(dir.path(), &run.name, &run.training_history).unwrap();
     let dice = picture(&dir.path().join("Dice_over_Epochs.png"));
     let losses = picture(&dir.path().join("Losses_over_Epochs.png"));
     assert_eq!(dice.dimensions(), (960, 640));
@@ -166,7 +166,7 @@ fn plots_of_a_run_show_their_lines() {
     let mut broken = run.training_history.clone();
     broken[1].eval_loss = Some(f64::NAN);
     broken[3].eval_mean_dice = Some(f64::INFINITY);
-    report::run::refresh(dir.path(), &run.name, &broken).unwrap();
+    report::run::draw(dir.path(), &run.name, &broken).unwrap();
     assert!(count(&picture(&dir.path().join("Losses_over_Epochs.png")), blue) > 1000);
     assert_eq!(temporary_files(dir.path()), [""; 0]);
 }

@@ -39,7 +39,8 @@ impl Report {
             let folder = self.dir.join(&record.name);
             // A folder that was renamed keeps the plots it has.
             if folder.is_dir() {
-                report::run::refresh(&folder, &record.name, &record.training_history)?;
+                report::run::write_history(&folder, &record.training_history)?;
+                report::run::draw(&folder, &record.name, &record.training_history)?;
             }
         }
         let page = self.dir.join("index.html");

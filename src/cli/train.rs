@@ -19,8 +19,8 @@ use crate::train::record::RunRecord;
 
 /// Train one configuration
 ///
-/// Everything goes into the folder that --out names: resolved configuration, split, history and plots (refreshed every
-/// epoch), checkpoints, the best model, metrics, and a zip of the results. A run that was interrupted continues when the same
+/// Everything goes into the folder that --out names: resolved configuration, split, history and plots (refreshed while
+/// it trains), checkpoints, the best model, metrics, and a zip of the results. A run that was interrupted continues when the same
 /// command is given again; a finished one is kept.
 #[derive(Args)]
 #[command(after_help = "\

@@ -16,13 +16,19 @@ use crate::train::record::{ExtraMetrics, HistoryRow, RunRecord};
 /// Pixels of a run's plots.
 const PLOT: (u32, u32) = (960, 640);
 
-/// Writes `training_history.csv`, `Losses_over_Epochs.png` and `Dice_over_Epochs.png` of run `name` into its folder
-/// `out`. Each is replaced as a whole.
+/// Writes `training_history.csv` of a run into its folder `out`, replaced as a whole.
 ///
 /// # Errors
 /// `Io` if the folder cannot be written.
-pub fn refresh(out: &Path, name: &str, history: &[HistoryRow]) -> Result<()> {
-    files::replace(&out.join("training_history.csv"), csv(history).as_bytes())?;
+pub fn write_history(out: &Path, history: &[HistoryRow]) -> Result<()> {
+    files::replace(&out.join("training_history.csv"), csv(history).as_bytes())
+}
+
+/// Draws `Losses_over_Epochs.png` and `Dice_over_Epochs.png` of run `name` into its folder `out`. Each is replaced as a whole.
+///
+/// # Errors
+/// `Io` if the folder cannot be written.
+pub fn draw(out: &Path, name: &str, history: &[HistoryRow]) -> Result<()> {
     let (losses, dice) = rayon::join(
         || losses(name, history).write(&out.join("Losses_over_Epochs.png"), PLOT),
         || dice(name, history).write(&out.join("Dice_over_Epochs.png"), PLOT),
@@ -38,7 +44,8 @@ pub fn refresh(out: &Path, name: &str, history: &[HistoryRow]) -> Result<()> {
 /// # Errors
 /// `Io` if the folder cannot be written.
 pub fn finish(out: &Path, record: &RunRecord) -> Result<()> {
-    refresh(out, &record.name, &record.training_history)?;
+    write_history(out, &record.training_history)?;
+    draw(out, &record.name, &record.training_history)?;
     let metrics = out.join("all_metrics.json");
     let json = files::json(&metrics, record)?;
     archive(out, &record.name, &json)?;

@@ -5,10 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use super::checkpoint::{self, Snapshot};
 use crate::error::Kind;
 use crate::{Error, Result, report};
+
+/// Time from one drawing of the plots to the next: they take longer than an epoch may.
+const BETWEEN_DRAWINGS: Duration = Duration::from_secs(1);
 
 /// A thread that writes what an epoch leaves in a run's folder. Dropped, it finishes what it has begun.
 pub struct Keeper {
@@ -26,13 +30,21 @@ impl Keeper {
         // Nothing waits in line: at most one epoch is being written while another trains.
         let (jobs, queue) = sync_channel::<Snapshot>(0);
         let thread = std::thread::spawn(move || {
+            let (mut drawn, mut to_draw) = (None::<Instant>, None);
             for snapshot in queue {
                 snapshot.write(&out)?;
                 written.store(snapshot.state.epoch, Ordering::Release);
                 checkpoint::prune(&out, &snapshot.state, keep)?;
-                report::run::refresh(&out, &name, &snapshot.state.log_history)?;
+                let history = snapshot.state.log_history;
+                report::run::write_history(&out, &history)?;
+                if drawn.is_none_or(|drawn| drawn.elapsed() >= BETWEEN_DRAWINGS) {
+                    report::run::draw(&out, &name, &history)?;
+                    (drawn, to_draw) = (Some(Instant::now()), None);
+                } else {
+                    to_draw = Some(history);
+                }
             }
-            Ok(())
+            to_draw.map_or(Ok(()), |history| report::run::draw(&out, &name, &history))
         });
         Self { jobs: Some(jobs), thread: Some(thread), kept }
     }

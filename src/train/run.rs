@@ -52,8 +52,8 @@ fn decays(name: &str) -> bool {
 }
 
 /// Trains one configuration in the folder `out`, or continues what was begun there with the same options: the result is
-/// the same to the bit. Writes a checkpoint, the history and the plots after every epoch; at the end `final/` and the
-/// record.
+/// the same to the bit. Writes a checkpoint and the history after every epoch, and the plots at most once a second; at the
+/// end `final/` and the record.
 ///
 /// # Errors
 /// [`Kind::Interrupted`] on a signal; [`Kind::Diverged`] when a loss is not finite; whatever reading the start and writing
@@ -361,7 +361,6 @@ impl<B: Backend> Run<'_, B> {
             final_evaluation_train: final_train,
             training_history: history,
         };
-        report::run::refresh(self.out, self.name, &record.training_history)?;
         report::run::finish(self.out, &record)?;
         Ok(record)
     }

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use rayon::prelude::*;
+
 use super::memory::{MemoryPlan, Planned, fit};
 use super::options::{LoraOptions, Method, Protocol, TrainOptions};
 use crate::backend::cpu::Cpu;
@@ -273,7 +275,7 @@ fn fresh(spec: &TensorSpec, site: usize, seed: u64, range: f32) -> Vec<f32> {
     match spec.role {
         Role::Product | Role::Depthwise => {
             let stream = Philox::new(seed, Purpose::Weights, site as u32, 0);
-            (0..spec.len() as u64).map(|i| stream.normal(i) * range).collect()
+            (0..spec.len() as u64).into_par_iter().map(|i| stream.normal(i) * range).collect()
         }
         Role::Bias => vec![0.0; spec.len()],
         Role::Scale => vec![1.0; spec.len()],
