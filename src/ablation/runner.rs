@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Instant;
 
 use super::config::{DataIdentity, RunConfig, SplitIdentity};
@@ -288,7 +288,7 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
     let outcome = Mutex::new((Vec::new(), Vec::new(), None));
     let outcome_now = || outcome.lock().unwrap_or_else(PoisonError::into_inner);
     // One worker per device, each taking the next run when it is done with one. A failure that is not a run's own ends all.
-    let work = |place: &Place| {
+    let work = |place: &Place, finished: mpsc::Sender<()>| {
         while let Some((position, &index)) = next(&queue, &plan.selected) {
             if outcome_now().2.is_some() {
                 return;
@@ -322,17 +322,31 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
                     return;
                 }
             }
-            if let Err(error) = write_summary(out, progress).and_then(|_| stop_if_interrupted()) {
+            // Nobody receives it after an error, which is in the outcome.
+            let _ = finished.send(());
+            if let Err(error) = stop_if_interrupted() {
                 outcome_now().2.get_or_insert(error);
                 return;
             }
         }
     };
     std::thread::scope(|scope| {
+        let (finished, to_summarise) = mpsc::channel();
+        // The summary is written while the next runs train.
+        scope.spawn(move || {
+            while to_summarise.recv().is_ok() {
+                while to_summarise.try_recv().is_ok() {}
+                if let Err(error) = write_summary(out, progress) {
+                    outcome_now().2.get_or_insert(error);
+                    return;
+                }
+            }
+        });
         for place in setup.places.iter().skip(1) {
-            scope.spawn(|| work(place));
+            let finished = finished.clone();
+            scope.spawn(|| work(place, finished));
         }
-        work(setup.first_place());
+        work(setup.first_place(), finished);
     });
     let (busy, failed, stopped) = outcome.into_inner().unwrap_or_else(PoisonError::into_inner);
     if let Some(error) = stopped {
