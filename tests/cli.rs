@@ -519,7 +519,7 @@ fn a_trained_adapter_is_evaluated_merged_and_used() {
     succeeds(folder.path(), &on_base);
     let adapted = ["--model", "runs/base/final", "--adapter", "runs/r2/final"];
     let eval = |model: &[&str]| -> Value {
-        let arguments = [&["eval", "--data", "data", "--size", "32", "--split", "runs/r2", "--json"], model].concat();
+        let arguments = [&["eval", "--data", "data", "--split", "runs/r2", "--json"], model].concat();
         serde_json::from_slice(&succeeds(folder.path(), &arguments).stdout).expect("JSON")
     };
     let with_adapter = eval(&adapted);
@@ -536,11 +536,9 @@ fn a_trained_adapter_is_evaluated_merged_and_used() {
         &with_adapter["eval_loss"]
     ));
 
-    let predict = [
-        &["predict", "data/images", "--size", "32", "--out", "predictions", "--save-logits", "logits.safetensors"],
-        &adapted[..],
-    ]
-    .concat();
+    let predict =
+        [&["predict", "data/images", "--out", "predictions", "--save-logits", "logits.safetensors"], &adapted[..]]
+            .concat();
     succeeds(folder.path(), &predict);
     let mask = image::open(folder.path().join("predictions/masks/p03.png")).expect("mask").to_luma8();
     assert_eq!(mask.dimensions(), (48, 40), "the picture's own size");
@@ -550,7 +548,31 @@ fn a_trained_adapter_is_evaluated_merged_and_used() {
     let bytes = std::fs::read(folder.path().join("logits.safetensors")).expect("logits");
     let tensors = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
     assert_eq!(tensors.len(), 12);
-    assert_eq!(tensors.tensor("p03").expect("by stem").shape(), [2, 8, 8]);
+    assert_eq!(tensors.tensor("p03").expect("by stem").shape(), [2, 8, 8], "the size it was trained on");
+
+    for exported in ["merged", "five"] {
+        let text = std::fs::read(folder.path().join(exported).join("preprocessor_config.json")).expect(exported);
+        let size = &serde_json::from_slice::<Value>(&text).expect("JSON")["size"];
+        assert_eq!((&size["height"], &size["width"]), (&32.into(), &32.into()), "{exported}");
+    }
+    let other = ["eval", "--data", "data", "--size", "64", "--model", "merged"];
+    assert!(stderr(&succeeds(folder.path(), &other)).contains("trained on images of 32 x 32, these are 64 x 64"));
+}
+
+#[test]
+fn an_adapter_on_random_weights_finds_its_model() {
+    let folder = scratch();
+    let output = succeeds(folder.path(), &with("train", &["--out", "run", "--rank", "2", "--seed", "7"]));
+    let remedy = "export --model random --seed 7 --out DIR";
+    assert!(stderr(&output).contains(remedy), "{}", stderr(&output));
+    let export: Vec<&str> = remedy.split(' ').map(|word| if word == "DIR" { "base" } else { word }).collect();
+    succeeds(folder.path(), &export);
+    let eval = ["eval", "--data", "data", "--split", "run", "--model", "base", "--adapter", "run/final", "--json"];
+    let row: Value = serde_json::from_slice(&succeeds(folder.path(), &eval).stdout).expect("JSON");
+    let record = std::fs::read(folder.path().join("run/all_metrics.json")).expect("record");
+    let record: Value = serde_json::from_slice(&record).expect("JSON");
+    let loss = |row: &Value| row["eval_loss"].as_f64().expect("a loss");
+    assert!((loss(&row) - loss(&record["final_evaluation"])).abs() < 1e-5, "{row} {record}");
 }
 
 #[test]

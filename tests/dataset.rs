@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use segpeft_native::dataset::{
-    Augment, PackedDataset, Split, load_image, open_or_prepare, prepare, resize_bilinear, resize_nearest,
+    Augment, DEFAULT_SIZE, PackedDataset, Split, load_image, open_or_prepare, prepare, resize_bilinear, resize_nearest,
 };
 use segpeft_native::error::Kind;
 use segpeft_native::progress::Progress;
@@ -155,7 +155,7 @@ impl Fixture {
     }
 
     fn cached(&self, size: Option<usize>) -> Result<PackedDataset> {
-        open_or_prepare(&self.source(), &self.cache(), size, &Progress::quiet())
+        open_or_prepare(&self.source(), &self.cache(), size, DEFAULT_SIZE, &Progress::quiet())
     }
 
     /// Preparing fails with one line that names `file` and holds `words`; nothing is left in the output folder.
@@ -589,7 +589,7 @@ fn a_damaged_cache_is_made_again() {
 fn a_packed_file_is_taken_as_it_is_and_must_have_the_size_asked_for() {
     let fixture = Fixture::folder(&sample());
     fixture.prepare().unwrap();
-    let open = |size| open_or_prepare(&fixture.out(), &fixture.cache(), size, &Progress::quiet());
+    let open = |size| open_or_prepare(&fixture.out(), &fixture.cache(), size, DEFAULT_SIZE, &Progress::quiet());
     assert_eq!((open(None).unwrap().size(), open(Some(32)).unwrap().size()), (32, 32));
     one_line(&open(Some(64)).err().unwrap(), Kind::Usage, &fixture.out(), "holds images of size 32, not 64");
     assert!(!fixture.cache().exists());

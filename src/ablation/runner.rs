@@ -50,7 +50,7 @@ impl Setup {
     ) -> Result<Self> {
         // The model first: it is small, and what is wrong with it should not wait for the images.
         let source = Source::open(model, adapter)?;
-        let packed = open_data(data, cache, size, progress)?;
+        let packed = open_data(data, cache, size, dataset::DEFAULT_SIZE, progress)?;
         stop_if_interrupted()?;
         let data_identity = DataIdentity::new(data, &packed);
         progress.info(format!(
@@ -115,14 +115,20 @@ impl Setup {
 ///
 /// # Errors
 /// Those of [`dataset::open_or_prepare`]; [`Kind::Io`] if the cache cannot be made.
-pub fn open_data(data: &Path, cache: &Path, size: Option<usize>, progress: &Progress) -> Result<PackedDataset> {
+pub fn open_data(
+    data: &Path,
+    cache: &Path,
+    size: Option<usize>,
+    default: usize,
+    progress: &Progress,
+) -> Result<PackedDataset> {
     // A packed file needs no cache; only what will be packed makes the folder.
     let packs = data.is_dir() || data.is_file() && data.extension().is_some_and(|e| e.eq_ignore_ascii_case("zip"));
     let _lock = packs.then(|| Lock::wait(cache, ".lock", "prepare the data", progress)).transpose()?;
     if packs {
         files::remove_unfinished(cache);
     }
-    dataset::open_or_prepare(data, cache, size, progress)
+    dataset::open_or_prepare(data, cache, size, default, progress)
 }
 
 /// How the images are divided.

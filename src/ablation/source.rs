@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::dataset::is_size;
 use crate::error::Result;
 use crate::formats::{self, HostData, StateDict};
 use crate::segformer::SegformerConfig;
@@ -35,6 +36,8 @@ pub struct Source {
     pub model: Identity,
     /// Identity of the adapter.
     pub adapter: Option<Identity>,
+    /// Side of the images that the adapter, or else the model, was trained on, where that is written beside it.
+    pub image_size: Option<usize>,
 }
 
 impl Source {
@@ -54,12 +57,20 @@ impl Source {
                 (Weights::Checkpoint(checkpoint), path.display().to_string(), fingerprint)
             }
         };
+        let trained_on = |path: &Path| {
+            formats::image_size(if path.is_dir() { path } else { path.parent()? }).filter(|&size| is_size(size))
+        };
+        let image_size = adapter.and_then(trained_on).or_else(|| match model {
+            ModelSource::Random(_) => None,
+            ModelSource::Path(path) => trained_on(path),
+        });
         let model = Identity { path, fingerprint };
         let Some(path) = adapter else {
             return Ok(Self {
                 start: Start { name: model.path.clone(), weights, adapter: None, adapter_name: String::new() },
                 model,
                 adapter: None,
+                image_size,
             });
         };
         let adapter = formats::adapter::read(path)?;
@@ -76,6 +87,7 @@ impl Source {
             },
             model,
             adapter: Some(identity),
+            image_size,
         })
     }
 }

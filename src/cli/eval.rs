@@ -8,7 +8,7 @@ use super::args::{self, DeviceArgs};
 use super::{Context, output};
 use crate::ablation::open_data;
 use crate::ablation::source::{ModelSource, Source};
-use crate::dataset::Split;
+use crate::dataset::{DEFAULT_SIZE, Split};
 use crate::error::{Error, Result};
 use crate::progress::duration;
 use crate::train;
@@ -41,7 +41,8 @@ pub struct Eval {
     /// Images per batch
     #[arg(long, value_name = "IMAGES", default_value = "128", value_parser = args::count)]
     eval_batch_size: usize,
-    /// Side to which images of an archive or folder are resized, a multiple of 32 [default: 512]
+    /// Side to which images of an archive or folder are resized, a multiple of 32 [default: what the model was trained on,
+    /// else 512]
     #[arg(long, value_name = "PIXELS", value_parser = args::size)]
     size: Option<usize>,
     /// Where the packed copy of an archive or folder is kept
@@ -66,7 +67,14 @@ impl Eval {
             return Err(Error::usage("--part: which images are train and val is not known; give --split DIR too"));
         }
         let source = Source::open(&ModelSource::Path(self.model.clone()), self.adapter.as_deref())?;
-        let data = open_data(&self.data, &self.cache, self.size, &context.progress)?;
+        let default = source.image_size.unwrap_or(DEFAULT_SIZE);
+        let data = open_data(&self.data, &self.cache, self.size, default, &context.progress)?;
+        if let Some(size) = source.image_size.filter(|&size| size != data.size()) {
+            context.progress.warn(format!(
+                "the model was trained on images of {size} x {size}, these are {0} x {0}: other figures than in training",
+                data.size()
+            ));
+        }
         let split = self.split.as_ref().map(|folder| Split::read(folder, &data)).transpose()?;
         let indices = match (part, split) {
             (Part::Train, Some(split)) => split.train,

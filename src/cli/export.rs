@@ -8,9 +8,11 @@ use serde_json::json;
 use super::output::path;
 use super::{Context, args};
 use crate::ablation::source::{ModelSource, Source};
+use crate::dataset::DEFAULT_SIZE;
 use crate::error::{Error, Result};
 use crate::formats::{self, HfNames};
-use crate::train;
+use crate::train::options::TrainOptions;
+use crate::train::{self, Weights};
 
 /// Write a model or adapter in another form
 ///
@@ -24,9 +26,9 @@ Examples:
   segpeft-native export --adapter outputs/lora_r16_alpha32/final --hf-names 5 --out adapter-5/
   segpeft-native export --model old/pytorch_model.bin --out as-safetensors/")]
 pub struct Export {
-    /// Hugging Face directory or weights file of a SegFormer
-    #[arg(long, value_name = "PATH", required_unless_present = "adapter")]
-    model: Option<PathBuf>,
+    /// Hugging Face directory or weights file of a SegFormer; `random` for the fresh weights that a run began with
+    #[arg(long, value_name = "PATH|random", required_unless_present = "adapter", value_parser = args::model)]
+    model: Option<ModelSource>,
     /// The adapter
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
@@ -39,9 +41,12 @@ pub struct Export {
     /// Module names of the adapter: those of transformers 4 or 5
     #[arg(long, value_enum, value_name = "4|5", default_value = "4", hide_possible_values = true)]
     hf_names: HfNames,
-    /// Side of the images the model is for, noted in preprocessor_config.json
-    #[arg(long, value_name = "PIXELS", default_value = "512", value_parser = args::size)]
-    size: usize,
+    /// Side of the images the model is for, noted in preprocessor_config.json [default: what it was trained on, else 512]
+    #[arg(long, value_name = "PIXELS", value_parser = args::size)]
+    size: Option<usize>,
+    /// Seed that the weights of `--model random` are drawn from, that of the run
+    #[arg(long, value_name = "SEED", default_value_t = TrainOptions::default().seed)]
+    seed: u64,
 }
 
 impl Export {
@@ -51,14 +56,22 @@ impl Export {
         }
         let what = match (&self.model, &self.adapter) {
             (Some(model), adapter) if self.merge || adapter.is_none() => {
-                let source = Source::open(&ModelSource::Path(model.clone()), adapter.as_deref())?;
+                let mut source = Source::open(model, adapter.as_deref())?;
+                if let ModelSource::Random(config) = model {
+                    source.start.weights = Weights::Checkpoint(train::fresh_checkpoint(config, self.seed));
+                }
                 let merged = train::merged(&source.start, &context.progress)?;
-                formats::checkpoint::write(&self.out, &merged.config, &merged.tensors, self.size)?;
+                let size = self.size.or(source.image_size).unwrap_or(DEFAULT_SIZE);
+                formats::checkpoint::write(&self.out, &merged.config, &merged.tensors, size)?;
                 if self.merge { "merged model" } else { "model" }
             }
             (_, Some(adapter)) => {
+                let size = self.size.or_else(|| formats::image_size(adapter));
                 let adapter = formats::adapter::read(adapter)?;
                 formats::adapter::write(&self.out, &adapter, self.hf_names)?;
+                if let Some(size) = size {
+                    formats::write_image_size(&self.out, size)?;
+                }
                 "adapter"
             }
             // clap lets nothing else through.

@@ -46,9 +46,9 @@ pub struct Predict {
     /// Folder of the masks and overlays
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Side at which the model sees the pictures, a multiple of 32
-    #[arg(long, value_name = "PIXELS", default_value = "512", value_parser = args::size)]
-    size: usize,
+    /// Side at which the model sees the pictures, a multiple of 32 [default: what the model was trained on, else 512]
+    #[arg(long, value_name = "PIXELS", value_parser = args::size)]
+    size: Option<usize>,
     /// Also keep the logits: safetensors, f32, one (classes, size/4, size/4) tensor per picture under its stem
     #[arg(long, value_name = "FILE")]
     save_logits: Option<PathBuf>,
@@ -61,19 +61,20 @@ impl Predict {
         let place = self.device.open(&context.progress)?;
         let pictures = pictures(&self.images)?;
         let source = Source::open(&ModelSource::Path(self.model.clone()), self.adapter.as_deref())?;
-        let mut predictor = Predictor::new(&place, &source.start, self.size, &context.progress)?;
+        let size = self.size.or(source.image_size).unwrap_or(dataset::DEFAULT_SIZE);
+        let mut predictor = Predictor::new(&place, &source.start, size, &context.progress)?;
         let (masks, overlays) = (self.out.join("masks"), self.out.join("overlays"));
         for folder in [&masks, &overlays] {
             files::create_folder(folder)?;
         }
-        let (labels, side) = (predictor.labels(), self.size / 4);
+        let (labels, side) = (predictor.labels(), size / 4);
         let mut kept = StateDict::new();
         let mut rows = Vec::new();
         let bar = context.progress.bar("predict", pictures.len() as u64, "images");
         for (stem, file) in &pictures {
             let picture = dataset::load_image(file)?;
             let extent = (picture.width, picture.height);
-            let pixels = dataset::resize_bilinear(&picture.data, extent, (self.size, self.size), 3);
+            let pixels = dataset::resize_bilinear(&picture.data, extent, (size, size), 3);
             let logits = predictor.logits(&pixels)?;
             let mask = classes(&logits, labels, side, extent);
             let marked = mask.iter().filter(|&&class| class != 0).count() as f64 / mask.len() as f64;

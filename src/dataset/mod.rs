@@ -11,8 +11,8 @@ mod split;
 
 pub use augment::Augment;
 pub use decode::{RgbImage, load_image};
-pub use packed::PackedDataset;
-pub use prepare::{PrepareSummary, open_or_prepare, prepare};
+pub use packed::{PackedDataset, is_size};
+pub use prepare::{DEFAULT_SIZE, PrepareSummary, open_or_prepare, prepare};
 pub use resize::{resize_bilinear, resize_nearest};
 pub use split::Split;
 

@@ -36,7 +36,7 @@ const MAX_SIZE: usize = 4096;
 const REMEDY: &str = "make it again with `segpeft-native prepare`";
 
 /// Whether images of this side can be packed: a multiple of 32 (the model's stride) up to 4096.
-pub(super) fn is_size(size: usize) -> bool {
+pub fn is_size(size: usize) -> bool {
     (SIZE_STEP..=MAX_SIZE).contains(&size) && size.is_multiple_of(SIZE_STEP)
 }
 

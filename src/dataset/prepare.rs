@@ -18,7 +18,7 @@ use crate::progress::{Progress, interrupted};
 use crate::{Error, Result, files};
 
 /// Side of the packed images where none is asked for.
-const DEFAULT_SIZE: usize = 512;
+pub const DEFAULT_SIZE: usize = 512;
 /// Mask pixels above this value are polyp.
 const THRESHOLD: u8 = 127;
 
@@ -61,11 +61,17 @@ pub fn prepare(source: &Path, out: &Path, size: usize, progress: &Progress) -> R
 }
 
 /// Opens the packed dataset `source`, whose image size must be `size` if one is given. Any other source is packed at
-/// `size` (512 if none is given) into the folder `cache`, or taken from there if it has not changed since.
+/// `size` (`default` if none is given) into the folder `cache`, or taken from there if it has not changed since.
 ///
 /// # Errors
 /// As [`prepare`] and [`PackedDataset::open`].
-pub fn open_or_prepare(source: &Path, cache: &Path, size: Option<usize>, progress: &Progress) -> Result<PackedDataset> {
+pub fn open_or_prepare(
+    source: &Path,
+    cache: &Path,
+    size: Option<usize>,
+    default: usize,
+    progress: &Progress,
+) -> Result<PackedDataset> {
     size.map_or(Ok(()), packed::check_size)?;
     if is_packed_file(source) {
         let data = PackedDataset::open(source)?;
@@ -78,7 +84,7 @@ pub fn open_or_prepare(source: &Path, cache: &Path, size: Option<usize>, progres
             _ => Ok(data),
         };
     }
-    let size = size.unwrap_or(DEFAULT_SIZE);
+    let size = size.unwrap_or(default);
     let opened = Source::open(source)?;
     let out = cache_file(source, cache, size);
     if out.exists() {

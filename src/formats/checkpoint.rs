@@ -47,7 +47,7 @@ pub fn write(dir: &Path, config: &SegformerConfig, tensors: &StateDict, image_si
     files::create_folder(dir)?;
     // The large file first: where the disk is full, nothing is left.
     write_safetensors(&dir.join("model.safetensors"), tensors, PT_METADATA)?;
-    config::write_preprocessor(&dir.join("preprocessor_config.json"), image_size)?;
+    config::write_image_size(dir, image_size)?;
     config::write(&dir.join("config.json"), config)
 }
 

@@ -12,6 +12,8 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::segformer::SegformerConfig;
 
+const PREPROCESSOR: &str = "preprocessor_config.json";
+
 /// Reads and validates a SegFormer's `config.json`. Fields that do not shape the network are ignored.
 pub(super) fn read(path: &Path) -> Result<SegformerConfig> {
     let mut fields = file::read_json(path)?;
@@ -75,10 +77,29 @@ pub(super) fn write(path: &Path, config: &SegformerConfig) -> Result<()> {
     )
 }
 
-/// Writes `preprocessor_config.json`: images resized to `size` x `size` pixels, rescaled to 0..1, ImageNet mean and deviation.
-pub(super) fn write_preprocessor(path: &Path, size: usize) -> Result<()> {
+/// The side of the square images that the `preprocessor_config.json` in `dir` resizes to, if it states one.
+pub fn image_size(dir: &Path) -> Option<usize> {
+    let fields = file::read_json(&dir.join(PREPROCESSOR)).ok()?;
+    let number = |value: Option<&Value>| value.and_then(Value::as_u64);
+    // As releases of transformers have written it: a number, the shortest edge, or both extents.
+    let size = match fields.get("size")? {
+        Value::Object(size) => match (number(size.get("height")), number(size.get("width"))) {
+            (Some(height), Some(width)) => (height == width).then_some(height),
+            _ => number(size.get("shortest_edge")),
+        },
+        size => size.as_u64(),
+    };
+    usize::try_from(size?).ok()
+}
+
+/// Writes `preprocessor_config.json` into `dir`: images resized to `size` x `size` pixels, rescaled to 0..1, ImageNet mean and
+/// deviation.
+///
+/// # Errors
+/// `dir` cannot be written.
+pub fn write_image_size(dir: &Path, size: usize) -> Result<()> {
     files::replace_json(
-        path,
+        &dir.join(PREPROCESSOR),
         &json!({
             "image_processor_type": "SegformerImageProcessor",
             "do_resize": true,

@@ -18,6 +18,7 @@ mod torch_file;
 
 pub use adapter::{Adapter, AdapterConfig};
 pub use checkpoint::Checkpoint;
+pub use config::{image_size, write_image_size};
 pub use tensor_file::{PT_METADATA, read_safetensors, write_safetensors};
 pub use torch_file::read_torch;
 

@@ -71,8 +71,8 @@ fn tensors<B: Backend>(model: &Model<B>, keep: impl Fn(&str, Role) -> bool) -> S
 pub enum Trained {
     /// Every tensor, and the side of the images.
     Full(SegformerConfig, StateDict, usize),
-    /// Factors, and what peft has no place for.
-    Adapter(Adapter, HfNames),
+    /// Factors, and what peft has no place for; and the side of the images.
+    Adapter(Adapter, HfNames, usize),
 }
 
 impl Trained {
@@ -109,7 +109,7 @@ impl Trained {
                     base_model: base_model.into(),
                     use_rslora: false,
                 };
-                Self::Adapter(Adapter { config, tensors: factors, sidecar }, options.hf_names)
+                Self::Adapter(Adapter { config, tensors: factors, sidecar }, options.hf_names, model.size())
             }
         };
         // A failed device has no numbers to keep.
@@ -124,7 +124,10 @@ impl Trained {
     pub fn write(&self, dir: &Path) -> Result<()> {
         match self {
             Self::Full(config, tensors, size) => formats::checkpoint::write(dir, config, tensors, *size),
-            Self::Adapter(adapter, names) => formats::adapter::write(dir, adapter, *names),
+            Self::Adapter(adapter, names, size) => {
+                formats::adapter::write(dir, adapter, *names)?;
+                formats::write_image_size(dir, *size)
+            }
         }
     }
 }

@@ -18,4 +18,4 @@ pub use memory::{MemoryPlan, Part};
 pub use metrics::Confusion;
 pub use run::{Inputs, run};
 pub use schedule::Schedule;
-pub use start::{Start, Weights, merged};
+pub use start::{Start, Weights, fresh_checkpoint, merged};

@@ -73,7 +73,16 @@ impl Start {
     /// Those that the run itself would end in: tensors that do not fit, patterns that match nothing.
     pub fn announce(&self, options: &TrainOptions, grid: bool, progress: &Progress) -> Result<()> {
         match (self.prepare(options, progress)?.trainable, &options.method) {
-            (Trainable::Adapters { matches, .. }, Method::Lora(lora)) => table(&matches, lora, grid, progress),
+            (Trainable::Adapters { matches, .. }, Method::Lora(lora)) => {
+                table(&matches, lora, grid, progress);
+                if matches!(self.weights, Weights::Random(_)) {
+                    progress.info(format!(
+                        "  they belong to random weights, which eval and predict need as a model; to write it: \
+                         segpeft-native export --model random --seed {} --out DIR",
+                        options.seed
+                    ));
+                }
+            }
             _ => progress.info("full fine-tuning: every parameter is trained"),
         }
         Ok(())
@@ -98,12 +107,7 @@ impl Start {
             }
         };
         self.overlay(&specs, &mut tensors, progress)?;
-        for (site, spec) in specs.iter().enumerate() {
-            if !tensors.contains_key(&spec.name) {
-                let data = fresh(spec, site, options.seed, config.initializer_range);
-                tensors.insert(spec.name.clone(), HostTensor { shape: spec.shape.clone(), data: HostData::F32(data) });
-            }
-        }
+        complete(&mut tensors, &specs, &config, options.seed);
         let trainable = match &options.method {
             Method::Fft => Trainable::Everything,
             Method::Lora(lora) => self.adapters(lora, options, &modules, &mut tensors, progress)?,
@@ -268,6 +272,25 @@ fn check_shape(from: &str, name: &str, tensor: &HostTensor, shape: &[usize]) -> 
         from,
         format!("{name} {problem}, {needed}; use the config.json and the adapter that belong to it"),
     ))
+}
+
+/// The fresh model that a run with `seed` begins with.
+pub fn fresh_checkpoint(config: &SegformerConfig, seed: u64) -> Checkpoint {
+    let specs: Vec<TensorSpec> = modules(config).iter().flat_map(Module::tensors).collect();
+    let counter = HostTensor { shape: Vec::new(), data: HostData::I64(vec![0]) };
+    let mut tensors = StateDict::from([(BATCH_COUNTER.into(), counter)]);
+    complete(&mut tensors, &specs, config, seed);
+    Checkpoint { config: config.clone(), tensors }
+}
+
+/// Adds what is missing of `specs`, fresh.
+fn complete(tensors: &mut StateDict, specs: &[TensorSpec], config: &SegformerConfig, seed: u64) {
+    for (site, spec) in specs.iter().enumerate() {
+        if !tensors.contains_key(&spec.name) {
+            let data = fresh(spec, site, seed, config.initializer_range);
+            tensors.insert(spec.name.clone(), HostTensor { shape: spec.shape.clone(), data: HostData::F32(data) });
+        }
+    }
 }
 
 /// A fresh tensor as transformers makes it: N(0, range), biases 0, normalisations 1 and 0.
