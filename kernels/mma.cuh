@@ -152,14 +152,16 @@ template <int N> __device__ __forceinline__ void copy_async(void* to, const void
                  "l"(__cvta_generic_to_global(from)), "n"(N), "r"(bytes)
                  : "memory");
 #else
-    std::memset(to, 0, N);
-    std::memcpy(to, from, size_t(bytes));
+    host::copy_begin(to, from, bytes, N);
 #endif
 }
 
 __device__ __forceinline__ void copies_done() {
 #ifdef __CUDACC__
     asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+    host::copies_end_group();
+    host::copies_wait_but(0);
 #endif
 }
 
@@ -167,6 +169,8 @@ __device__ __forceinline__ void copies_done() {
 __device__ __forceinline__ void copies_end_group() {
 #ifdef __CUDACC__
     asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+    host::copies_end_group();
 #endif
 }
 
@@ -174,6 +178,8 @@ __device__ __forceinline__ void copies_end_group() {
 template <int N> __device__ __forceinline__ void copies_done_but() {
 #ifdef __CUDACC__
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#else
+    host::copies_wait_but(N);
 #endif
 }
 

@@ -3,17 +3,20 @@
 use std::fmt::Write;
 use std::path::Path;
 
-/// Names of the kernels in a file: `KERNEL(threads) name(`.
-fn kernels(source: &str) -> impl Iterator<Item = &str> {
-    source.split("\nKERNEL(").skip(1).filter_map(|rest| rest.split_once(") ")?.1.split('(').next())
+/// Launch bounds and names of the kernels in a file: `KERNEL(bounds) name(`.
+fn kernels(source: &str) -> impl Iterator<Item = (&str, &str)> {
+    source.split("\nKERNEL(").skip(1).filter_map(|rest| {
+        let (bounds, rest) = rest.split_once(") ")?;
+        Some((bounds, rest.split('(').next()?))
+    })
 }
 
 fn main() {
     let root = Path::new("..");
     println!("cargo:rerun-if-changed=..");
+    let mut bounds_of = String::new();
     let mut table = String::from(
-        "#include \"all.cu\"\nnamespace planted {\n#include \"planted.cu\"\n}\n\
-         std::string host_call(const std::string& name, const host::Launch& launch, const host::Kind* kinds,\n\
+        "std::string host_call(const std::string& name, const host::Launch& launch, const host::Kind* kinds,\n\
          const void* const* values, size_t count) {\n",
     );
     let mut files: Vec<_> = std::fs::read_dir(root)
@@ -26,17 +29,22 @@ fn main() {
     for path in &files {
         let source = std::fs::read_to_string(path).expect("a kernel file");
         let space = path.file_stem().expect("a name").to_string_lossy();
-        for name in kernels(&source) {
+        for (bounds, name) in kernels(&source) {
+            // In the file's namespace, where the names of its constants mean something.
+            writeln!(bounds_of, "namespace {space} {{ constexpr unsigned bound_{name} = host::first({bounds}); }}")
+                .expect("text");
             writeln!(
                 table,
-                "    if (name == \"{name}\") return host::call({space}::{name}, launch, kinds, values, count);"
+                "    if (name == \"{name}\") \
+                 return host::call({space}::{name}, {space}::bound_{name}, launch, kinds, values, count);"
             )
             .expect("text");
         }
     }
     table += "    return \"is no kernel\";\n}\n";
     let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").expect("OUT_DIR"));
-    std::fs::write(out.join("table.cpp"), table).expect("the build folder can be written");
+    let sources = "#include \"all.cu\"\nnamespace planted {\n#include \"planted.cu\"\n}\n";
+    std::fs::write(out.join("table.cpp"), [sources, &bounds_of, &table].concat()).expect("the build folder can be written");
     let mut build = cc::Build::new();
     println!("cargo:rerun-if-env-changed=SEGPEFT_SANITIZE");
     if std::env::var_os("SEGPEFT_SANITIZE").is_some() {

@@ -1,12 +1,14 @@
 // Compiles CUDA kernels for the CPU, so that they run under test on machines without a GPU.
 //
 // The threads of a block are fibers on one thread of the operating system; a fiber runs until it reaches a barrier, a
-// shuffle or its end, and the scheduler then takes the next one: in ascending, descending or random order. Equal results
-// in all orders are the test for missing barriers. Blocks run one after another.
+// shuffle or its end, and the scheduler then takes the next one of its warp. A warp goes on until it reaches a barrier of the
+// block, and then the next one does: in ascending or descending order, or in random order by turns of random length. Equal
+// results in all orders are the test for missing barriers. Blocks run one after another.
 //
 // Stricter than a GPU, on purpose: every thread of a block must reach the same barrier (by source line), every lane of
 // a warp the same warp operation; shared memory starts as NaNs in every block, each array in an allocation of its own,
-// where AddressSanitizer sees overruns. A violation ends the launch with a message.
+// where AddressSanitizer sees overruns; what is copied to it past the registers is NaNs until the copying thread has waited for
+// it. A violation ends the launch with a message.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -80,6 +82,13 @@ void block_barrier(int line);
 typedef void (*Join)(const void* const* in, void* const* out);
 void warp_meeting(int line, const void* in, void* out, Join join);
 
+// A copy of `bytes` bytes, and zeros up to `size`, that copies_wait performs.
+void copy_begin(void* to, const void* from, int bytes, int size);
+// Ends a group of this thread's copies.
+void copies_end_group();
+// Performs this thread's copies, but for those of the last `groups` groups and behind them.
+void copies_wait_but(size_t groups);
+
 // Ends the launch with a message.
 void fail(std::string message);
 
@@ -99,9 +108,13 @@ std::string run_with(void (*kernel)(P...), const Launch& launch, const void* con
     return run(launch, body, &bound);
 }
 
-// Runs `kernel` with the arguments that `values` point to, if there are as many, of the declared kinds.
+constexpr unsigned first(unsigned threads, int = 0) { return threads; }
+
+// Runs `kernel`, of at most `bound` threads, with the arguments that `values` point to, if there are as many, of the declared
+// kinds.
 template <class... P>
-std::string call(void (*kernel)(P...), const Launch& launch, const Kind* kinds, const void* const* values, size_t count) {
+std::string call(void (*kernel)(P...), unsigned bound, const Launch& launch, const Kind* kinds, const void* const* values,
+                 size_t count) {
     constexpr Kind declared[] = {kind_of<P>()...};
     if (count != sizeof...(P)) {
         return "takes " + std::to_string(sizeof...(P)) + " arguments, is given " + std::to_string(count);
@@ -109,6 +122,8 @@ std::string call(void (*kernel)(P...), const Launch& launch, const Kind* kinds, 
     for (size_t i = 0; i < count; i++) {
         if (kinds[i] != declared[i]) return "argument " + std::to_string(i) + " is of another type";
     }
+    unsigned threads = launch.block.x * launch.block.y * launch.block.z;
+    if (threads > bound) return "a block of " + std::to_string(threads) + " threads; it is compiled for " + std::to_string(bound);
     return run_with(kernel, launch, values, std::index_sequence_for<P...>{});
 }
 

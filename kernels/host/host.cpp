@@ -20,9 +20,20 @@ constexpr size_t STACK = 128 << 10;
 constexpr size_t GUARD = 4096;
 // The most a block may have on sm_90; sm_80 has 163 KiB, sm_86 and sm_89 99 KiB.
 constexpr size_t LARGEST_SHARED = 227 << 10;
-constexpr unsigned LARGEST_BLOCK = 1024;
 
 enum class State : uint8_t { ready, at_barrier, at_meeting, ended };
+
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes, size;
+};
+
+// Copies that a thread has begun; how many of them each group that it has ended and not waited for takes in.
+struct Copies {
+    std::vector<Copy> begun;
+    std::vector<size_t> groups;
+};
 
 struct Warp {
     uint32_t arrived = 0;
@@ -47,7 +58,8 @@ struct Fiber {
 struct Block {
     std::deque<Fiber> fibers;  // kept from launch to launch
     std::vector<State> states;
-    std::vector<unsigned> order;
+    std::vector<Copies> copies;
+    std::vector<unsigned> order;  // of the warps
     std::vector<Warp> warps;
     std::vector<std::pair<const void*, std::vector<unsigned char>>> arrays;
     std::vector<unsigned char> dynamic;
@@ -142,6 +154,21 @@ void shuffle_order() {
     for (size_t i = block.order.size(); i-- > 1;) std::swap(block.order[i], block.order[random_number() % (i + 1)]);
 }
 
+// Runs each lane of a warp that can run to where it must wait; whether there was one.
+bool advance(unsigned warp, Order order) {
+    bool moved = false;
+    unsigned turned = order == Order::random ? random_number() % 32 : 0;
+    for (unsigned i = 0; i < 32; i++) {
+        unsigned t = warp * 32 + (order == Order::reverse ? 31 - i : (i + turned) % 32);
+        if (block.states[t] != State::ready) continue;
+        moved = true;
+        set_thread(t);
+        switch_to(block.scheduler, block.fibers[t]);
+        if (!block.error.empty()) return false;
+    }
+    return moved;
+}
+
 void run_block(Order order) {
     block.ended = block.waiting = 0;
     block.arrays.clear();
@@ -149,14 +176,16 @@ void run_block(Order order) {
     std::fill(block.states.begin(), block.states.end(), State::ready);
     for (Warp& warp : block.warps) warp.arrived = 0;
     for (unsigned t = 0; t < block.threads; t++) prepare(block.fibers[t]);
+    for (Copies& copies : block.copies) {
+        copies.begun.clear();
+        copies.groups.clear();
+    }
     while (block.ended < block.threads) {
         bool moved = false;
         if (order == Order::random) shuffle_order();
-        for (unsigned t : block.order) {
-            if (block.states[t] != State::ready) continue;
-            moved = true;
-            set_thread(t);
-            switch_to(block.scheduler, block.fibers[t]);
+        for (unsigned warp : block.order) {
+            uint64_t turns = order == Order::random ? 1 + random_number() % 40 : ~0ull;
+            for (; turns > 0 && advance(warp, order); turns--) moved = true;
             if (!block.error.empty()) return;
         }
         if (!moved) {
@@ -172,8 +201,8 @@ void run_block(Order order) {
 
 std::string check(const Launch& launch, unsigned threads) {
     dim3 g = launch.grid;
-    if (threads == 0 || threads > LARGEST_BLOCK || threads % 32 != 0) {
-        return "a block of " + std::to_string(threads) + " threads; 32 to 1024, a multiple of 32, are possible";
+    if (threads == 0 || threads % 32 != 0) {
+        return "a block of " + std::to_string(threads) + " threads; a multiple of 32 is possible";
     }
     if (g.x == 0 || g.y == 0 || g.z == 0 || g.x > 0x7fffffff || g.y > 65535 || g.z > 65535) {
         return "a grid of " + std::to_string(g.x) + " x " + std::to_string(g.y) + " x " + std::to_string(g.z);
@@ -228,6 +257,34 @@ void warp_meeting(int line, const void* in, void* out, Join join) {
     to_scheduler();
 }
 
+void copy_begin(void* to, const void* from, int bytes, int size) {
+    if (uintptr_t(to) % unsigned(size) != 0 || (bytes > 0 && uintptr_t(from) % unsigned(size) != 0)) {
+        fail("a copy of " + std::to_string(size) + " bytes at an address that is no multiple of that");
+    }
+    std::memset(to, 0xff, size_t(size));
+    block.copies[block.current].begun.push_back({to, from, bytes, size});
+}
+
+void copies_end_group() {
+    Copies& copies = block.copies[block.current];
+    copies.groups.push_back(copies.begun.size());
+}
+
+void copies_wait_but(size_t groups) {
+    Copies& copies = block.copies[block.current];
+    if (copies.groups.size() <= groups) return;
+    auto kept = copies.groups.end() - long(groups);
+    size_t done = kept[-1];
+    for (size_t i = 0; i < done; i++) {
+        const Copy& copy = copies.begun[i];
+        std::memset(copy.to, 0, size_t(copy.size));
+        std::memcpy(copy.to, copy.from, size_t(copy.bytes));
+    }
+    copies.begun.erase(copies.begun.begin(), copies.begun.begin() + long(done));
+    copies.groups.erase(copies.groups.begin(), kept);
+    for (size_t& end : copies.groups) end -= done;
+}
+
 void* shared(const void* site, size_t bytes) {
     for (auto& [key, array] : block.arrays) {
         if (key == site) return array.data();
@@ -249,14 +306,16 @@ std::string run(const Launch& launch, void (*body)(void*), void* argument) {
     }
     block.threads = threads;
     block.states.resize(threads);
+    block.copies.resize(threads);
     block.warps.assign(threads / 32, Warp{});
     block.dynamic.assign(launch.shared, 0xff);
     block.body = body;
     block.argument = argument;
     block.error.clear();
     block.random = launch.seed * 0x9E3779B97F4A7C15ull | 1;
-    block.order.resize(threads);
-    for (unsigned i = 0; i < threads; i++) block.order[i] = launch.order == Order::reverse ? threads - 1 - i : i;
+    unsigned warps = threads / 32;
+    block.order.resize(warps);
+    for (unsigned i = 0; i < warps; i++) block.order[i] = launch.order == Order::reverse ? warps - 1 - i : i;
     blockDim = b;
     gridDim = g;
     uint64_t blocks = uint64_t(g.x) * g.y * g.z;

@@ -1,10 +1,42 @@
 // Kernels with planted bugs. Each must be caught.
 #include "common.cuh"
+#include "mma.cuh"
 
 // A barrier is missing between writing and reading.
 KERNEL(256) missing_barrier(float* y /* (256) */) {
     SHARED(float, values, [256]);
     values[threadIdx.x] = float(threadIdx.x);
+    y[threadIdx.x] = values[(threadIdx.x + 37) % 256];
+}
+
+// A barrier is missing between reading and writing anew, which shows where a warp runs ahead of another; 3 is right.
+KERNEL(256) reused_shared(float* y /* (256) */) {
+    SHARED(float, values, [256]);
+    float sum = 0;
+    for (int round = 0; round < 3; round++) {
+        values[threadIdx.x] = float(round);
+        __syncthreads();
+        float x = values[(threadIdx.x + 37) % 256];
+        sum += __shfl_xor_sync(ALL_LANES, x, 1);
+    }
+    y[threadIdx.x] = sum;
+}
+
+// What is copied past the registers is read after a barrier, but nobody has waited for it.
+KERNEL(256) missing_wait(float* y /* (256), read and written */) {
+    SHARED(float, values, [256]);
+    copy_async<4>(&values[threadIdx.x], &y[threadIdx.x], 4);
+    __syncthreads();
+    y[threadIdx.x] = values[(threadIdx.x + 37) % 256];
+}
+
+// As above, but a group too few is waited for.
+KERNEL(256) early_wait(float* y /* (256), read and written */) {
+    SHARED(float, values, [256]);
+    copy_async<4>(&values[threadIdx.x], &y[threadIdx.x], 4);
+    copies_end_group();
+    copies_done_but<1>();
+    __syncthreads();
     y[threadIdx.x] = values[(threadIdx.x + 37) % 256];
 }
 
