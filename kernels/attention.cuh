@@ -145,9 +145,7 @@ __device__ __forceinline__ void load_operand(const bf16* from /* (rows, channels
                                              int first, int rows, int channels, int head, unsigned (&a)[D / 16][4]) {
     if (head % 8 == 0) load_a<D, true>(from, start, first, rows, channels, head, a);
     else load_a<D, false>(from, start, first, rows, channels, head, a);
-    // Adds nothing, which the compiler cannot know: what was loaded together would else be moved apart, into the four
-    // neighbouring registers that a product takes, before every product.
-    for (int i = 0; i < D / 16 * 4; i++) a[i / 4][i % 4] |= blockIdx.z;
+    settle(a, blockIdx.z);
 }
 
 // Writes 16 bytes at once, to global memory. An assignment leaves that to the compiler, which makes four writes of it

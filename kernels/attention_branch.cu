@@ -109,6 +109,7 @@ __device__ __forceinline__ void branch(const bf16* x, const bf16* normed, const 
                 for (int m = 0; m < M; m++) {
                     for (int i = 0; i < 2; i++) as_operand(d[m][2 * i], d[m][2 * i + 1], own[m][i]);
                     if (q != nullptr) store_operand(own[m], first(m), end, C, q + (image_start(queries) + h * 32));
+                    settle(own[m], blockIdx.z);
                 }
             }
             Softmax<32> softmax;

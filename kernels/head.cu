@@ -465,13 +465,15 @@ __device__ __forceinline__ void walk_tokens(const Place& place, int left, const 
             Tile tile;
             {
                 uint4(&raw)[TILE_LINES] = ahead[k % TOKENS_AHEAD];
-                const unsigned low[4] = {raw[0].x, raw[1].x, raw[0].y, raw[1].y};
-                const unsigned high[4] = {raw[0].z, raw[1].z, raw[0].w, raw[1].w};
+                unsigned a[2][4] = {{raw[0].x, raw[1].x, raw[0].y, raw[1].y},
+                                    {raw[0].z, raw[1].z, raw[0].w, raw[1].w}};
+                // Where moments are summed too, there are no registers for it.
+                if (TOKENS_AHEAD > 1) settle(a, threadIdx.y);
                 for (int i = 0; i < 4; i++) {
                     float2 pair = widen(word_of(constants, i));
                     const float from[4] = {pair.x, pair.y, pair.x, pair.y};
-                    mma(tile.products[i], low, rows[i].x, rows[i].y, from);
-                    mma(tile.products[i], high, rows[i].z, rows[i].w);
+                    mma(tile.products[i], a[0], rows[i].x, rows[i].y, from);
+                    mma(tile.products[i], a[1], rows[i].z, rows[i].w);
                 }
                 for (int l = 0; l < TILE_LINES; l++, tokens += pitch) {
                     if (y + TOKENS_AHEAD * TILE_LINES < end) raw[l] = fetch<8>(tokens);

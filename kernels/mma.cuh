@@ -64,6 +64,12 @@ __device__ __forceinline__ void load_half(const bf16* row, bool exists, int half
     }
 }
 
+// Makes operands of what was loaded. Or-ing `zero` changes nothing, which the compiler cannot know: what was loaded together would else be
+// moved apart, into the four neighbouring registers that a product takes, before every product.
+template <int N> __device__ __forceinline__ void settle(unsigned (&a)[N][4], unsigned zero) {
+    for (int i = 0; i < N * 4; i++) a[i / 4][i % 4] |= zero;
+}
+
 // Of 32 consecutive rows of a weight, the one in column g of a product's first tile; two more per tile.
 __device__ __forceinline__ int weight_row(int g) { return g / 2 * 8 + g % 2; }
 
