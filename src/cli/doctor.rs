@@ -195,10 +195,10 @@ impl Doctor {
                 ("moved per image", format!("{:.1} MB", each(total.bytes()))),
                 ("multiply-adds in products, per image", format!("{:.0} million", each(total.multiply_adds))),
             ]);
-            text += &format!("\n{:<28} {:>8} {:>10} {:>10}  MB per image\n", "kernel", "launches", "read", "written");
+            text += &format!("\n{:<32} {:>8} {:>10} {:>10}  MB per image\n", "kernel", "launches", "read", "written");
             for row in &rows {
                 let (read, written) = (each(row.read_bytes), each(row.written_bytes));
-                text += &format!("{:<28} {:>8} {read:>10.2} {written:>10.2}\n", row.kernel, row.launches);
+                text += &format!("{:<32} {:>8} {read:>10.2} {written:>10.2}\n", row.kernel, row.launches);
             }
             text
         })
@@ -295,11 +295,10 @@ impl Machine {
         if cuda_backend != Some(true) {
             notes.push("on a CPU, try `ablate --demo`, or --size 128 and fewer epochs".into());
         }
-        if has_matrix_units() {
-            notes.push(
-                "evaluation on the CPU multiplies in matrix units (AMX); SEGPEFT_AMX=0 makes it use vectors".into(),
-            );
-        }
+        notes.push(match has_matrix_units() {
+            true => "evaluation on the CPU multiplies in matrix units (AMX); SEGPEFT_AMX=0 makes it use vectors".into(),
+            false => "evaluation on the CPU multiplies in vectors, without matrix units (AMX)".into(),
+        });
         if !optimised_build {
             notes.push("this is a debug build, many times slower: build with `cargo build --release`".into());
         }
