@@ -443,7 +443,8 @@ fn a_busy_run_is_left_to_its_holder() {
     let lock = File::create(run.join(".lock")).unwrap();
     lock.lock().unwrap();
     let output = succeeds(folder.path(), &grid(&["--no-fft", "--json"]));
-    assert!(stderr(&output).contains("skipped"), "{}", stderr(&output));
+    let text = stderr(&output);
+    assert!(text.contains("skipped: grid/lora_r2_alpha2: in use by") && !text.contains("another --out"), "{text}");
     let json: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     assert_eq!((&json["busy"][0], &json["runs"][0]["name"]), (&"lora_r2_alpha2".into(), &"lora_r4_alpha4".into()));
 }
@@ -454,6 +455,10 @@ fn a_failed_run_does_not_stop_the_others() {
     let output = run(folder.path(), &grid(&["--lr", "1e30"]));
     assert_eq!(output.status.code(), Some(DIVERGED), "{}", stderr(&output));
     let text = stderr(&output);
+    let warnings: Vec<&str> = text.lines().filter(|line| line.starts_with("warning: ")).collect();
+    let goes_on = |line: &&str| line.ends_with("; the other runs go on");
+    assert_eq!((warnings.len(), warnings.iter().filter(|line| goes_on(line)).count()), (3, 2), "{text}");
+    assert!(warnings[0].starts_with("warning: [1/3] segformer_fft_baseline: "), "{text}");
     let last = text.lines().last().unwrap_or_default();
     for name in ["segformer_fft_baseline", "lora_r2_alpha2", "lora_r4_alpha4"] {
         assert!(last.contains(name), "{text}");
@@ -563,4 +568,7 @@ fn prepare_packs_a_folder_that_trains() {
         ["train", "--data", "p.pack", "--model", "random", "--epochs", "1", "--batch-size", "4", "--out", "run"].into();
     succeeds(folder.path(), &train);
     assert!(!folder.path().join("cache").exists(), "a packed file needs no cache");
+    let text = stdout(&succeeds(folder.path(), &["prepare", "data", "--out", "p.pack", "--size", "32"]));
+    let share = format!("{:.1} % of the pixels", 100.0 * json["foreground"].as_f64().unwrap());
+    assert!(text.contains(&share) && text.contains("53 kB"), "{text}");
 }

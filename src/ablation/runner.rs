@@ -14,7 +14,7 @@ use crate::backend::Place;
 use crate::dataset::{self, Augment, PackedDataset, Split};
 use crate::error::{Error, Kind, Result};
 use crate::files;
-use crate::progress::{Progress, duration, interrupted};
+use crate::progress::{Progress, count, duration, interrupted};
 use crate::report;
 use crate::train::options::{Method, Protocol, TrainOptions};
 use crate::train::record::RunRecord;
@@ -54,9 +54,9 @@ impl Setup {
         stop_if_interrupted()?;
         let data_identity = DataIdentity::new(data, &packed);
         progress.info(format!(
-            "data: {} ({} images at {s} x {s}); model: {}",
+            "data: {} ({} at {s} x {s}); model: {}",
             data.display(),
-            packed.len(),
+            count(packed.len(), "image"),
             source.model.path,
             s = packed.size()
         ));
@@ -118,7 +118,9 @@ impl Setup {
 pub fn open_data(data: &Path, cache: &Path, size: Option<usize>, progress: &Progress) -> Result<PackedDataset> {
     // A packed file needs no cache; only what will be packed makes the folder.
     let packs = data.is_dir() || data.is_file() && data.extension().is_some_and(|e| e.eq_ignore_ascii_case("zip"));
-    let _lock = packs.then(|| Lock::wait(cache, ".lock", "prepare the data", progress)).transpose()?;
+    let elsewhere = |e: Error| Error::new(e.kind, format!("{e}; --cache names another folder"));
+    let lock = || Lock::wait(cache, ".lock", "prepare the data", progress).map_err(elsewhere);
+    let _lock = packs.then(lock).transpose()?;
     if packs {
         files::remove_unfinished(cache);
     }
@@ -152,8 +154,8 @@ impl SplitPlan {
             return Err(Error::input(
                 data.path(),
                 format!(
-                    "{} images make {} for training and {} for validation; both need at least one",
-                    data.len(),
+                    "{} in the dataset, {} for training and {} for validation; both need at least one",
+                    count(data.len(), "image"),
                     split.train.len(),
                     split.val.len()
                 ),
@@ -178,7 +180,10 @@ pub fn run_one(
     folder: &Path,
     progress: &Progress,
 ) -> Result<RunRecord> {
-    run_on(setup, setup.first_place(), name, options, split, index, folder, progress)
+    run_on(setup, setup.first_place(), name, options, split, index, folder, progress).map_err(|e| match e.kind {
+        Kind::Busy => Error::new(e.kind, format!("{e}; wait for it or choose another --out")),
+        _ => e,
+    })
 }
 
 fn run_on(
@@ -309,7 +314,10 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
                     continue;
                 }
                 Err(error) if error.kind == Kind::Diverged => {
-                    progress.warn(format!("{label}: {error}; the other runs go on"));
+                    // The error names the run.
+                    let others = queue.load(Ordering::Relaxed) < plan.selected.len();
+                    let others = if others { "; the other runs go on" } else { "" };
+                    progress.warn(format!("[{}/{}] {error}{others}", position + 1, plan.selected.len()));
                     outcome_now().1.push((name.clone(), error));
                     continue;
                 }
@@ -358,8 +366,7 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
         0 if plan.selected.is_empty() => {
             format!("no run to do: none of the grid's {} is in this part (--slice, --only)", plan.runs.len())
         }
-        1 => "1 run done".into(),
-        n => format!("{n} runs done"),
+        n => format!("{} done", count(n, "run")),
     };
     for (list, what) in [(busy.len(), "busy elsewhere"), (failed.len(), "failed")] {
         if list > 0 {
