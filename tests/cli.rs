@@ -556,6 +556,16 @@ fn a_trained_adapter_is_evaluated_merged_and_used() {
     let tensors = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
     assert_eq!(tensors.len(), 12);
     assert_eq!(tensors.tensor("p03").expect("by stem").shape(), [2, 8, 8]);
+
+    std::fs::write(folder.path().join("data/images/p03.png"), "no picture").unwrap();
+    std::fs::remove_dir_all(folder.path().join("predictions")).unwrap();
+    let output = run(folder.path(), &predict);
+    assert_eq!(output.status.code(), Some(INPUT));
+    let text = stderr(&output);
+    assert!(text.contains("warning: data/images/p03.png: neither JPEG nor PNG"), "{text}");
+    assert_eq!(text.lines().last(), Some("error: 1 of 12 pictures could not be read"));
+    assert!(stdout(&output).contains("11") && folder.path().join("predictions/masks/p11.png").exists());
+    assert!(!folder.path().join("predictions/masks/p03.png").exists());
 }
 
 #[test]
