@@ -410,6 +410,20 @@ fn a_grid_runs_in_parts_and_ends_in_one_summary() {
     assert!(out.join("index.html").exists());
     fails(folder.path(), &["report", "grid/lora_r4_alpha4"], INPUT, &["one run"]);
     fails(folder.path(), &grid(&["--seed", "7", "-q"]), USAGE, &["seed 42 there, 7 here", "--out"]);
+    assert!(!stderr(&whole).contains("warning"), "{}", stderr(&whole));
+
+    // A run that is not one of this grid's, under other settings.
+    let stranger = grid(&["--ranks", "8", "--only", "lora_r8_alpha8", "--lr", "0.01", "-q"]);
+    let differ = "fair comparison: lr 0.0005, 0.01";
+    let first = stderr(&succeeds(folder.path(), &stranger));
+    assert_eq!((first.matches(differ).count(), first.lines().count()), (2, 2), "before and after training: {first}");
+    assert_eq!(stderr(&succeeds(folder.path(), &stranger)).lines().count(), 1, "nothing is left to train");
+    let report = stderr(&succeeds(folder.path(), &["report", "grid"]));
+    assert_eq!(report.matches(differ).count(), 1, "{report}");
+    for file in ["summary.json", "summary.md", "index.html"] {
+        let text = std::fs::read_to_string(out.join(file)).unwrap();
+        assert!(text.contains("These runs were trained under different settings") && text.contains(differ), "{file}");
+    }
 }
 
 #[test]

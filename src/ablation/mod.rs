@@ -7,7 +7,9 @@ mod runner;
 pub mod source;
 
 pub use config::RunConfig;
-pub use runner::{GridOutcome, GridPlan, Setup, SplitPlan, open_data, run_grid, run_one, write_summary};
+pub use runner::{
+    GridOutcome, GridPlan, Setup, SplitPlan, open_data, run_grid, run_one, warn_if_unfair, write_summary,
+};
 
 use crate::train::options::{LoraOptions, Method};
 

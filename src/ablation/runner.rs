@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Instant;
 
-use super::config::{DataIdentity, RunConfig, SplitIdentity};
+use super::config::{self, DataIdentity, RunConfig, SplitIdentity, unfair};
 use super::lock::Lock;
 use super::source::{ModelSource, Source};
 use crate::backend::Place;
@@ -24,6 +24,7 @@ use crate::train::{self, Inputs};
 const TRAIN_FRACTION: f64 = 0.8;
 const RESULT: &str = "all_metrics.json";
 const FAILURE: &str = "run_error.json";
+const UNFAIR: &str = "trained under different settings, so they are not a fair comparison";
 
 /// What all runs share, read once: the images and the starting point.
 pub struct Setup {
@@ -273,12 +274,23 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
     let out = &plan.out;
     let options = |index: usize| TrainOptions { method: plan.runs[index].1.clone(), ..plan.options.clone() };
     // All refusals before the first hour of training.
+    let mut to_train = Vec::new();
     for &index in &plan.selected {
         let (name, _) = &plan.runs[index];
         let split = plan.split.split(&options(index), index, &setup.data)?;
-        setup.config(name, &options(index), &split, setup.first_place()).check(&out.join(name))?;
+        let config = setup.config(name, &options(index), &split, setup.first_place());
+        config.check(&out.join(name))?;
+        if !out.join(name).join(RESULT).exists() {
+            to_train.push(config.leaves()?);
+        }
     }
-    warn_of_strangers(setup, plan, progress)?;
+    // And a comparison that will not hold, as long as it can be avoided.
+    if !to_train.is_empty()
+        && let Some(settings) = unfair(&[config::finished(out), to_train].concat())
+    {
+        let what = "the runs there and those of this command differ in settings, so they will not be a fair comparison";
+        progress.warn(format!("{}: {what}: {settings}", out.display()));
+    }
     // LoRA's if there is one: it says more.
     let adapted = plan.selected.iter().find(|&&index| plan.runs[index].1 != Method::Fft).or(plan.selected.first());
     if let Some(&index) = adapted {
@@ -362,6 +374,7 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
     }
     // Once more, for what other processes have finished meanwhile.
     let records = write_summary(out, progress)?;
+    warn_if_unfair(out, progress);
     let mut counts = match plan.selected.len() - busy.len() - failed.len() {
         0 if plan.selected.is_empty() => {
             format!("no run to do: none of the grid's {} is in this part (--slice, --only)", plan.runs.len())
@@ -393,24 +406,15 @@ pub fn write_summary(out: &Path, progress: &Progress) -> Result<Vec<RunRecord>> 
     files::remove_unfinished(out);
     let records = report::read_records(out)?;
     if !records.is_empty() {
-        report::grid::write(out, &records)?;
+        let caution = unfair(&config::finished(out)).map(|settings| format!("These runs were {UNFAIR}: {settings}."));
+        report::grid::write(out, &records, caution)?;
     }
     Ok(records)
 }
 
-/// Says which other runs of the grid in the output folder were trained under other settings: the summary compares them too.
-fn warn_of_strangers(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<()> {
-    for (index, (name, _)) in plan.runs.iter().enumerate().filter(|(index, _)| !plan.selected.contains(index)) {
-        let split = plan.split.split(&plan.options, index, &setup.data)?;
-        let differences =
-            setup.config(name, &plan.options, &split, setup.first_place()).check_neighbour(&plan.out.join(name))?;
-        if !differences.is_empty() {
-            progress.warn(format!(
-                "{}: trained with other settings ({}), and in the summary beside this one",
-                plan.out.join(name).display(),
-                differences.join(", ")
-            ));
-        }
+/// Says so if the finished runs under `out` were trained under different settings: the summary compares them all the same.
+pub fn warn_if_unfair(out: &Path, progress: &Progress) {
+    if let Some(settings) = unfair(&config::finished(out)) {
+        progress.warn(format!("{}: these runs were {UNFAIR}: {settings}", out.display()));
     }
-    Ok(())
 }

@@ -27,17 +27,19 @@ const RANKS: [(RGBColor, Marker); 5] = [
     (RGBColor(214, 106, 0), Marker::Wedge),
 ];
 
-/// Writes tables, figures and page of the runs into `out`. Each file is replaced as a whole.
+/// Writes tables, figures and page of the runs into `out`. Each file is replaced as a whole. `caution` is the first remark on
+/// the headline, if there is one.
 ///
 /// # Errors
 /// `Input` if there is no run, `Io` if `out` cannot be written.
-pub fn write(out: &Path, records: &[RunRecord]) -> Result<()> {
+pub fn write(out: &Path, records: &[RunRecord], caution: Option<String>) -> Result<()> {
     if records.is_empty() {
         return Err(Error::input(out, "holds no finished run; train some with `segpeft-native ablate`"));
     }
     let mut records = records.to_vec();
     super::sort(&mut records);
-    let summary = Summary::new(&records);
+    let mut summary = Summary::new(&records);
+    summary.remarks.splice(0..0, caution);
     files::replace_json(&out.join("summary.json"), &summary)?;
     files::replace(&out.join("summary.csv"), csv(&summary.runs)?.as_bytes())?;
     files::replace(&out.join("summary.md"), markdown(&summary).as_bytes())?;
