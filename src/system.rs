@@ -1,6 +1,7 @@
 //! What the operating system says of this machine.
 
 use crate::error::{Error, Kind, Result};
+use crate::progress::{byte_size, count};
 
 /// A field of a file such as `/proc/meminfo`, which counts in kB. None on systems without such files.
 pub(crate) fn proc_bytes(file: &str, field: &str) -> Option<u64> {
@@ -24,10 +25,11 @@ pub(crate) fn check_memory(planned: usize, batch: usize, size: usize) -> Result<
         Some(available) if planned as u64 > available => Err(Error::new(
             Kind::Device,
             format!(
-                "batches of {batch} images at {size} x {size} need more than {:.1} GB of memory, {:.1} GB are available; lower \
-                 --batch-size (and raise --grad-accum) or --size",
-                planned as f64 / 1e9,
-                available as f64 / 1e9
+                "batches of {} at {size} x {size} need more than {} of memory, {} are available; lower --batch-size (and \
+                 raise --grad-accum) or --size",
+                count(batch, "image"),
+                byte_size(planned as u64),
+                byte_size(available)
             ),
         )),
         _ => Ok(()),

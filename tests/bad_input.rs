@@ -322,10 +322,29 @@ fn bad_sources_end_prepare_and_train_alike() {
         fails(folder.path(), &["prepare", source, "--out", "x.pack", "--size", "32", "-q"], INPUT, &[source, words]);
         let train = ["train", "--data", source, "--model", "random", "--size", "32", "--out", "runs/x", "-q"];
         fails(folder.path(), &train, INPUT, &[source, words]);
+        let text = stderr(&run(folder.path(), &["prepare", source, "--out", "x.pack", "--size", "32", "-q"]));
+        assert!(!text.contains("packed file"), "prepare takes none: {text}");
         assert!(!at("x.pack").exists());
         let left = |name: &str| name.ends_with(".pack") || name.ends_with(".tmp");
         assert!(!names(&at("")).iter().any(|name| left(name)) && !names(&at("runs/cache")).iter().any(|n| left(n)));
     }
+}
+
+#[test]
+fn splits_that_do_not_fit_are_refused() {
+    let folder = scratch();
+    let at = |name: &str| folder.path().join(name);
+    fs::create_dir(at("split")).unwrap();
+    fs::write(at("split/train.txt"), "p01\nstranger\n").unwrap();
+    fs::write(at("split/val.txt"), "p02\n").unwrap();
+    let train = with("train", &["--split", "split", "--out", "run", "-q"]);
+    fails(folder.path(), &train, INPUT, &["split/train.txt: line 2", "stranger", "split is of another dataset"]);
+    for i in 1..12 {
+        for part in ["images", "masks"] {
+            fs::remove_file(at("data").join(part).join(format!("p{i:02}.png"))).unwrap();
+        }
+    }
+    fails(folder.path(), &with("train", &["--out", "run", "-q"]), INPUT, &["1 image in the dataset, 1 for training"]);
 }
 
 fn names(dir: &Path) -> Vec<String> {
@@ -390,7 +409,8 @@ fn no_command_writes_where_a_file_is_in_the_way() {
         [&predict[..], &["made"], &logits].concat(),
         vec!["eval", "--data", "data", "--size", "32", "--model", "model", "--cache", "file/cache"],
     ] {
-        fails(folder.path(), &[&command[..], &["-q"]].concat(), IO, &["file"]);
+        let remedy = if command.contains(&"--cache") { "--cache names another folder" } else { "" };
+        fails(folder.path(), &[&command[..], &["-q"]].concat(), IO, &["file", remedy]);
     }
     assert_eq!(fs::read(folder.path().join("file")).unwrap(), b"precious");
 }

@@ -410,6 +410,20 @@ fn a_grid_runs_in_parts_and_ends_in_one_summary() {
     assert!(out.join("index.html").exists());
     fails(folder.path(), &["report", "grid/lora_r4_alpha4"], INPUT, &["one run"]);
     fails(folder.path(), &grid(&["--seed", "7", "-q"]), USAGE, &["seed 42 there, 7 here", "--out"]);
+    assert!(!stderr(&whole).contains("warning"), "{}", stderr(&whole));
+
+    // A run that is not one of this grid's, under other settings.
+    let stranger = grid(&["--ranks", "8", "--only", "lora_r8_alpha8", "--lr", "0.01", "-q"]);
+    let differ = "fair comparison: lr 0.0005, 0.01";
+    let first = stderr(&succeeds(folder.path(), &stranger));
+    assert_eq!((first.matches(differ).count(), first.lines().count()), (2, 2), "before and after training: {first}");
+    assert_eq!(stderr(&succeeds(folder.path(), &stranger)).lines().count(), 1, "nothing is left to train");
+    let report = stderr(&succeeds(folder.path(), &["report", "grid"]));
+    assert_eq!(report.matches(differ).count(), 1, "{report}");
+    for file in ["summary.json", "summary.md", "index.html"] {
+        let text = std::fs::read_to_string(out.join(file)).unwrap();
+        assert!(text.contains("These runs were trained under different settings") && text.contains(differ), "{file}");
+    }
 }
 
 #[test]
@@ -443,7 +457,8 @@ fn a_busy_run_is_left_to_its_holder() {
     let lock = File::create(run.join(".lock")).unwrap();
     lock.lock().unwrap();
     let output = succeeds(folder.path(), &grid(&["--no-fft", "--json"]));
-    assert!(stderr(&output).contains("skipped"), "{}", stderr(&output));
+    let text = stderr(&output);
+    assert!(text.contains("skipped: grid/lora_r2_alpha2: in use by") && !text.contains("another --out"), "{text}");
     let json: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     assert_eq!((&json["busy"][0], &json["runs"][0]["name"]), (&"lora_r2_alpha2".into(), &"lora_r4_alpha4".into()));
 }
@@ -454,6 +469,10 @@ fn a_failed_run_does_not_stop_the_others() {
     let output = run(folder.path(), &grid(&["--lr", "1e30"]));
     assert_eq!(output.status.code(), Some(DIVERGED), "{}", stderr(&output));
     let text = stderr(&output);
+    let warnings: Vec<&str> = text.lines().filter(|line| line.starts_with("warning: ")).collect();
+    let goes_on = |line: &&str| line.ends_with("; the other runs go on");
+    assert_eq!((warnings.len(), warnings.iter().filter(|line| goes_on(line)).count()), (3, 2), "{text}");
+    assert!(warnings[0].starts_with("warning: [1/3] segformer_fft_baseline: "), "{text}");
     let last = text.lines().last().unwrap_or_default();
     for name in ["segformer_fft_baseline", "lora_r2_alpha2", "lora_r4_alpha4"] {
         assert!(last.contains(name), "{text}");
@@ -557,6 +576,16 @@ fn a_trained_adapter_is_evaluated_merged_and_used() {
     }
     let other = ["eval", "--data", "data", "--size", "64", "--model", "merged"];
     assert!(stderr(&succeeds(folder.path(), &other)).contains("trained on images of 32 x 32, these are 64 x 64"));
+
+    std::fs::write(folder.path().join("data/images/p03.png"), "no picture").unwrap();
+    std::fs::remove_dir_all(folder.path().join("predictions")).unwrap();
+    let output = run(folder.path(), &predict);
+    assert_eq!(output.status.code(), Some(INPUT));
+    let text = stderr(&output);
+    assert!(text.contains("warning: data/images/p03.png: neither JPEG nor PNG"), "{text}");
+    assert_eq!(text.lines().last(), Some("error: 1 of 12 pictures could not be read"));
+    assert!(stdout(&output).contains("11") && folder.path().join("predictions/masks/p11.png").exists());
+    assert!(!folder.path().join("predictions/masks/p03.png").exists());
 }
 
 #[test]
@@ -585,4 +614,7 @@ fn prepare_packs_a_folder_that_trains() {
         ["train", "--data", "p.pack", "--model", "random", "--epochs", "1", "--batch-size", "4", "--out", "run"].into();
     succeeds(folder.path(), &train);
     assert!(!folder.path().join("cache").exists(), "a packed file needs no cache");
+    let text = stdout(&succeeds(folder.path(), &["prepare", "data", "--out", "p.pack", "--size", "32"]));
+    let share = format!("{:.1} % of the pixels", 100.0 * json["foreground"].as_f64().unwrap());
+    assert!(text.contains(&share) && text.contains("53 kB"), "{text}");
 }

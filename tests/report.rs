@@ -232,13 +232,14 @@ fn the_archive_holds_results_and_nothing_in_passing() {
 #[test]
 fn the_grid_answers_the_question() {
     let out = tempfile::tempdir().unwrap();
-    report::grid::write(out.path(), &grid()).unwrap();
+    report::grid::write(out.path(), &grid(), Some("These runs were not equal.".into())).unwrap();
     let json: serde_json::Value = serde_json::from_slice(&fs::read(out.path().join("summary.json")).unwrap()).unwrap();
     assert_eq!(
         json["headline"],
         "LoRA keeps 97.8 % of full fine-tuning's Dice (0.8800 of 0.9000) at r = 16, α = 16, training 3.4 % of the \
          parameters."
     );
+    assert_eq!(json["remarks"][0], "These runs were not equal.");
     assert_eq!(json["best_lora"], "lora_r16_alpha16");
     assert_eq!(json["fft"], "segformer_fft_baseline");
     assert_eq!(json["runs"][1]["percent_of_fft_dice"].as_f64().unwrap(), 100.0 * 0.80 / 0.90);
@@ -250,6 +251,7 @@ fn the_grid_answers_the_question() {
     assert!(lines[3].starts_with("lora_r4_alpha16,lora,4,16.0,4.0,32768,"), "{}", lines[3]);
 
     let markdown = fs::read_to_string(out.path().join("summary.md")).unwrap();
+    assert!(markdown.contains("parameters.\n\n- These runs were not equal.\n"), "{markdown}");
     assert!(markdown.contains(
         "| **lora_r16_alpha16** | **16** | **16** | **1** | **131,072** | **3.41** | **0.8800** | **97.8** |"
     ));
@@ -271,6 +273,7 @@ fn the_grid_answers_the_question() {
         }
     }
     let page = fs::read_to_string(out.path().join("index.html")).unwrap();
+    assert!(page.contains("<ul>\n<li>These runs were not equal.</li>"));
     for part in ["LoRA keeps 97.8&nbsp;%", "lora_alpha_vs_dice.png", "href=\"lora_r4_alpha16/training_history.csv\""] {
         assert!(page.contains(part), "the page lacks {part}");
     }
@@ -299,7 +302,7 @@ fn incomplete_grids_are_reported_as_far_as_they_go() {
         (vec![odd, all[3].clone()], "LoRA keeps 44.4 %"),
     ] {
         let out = tempfile::tempdir().unwrap();
-        report::grid::write(out.path(), &runs).unwrap();
+        report::grid::write(out.path(), &runs, None).unwrap();
         let markdown = fs::read_to_string(out.path().join("summary.md")).unwrap();
         assert!(markdown.contains(says), "{markdown}");
         let page = fs::read_to_string(out.path().join("index.html")).unwrap();
@@ -329,13 +332,13 @@ fn bad_records_and_folders_end_in_one_line() {
     }
     let error = report::read_records(&out.path().join("nowhere")).unwrap_err();
     assert_eq!(error.kind, Kind::Input);
-    let error = report::grid::write(out.path(), &[]).unwrap_err();
+    let error = report::grid::write(out.path(), &[], None).unwrap_err();
     assert!(error.to_string().contains("no finished run"));
 
     // An unwritable place: a file where a folder should be.
     let file = out.path().join("file");
     fs::write(&file, "whole").unwrap();
-    let error = report::grid::write(&file, &grid()).unwrap_err();
+    let error = report::grid::write(&file, &grid(), None).unwrap_err();
     assert_eq!(error.kind, Kind::Io);
     assert_eq!(fs::read_to_string(&file).unwrap(), "whole");
     assert!(report::run::finish(&file, &grid()[0]).is_err());

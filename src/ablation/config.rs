@@ -1,14 +1,14 @@
 //! The resolved configuration of a run, `run_config.json` in its folder, and how two of them are compared.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::source::Identity;
 use crate::dataset::{PackedDataset, Split};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::files;
 use crate::train::options::TrainOptions;
 
@@ -105,7 +105,7 @@ impl RunConfig {
         if !begun(folder) {
             return Ok(());
         }
-        let differences = self.differences(folder, &[])?;
+        let differences = self.differences(folder)?;
         if differences.is_empty() {
             return Ok(());
         }
@@ -118,40 +118,125 @@ impl RunConfig {
         )))
     }
 
-    /// Differences of a neighbouring run in `folder` from this one, other than the method: empty if the two can be compared.
+    /// The leaves of the configuration, for [`unfair`].
     ///
     /// # Errors
-    /// Those of [`RunConfig::check`] for a file that cannot be understood.
-    pub fn check_neighbour(&self, folder: &Path) -> Result<Vec<String>> {
-        if !begun(folder) || !folder.join(FILE).exists() {
-            return Ok(Vec::new());
-        }
-        self.differences(folder, &["options.method", "split."])
+    /// A defect: it cannot be expressed as JSON.
+    pub fn leaves(&self) -> Result<Leaves> {
+        // Through text, so that numbers are as they are written.
+        let json = serde_json::to_string(self).and_then(|text| serde_json::from_str(&text));
+        let defect = |e| Error::new(Kind::Internal, format!("cannot express a configuration: {e}"));
+        json.map(|json| flatten(&json)).map_err(defect)
     }
 
-    fn differences(&self, folder: &Path, ignored: &[&str]) -> Result<Vec<String>> {
+    fn differences(&self, folder: &Path) -> Result<Vec<String>> {
         let path = folder.join(FILE);
         let remedy = "delete this folder to train the run anew";
         let text = std::fs::read_to_string(&path)
             .map_err(|e| Error::input(&path, format!("cannot be read ({e}), so the run there is unknown; {remedy}")))?;
         let unknown = |e: serde_json::Error| Error::input(&path, format!("not a run's configuration ({e}); {remedy}"));
         let there = flatten(&serde_json::from_str(&text).map_err(unknown)?);
-        // Through text, so that both sides hold numbers as they are written.
-        let here = serde_json::to_string(self).and_then(|text| serde_json::from_str(&text)).map_err(unknown)?;
-        let here = flatten(&here);
+        let here = self.leaves()?;
         let names: BTreeSet<&String> = there.keys().chain(here.keys()).collect();
-        let counts = |name: &&String| {
-            !(["name", "version"].contains(&name.as_str())
-                || name.ends_with(".path")
-                || ignored.iter().any(|prefix| name.starts_with(prefix)))
+        let differs = |name: &&String| counts(name) && there.get(*name) != here.get(*name);
+        let describe = |name: &String| match name.strip_suffix(".fingerprint") {
+            Some(what) => format!("{} changed", identified(what)),
+            None => format!("{} {} there, {} here", label(name), show(&there, name), show(&here, name)),
         };
-        let show = |side: &BTreeMap<String, Value>, name: &str| side.get(name).map_or("unset".into(), Value::to_string);
-        let differs = |name: &&String| there.get(*name) != here.get(*name);
-        let describe = |name: &String| {
-            let label = name.strip_prefix("options.").unwrap_or(name);
-            format!("{label} {} there, {} here", show(&there, name), show(&here, name))
-        };
-        Ok(names.into_iter().filter(counts).filter(differs).map(describe).collect())
+        Ok(names.into_iter().filter(differs).map(describe).collect())
+    }
+}
+
+/// The leaves of the configuration of every finished run in the folders under `out`; a run without one that can be read is
+/// left out.
+pub fn finished(out: &Path) -> Vec<Leaves> {
+    let mut folders: Vec<_> = std::fs::read_dir(out).into_iter().flatten().flatten().map(|e| e.path()).collect();
+    folders.sort();
+    let read = |folder: PathBuf| {
+        let text = folder.join("all_metrics.json").is_file().then(|| std::fs::read_to_string(folder.join(FILE)).ok());
+        serde_json::from_str(&text??).ok().map(|json| flatten(&json))
+    };
+    folders.into_iter().filter_map(read).collect()
+}
+
+/// Why `runs` are no fair comparison: settings, with their values, that differ although the grid does not vary them. None if
+/// there are none.
+pub fn unfair(runs: &[Leaves]) -> Option<String> {
+    /// Settings named, and values of each.
+    const MOST: (usize, usize) = (6, 4);
+    let is = |run: &Leaves, name: &str, value: &str| run.get(name).is_some_and(|v| v == value);
+    let own_splits = runs.iter().any(|run| is(run, "options.protocol", "notebook"));
+    let names: BTreeSet<&String> = runs.iter().flat_map(BTreeMap::keys).collect();
+    let mut settings = Vec::new();
+    for name in names {
+        let varied = ["kind", "rank", "alpha"].iter().any(|part| name.strip_prefix("options.method.") == Some(part));
+        // What is kept and how it is named shapes no number.
+        let harmless = ["options.keep_checkpoints", "options.hf_names"].contains(&name.as_str());
+        if !counts(name) || varied || harmless || (own_splits && name.starts_with("split.")) {
+            continue;
+        }
+        // Full fine-tuning has none of LoRA's settings.
+        let lora_only = name.starts_with("options.method.");
+        let mut values = Vec::new();
+        for run in runs.iter().filter(|run| !lora_only || is(run, "options.method.kind", "lora")) {
+            let value = show(run, name);
+            if !values.contains(&value) {
+                values.push(value);
+            }
+        }
+        if values.len() > 1 {
+            settings.push(match name.strip_suffix(".fingerprint") {
+                Some(what) => identified(what).to_string(),
+                None => format!("{} {}", label(name), some_of(values, MOST.1, ", ")),
+            });
+        }
+    }
+    (!settings.is_empty()).then(|| some_of(settings, MOST.0, "; "))
+}
+
+/// At most `most` of `items`, and how many there are besides.
+fn some_of(mut items: Vec<String>, most: usize, between: &str) -> String {
+    let more = items.len().saturating_sub(most);
+    items.truncate(most);
+    if more > 0 {
+        items.push(format!("and {more} more"));
+    }
+    items.join(between)
+}
+
+/// Whether a leaf says how a run's numbers came about, rather than where things lay.
+fn counts(name: &str) -> bool {
+    !["name", "version"].contains(&name) && !name.ends_with(".path")
+}
+
+/// A leaf's name for people.
+fn label(name: &str) -> &str {
+    let name = name.strip_prefix("options.").unwrap_or(name);
+    name.strip_prefix("method.").unwrap_or(name)
+}
+
+/// What a fingerprint stands for.
+fn identified(field: &str) -> &str {
+    match field {
+        "data" => "the images",
+        "split" => "the split",
+        "model" => "the model",
+        "adapter" => "the adapter",
+        other => other,
+    }
+}
+
+/// A leaf's value for people, of bounded length.
+fn show(leaves: &Leaves, name: &str) -> String {
+    const LONGEST: usize = 60;
+    let text = match leaves.get(name) {
+        None if name == "device" => "CPU".into(),
+        None => "unset".into(),
+        Some(value) => value.to_string(),
+    };
+    match text.char_indices().nth(LONGEST) {
+        Some((at, _)) => format!("{}...", &text[..at]),
+        None => text,
     }
 }
 
@@ -166,8 +251,10 @@ fn begun(folder: &Path) -> bool {
 }
 
 /// The leaves of a JSON document by dotted name; `null` counts as absent, a list as one leaf.
-fn flatten(value: &Value) -> BTreeMap<String, Value> {
-    fn walk(value: &Value, name: &str, leaves: &mut BTreeMap<String, Value>) {
+pub type Leaves = BTreeMap<String, Value>;
+
+fn flatten(value: &Value) -> Leaves {
+    fn walk(value: &Value, name: &str, leaves: &mut Leaves) {
         match value {
             Value::Object(fields) => {
                 for (field, value) in fields {
@@ -187,7 +274,7 @@ fn flatten(value: &Value) -> BTreeMap<String, Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Kind;
+    use crate::train::options::{LoraOptions, Method, Protocol};
 
     fn config() -> RunConfig {
         let identity = Identity { path: "model".into(), fingerprint: "01".into() };
@@ -231,7 +318,56 @@ mod tests {
             text.contains("lr 0.0005 there, 0.001 here") && text.contains("drop_path 0.1 there, unset here"),
             "{text}"
         );
-        assert_eq!(other.check_neighbour(folder.path()).unwrap().len(), 2);
+        let mut changed = config();
+        changed.data.fingerprint = "03".into();
+        let text = changed.check(folder.path()).unwrap_err().to_string();
+        assert!(text.contains("(the images changed)"), "{text}");
+    }
+
+    fn lora(rank: usize, change: impl FnOnce(&mut LoraOptions, &mut RunConfig)) -> Leaves {
+        let targets = vec!["query".into()];
+        let mut lora = LoraOptions { rank, alpha: rank as f64, dropout: 0.0, targets, train_head: false };
+        let mut run = config();
+        change(&mut lora, &mut run);
+        run.options.method = Method::Lora(lora);
+        run.leaves().unwrap()
+    }
+
+    #[test]
+    fn what_the_grid_varies_is_fair() {
+        let elsewhere = lora(8, |_, run| {
+            run.name = "other".into();
+            run.data.path = "elsewhere".into();
+            run.options.keep_checkpoints = 5;
+        });
+        assert_eq!(unfair(&[config().leaves().unwrap(), lora(4, |_, _| ()), elsewhere]), None);
+        let own_split = |train: usize| {
+            lora(train, |_, run| {
+                run.options.protocol = Protocol::Notebook;
+                run.split = SplitIdentity::new(&Split { train: vec![train], val: vec![0] });
+            })
+        };
+        assert_eq!(unfair(&[own_split(1), own_split(2)]), None);
+        assert_eq!(unfair(&[]), None);
+    }
+
+    #[test]
+    fn other_differences_are_named_briefly() {
+        let head = lora(4, |lora, _| lora.train_head = true);
+        let text = unfair(&[config().leaves().unwrap(), lora(4, |_, _| ()), head]).unwrap();
+        assert_eq!(text, "train_head false, true");
+        let other = |epochs: usize| {
+            lora(4, |_, run| {
+                run.options.epochs = epochs;
+                run.options.drop_path = None;
+                run.device = Some("a GPU".into());
+                run.data.fingerprint = "03".into();
+            })
+        };
+        let text = unfair(&[lora(4, |_, _| ()), other(2), other(50)]).unwrap();
+        assert_eq!(text, "the images; device CPU, \"a GPU\"; drop_path 0.1, unset; epochs 50, 2");
+        let many: Vec<_> = (0..9).map(other).collect();
+        assert!(unfair(&many).unwrap().ends_with("epochs 0, 1, 2, 3, and 5 more"));
     }
 
     #[test]

@@ -24,10 +24,9 @@ impl Lock {
         let mut file = open(folder, &path)?;
         match file.try_lock() {
             Ok(()) => Ok(held(file)),
-            Err(TryLockError::WouldBlock) => Err(Error::new(
-                Kind::Busy,
-                format!("{}: in use by {}; wait for it or choose another --out", folder.display(), holder(&mut file)),
-            )),
+            Err(TryLockError::WouldBlock) => {
+                Err(Error::new(Kind::Busy, format!("{}: in use by {}", folder.display(), holder(&mut file))))
+            }
             Err(TryLockError::Error(source)) => Err(Error::io(path, "lock the file", source)),
         }
     }

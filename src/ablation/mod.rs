@@ -7,7 +7,9 @@ mod runner;
 pub mod source;
 
 pub use config::RunConfig;
-pub use runner::{GridOutcome, GridPlan, Setup, SplitPlan, open_data, run_grid, run_one, write_summary};
+pub use runner::{
+    GridOutcome, GridPlan, Setup, SplitPlan, open_data, run_grid, run_one, warn_if_unfair, write_summary,
+};
 
 use crate::train::options::{LoraOptions, Method};
 
@@ -25,7 +27,7 @@ pub fn grid(ranks: &[usize], ratios: &[f64], fft: bool, lora: &LoraOptions) -> V
     }
     for &rank in ranks {
         for ratio in ratios {
-            let method = Method::Lora(LoraOptions { rank, alpha: rank as f64 * ratio, ..lora.clone() });
+            let method = Method::Lora(LoraOptions { rank, alpha: six_digits(rank as f64 * ratio), ..lora.clone() });
             let name = run_name(&method);
             if runs.iter().all(|(known, _)| *known != name) {
                 runs.push((name, method));
@@ -33,6 +35,11 @@ pub fn grid(ranks: &[usize], ratios: &[f64], fft: bool, lora: &LoraOptions) -> V
         }
     }
     runs
+}
+
+/// Rounded, so that no name ends in the tail of a ratio such as 0.3333333 times a rank.
+fn six_digits(value: f64) -> f64 {
+    format!("{value:.5e}").parse().unwrap_or(value)
 }
 
 /// The name of a run in the grid: `segformer_fft_baseline` or `lora_r{r}_alpha{a}`.
@@ -65,5 +72,8 @@ mod tests {
         let runs = grid(&[4, 4], &[0.5, 0.375], false, &lora());
         let names: Vec<&str> = runs.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["lora_r4_alpha2", "lora_r4_alpha1.5"]);
+        let thirds = grid(&[3, 64], &[0.3333333, 2.0 / 3.0], false, &lora());
+        let names: Vec<&str> = thirds.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["lora_r3_alpha1", "lora_r3_alpha2", "lora_r64_alpha21.3333", "lora_r64_alpha42.6667"]);
     }
 }

@@ -7,14 +7,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Instant;
 
-use super::config::{DataIdentity, RunConfig, SplitIdentity};
+use super::config::{self, DataIdentity, RunConfig, SplitIdentity, unfair};
 use super::lock::Lock;
 use super::source::{ModelSource, Source};
 use crate::backend::Place;
 use crate::dataset::{self, Augment, PackedDataset, Split};
 use crate::error::{Error, Kind, Result};
 use crate::files;
-use crate::progress::{Progress, duration, interrupted};
+use crate::progress::{Progress, count, duration, interrupted};
 use crate::report;
 use crate::train::options::{Method, Protocol, TrainOptions};
 use crate::train::record::RunRecord;
@@ -24,6 +24,7 @@ use crate::train::{self, Inputs};
 const TRAIN_FRACTION: f64 = 0.8;
 const RESULT: &str = "all_metrics.json";
 const FAILURE: &str = "run_error.json";
+const UNFAIR: &str = "trained under different settings, so they are not a fair comparison";
 
 /// What all runs share, read once: the images and the starting point.
 pub struct Setup {
@@ -54,9 +55,9 @@ impl Setup {
         stop_if_interrupted()?;
         let data_identity = DataIdentity::new(data, &packed);
         progress.info(format!(
-            "data: {} ({} images at {s} x {s}); model: {}",
+            "data: {} ({} at {s} x {s}); model: {}",
             data.display(),
-            packed.len(),
+            count(packed.len(), "image"),
             source.model.path,
             s = packed.size()
         ));
@@ -124,7 +125,9 @@ pub fn open_data(
 ) -> Result<PackedDataset> {
     // A packed file needs no cache; only what will be packed makes the folder.
     let packs = data.is_dir() || data.is_file() && data.extension().is_some_and(|e| e.eq_ignore_ascii_case("zip"));
-    let _lock = packs.then(|| Lock::wait(cache, ".lock", "prepare the data", progress)).transpose()?;
+    let elsewhere = |e: Error| Error::new(e.kind, format!("{e}; --cache names another folder"));
+    let lock = || Lock::wait(cache, ".lock", "prepare the data", progress).map_err(elsewhere);
+    let _lock = packs.then(lock).transpose()?;
     if packs {
         files::remove_unfinished(cache);
     }
@@ -158,8 +161,8 @@ impl SplitPlan {
             return Err(Error::input(
                 data.path(),
                 format!(
-                    "{} images make {} for training and {} for validation; both need at least one",
-                    data.len(),
+                    "{} in the dataset, {} for training and {} for validation; both need at least one",
+                    count(data.len(), "image"),
                     split.train.len(),
                     split.val.len()
                 ),
@@ -184,7 +187,10 @@ pub fn run_one(
     folder: &Path,
     progress: &Progress,
 ) -> Result<RunRecord> {
-    run_on(setup, setup.first_place(), name, options, split, index, folder, progress)
+    run_on(setup, setup.first_place(), name, options, split, index, folder, progress).map_err(|e| match e.kind {
+        Kind::Busy => Error::new(e.kind, format!("{e}; wait for it or choose another --out")),
+        _ => e,
+    })
 }
 
 fn run_on(
@@ -274,12 +280,23 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
     let out = &plan.out;
     let options = |index: usize| TrainOptions { method: plan.runs[index].1.clone(), ..plan.options.clone() };
     // All refusals before the first hour of training.
+    let mut to_train = Vec::new();
     for &index in &plan.selected {
         let (name, _) = &plan.runs[index];
         let split = plan.split.split(&options(index), index, &setup.data)?;
-        setup.config(name, &options(index), &split, setup.first_place()).check(&out.join(name))?;
+        let config = setup.config(name, &options(index), &split, setup.first_place());
+        config.check(&out.join(name))?;
+        if !out.join(name).join(RESULT).exists() {
+            to_train.push(config.leaves()?);
+        }
     }
-    warn_of_strangers(setup, plan, progress)?;
+    // And a comparison that will not hold, as long as it can be avoided.
+    if !to_train.is_empty()
+        && let Some(settings) = unfair(&[config::finished(out), to_train].concat())
+    {
+        let what = "the runs there and those of this command differ in settings, so they will not be a fair comparison";
+        progress.warn(format!("{}: {what}: {settings}", out.display()));
+    }
     // LoRA's if there is one: it says more.
     let adapted = plan.selected.iter().find(|&&index| plan.runs[index].1 != Method::Fft).or(plan.selected.first());
     if let Some(&index) = adapted {
@@ -315,7 +332,10 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
                     continue;
                 }
                 Err(error) if error.kind == Kind::Diverged => {
-                    progress.warn(format!("{label}: {error}; the other runs go on"));
+                    // The error names the run.
+                    let others = queue.load(Ordering::Relaxed) < plan.selected.len();
+                    let others = if others { "; the other runs go on" } else { "" };
+                    progress.warn(format!("[{}/{}] {error}{others}", position + 1, plan.selected.len()));
                     outcome_now().1.push((name.clone(), error));
                     continue;
                 }
@@ -360,12 +380,12 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
     }
     // Once more, for what other processes have finished meanwhile.
     let records = write_summary(out, progress)?;
+    warn_if_unfair(out, progress);
     let mut counts = match plan.selected.len() - busy.len() - failed.len() {
         0 if plan.selected.is_empty() => {
             format!("no run to do: none of the grid's {} is in this part (--slice, --only)", plan.runs.len())
         }
-        1 => "1 run done".into(),
-        n => format!("{n} runs done"),
+        n => format!("{} done", count(n, "run")),
     };
     for (list, what) in [(busy.len(), "busy elsewhere"), (failed.len(), "failed")] {
         if list > 0 {
@@ -392,24 +412,15 @@ pub fn write_summary(out: &Path, progress: &Progress) -> Result<Vec<RunRecord>> 
     files::remove_unfinished(out);
     let records = report::read_records(out)?;
     if !records.is_empty() {
-        report::grid::write(out, &records)?;
+        let caution = unfair(&config::finished(out)).map(|settings| format!("These runs were {UNFAIR}: {settings}."));
+        report::grid::write(out, &records, caution)?;
     }
     Ok(records)
 }
 
-/// Says which other runs of the grid in the output folder were trained under other settings: the summary compares them too.
-fn warn_of_strangers(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<()> {
-    for (index, (name, _)) in plan.runs.iter().enumerate().filter(|(index, _)| !plan.selected.contains(index)) {
-        let split = plan.split.split(&plan.options, index, &setup.data)?;
-        let differences =
-            setup.config(name, &plan.options, &split, setup.first_place()).check_neighbour(&plan.out.join(name))?;
-        if !differences.is_empty() {
-            progress.warn(format!(
-                "{}: trained with other settings ({}), and in the summary beside this one",
-                plan.out.join(name).display(),
-                differences.join(", ")
-            ));
-        }
+/// Says so if the finished runs under `out` were trained under different settings: the summary compares them all the same.
+pub fn warn_if_unfair(out: &Path, progress: &Progress) {
+    if let Some(settings) = unfair(&config::finished(out)) {
+        progress.warn(format!("{}: these runs were {UNFAIR}: {settings}", out.display()));
     }
-    Ok(())
 }

@@ -14,7 +14,7 @@ use super::output::path;
 use super::{Context, output};
 use crate::ablation::source::{ModelSource, Source};
 use crate::dataset;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::files;
 use crate::formats::{self, HostData, HostTensor, StateDict};
 use crate::train::Predictor;
@@ -26,6 +26,7 @@ const MARK_WEIGHT: f32 = 0.4;
 /// Segment pictures: masks and overlays at the pictures' own size
 ///
 /// Writes masks/STEM.png (0 and 255; class numbers for a model of more than two classes) and overlays/STEM.png into --out.
+/// Pictures are turned as their EXIF orientation says; one that cannot be read does not stop the others.
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
@@ -70,9 +71,17 @@ impl Predict {
         let (labels, side) = (predictor.labels(), size / 4);
         let mut kept = StateDict::new();
         let mut rows = Vec::new();
-        let bar = context.progress.bar("predict", pictures.len() as u64, "images");
+        let bar = context.progress.bar("predicting", pictures.len() as u64, "images");
         for (stem, file) in &pictures {
-            let picture = dataset::load_image(file)?;
+            let picture = match dataset::load_image(file) {
+                Ok(picture) => picture,
+                Err(error) if pictures.len() == 1 => return Err(error),
+                Err(error) => {
+                    context.progress.warn(error.to_string());
+                    bar.inc(1);
+                    continue;
+                }
+            };
             let extent = (picture.width, picture.height);
             let pixels = dataset::resize_bilinear(&picture.data, extent, (size, size), 3);
             let logits = predictor.logits(&pixels)?;
@@ -102,11 +111,15 @@ impl Predict {
         }
         context.result(&rows, || {
             output::fields(&[
-                ("pictures", pictures.len().to_string()),
+                ("pictures", rows.len().to_string()),
                 ("masks", masks.display().to_string()),
                 ("overlays", overlays.display().to_string()),
             ])
-        })
+        })?;
+        match pictures.len() - rows.len() {
+            0 => Ok(()),
+            n => Err(Error::new(Kind::Input, format!("{n} of {} pictures could not be read", pictures.len()))),
+        }
     }
 }
 

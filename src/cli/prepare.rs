@@ -7,7 +7,7 @@ use clap::Args;
 use super::{Context, args, output, signals};
 use crate::dataset;
 use crate::error::Result;
-use crate::progress::duration;
+use crate::progress::{byte_size, duration};
 
 /// Pack an archive or folder of images and masks into one file for training
 ///
@@ -39,7 +39,8 @@ impl Prepare {
             output::fields(&[
                 ("packed", self.out.display().to_string()),
                 ("images", format!("{} at {s} x {s}", summary.images, s = summary.size)),
-                ("size", format!("{:.1} MB", summary.bytes as f64 / 1e6)),
+                ("polyp", format!("{:.1} % of the pixels", 100.0 * summary.foreground)),
+                ("size", byte_size(summary.bytes)),
                 ("time", duration(summary.seconds)),
             ])
         })

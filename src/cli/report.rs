@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::Context;
 use super::output::path;
-use crate::ablation::write_summary;
+use crate::ablation::{warn_if_unfair, write_summary};
 use crate::error::{Error, Result};
 use crate::report::{self, results_table};
 
@@ -43,6 +43,7 @@ impl Report {
                 report::run::draw(&folder, &record.name, &record.training_history)?;
             }
         }
+        warn_if_unfair(&self.dir, &context.progress);
         let page = self.dir.join("index.html");
         context.result(&json!({ "out": path(&self.dir), "page": path(&page), "runs": records }), || {
             format!("{}page: {}\n", results_table(&records), page.display())

@@ -21,6 +21,7 @@ pub fn install(progress: &Progress) -> Result<()> {
     let progress = progress.clone();
     std::thread::spawn(move || {
         if signals.forever().next().is_some() {
+            progress.end_bars();
             progress.warn("stopping at the next safe point; once more to stop at once");
         }
     });

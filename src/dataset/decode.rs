@@ -4,7 +4,8 @@ use std::io::Cursor;
 use std::path::Path;
 
 use image::codecs::png::PngDecoder;
-use image::{DynamicImage, ImageDecoder, Limits};
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
 use zune_core::bytestream::ZCursor;
 use zune_core::colorspace::ColorSpace;
 use zune_core::options::DecoderOptions;
@@ -19,7 +20,7 @@ type Decoded<T> = std::result::Result<T, String>;
 /// Pixels of the largest image accepted, so that a hostile header cannot ask for all memory.
 const MAX_PIXELS: usize = 50_000_000;
 
-/// A decoded colour picture. An EXIF orientation is not applied.
+/// A decoded colour picture.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RgbImage {
     /// Pixels per row.
@@ -38,15 +39,31 @@ pub(super) struct GreyImage {
     pub data: Vec<u8>,
 }
 
-/// Reads and decodes one JPEG or PNG; grey becomes RGB, transparency is dropped, 16 bits become 8.
+/// Reads and decodes one JPEG or PNG as a viewer shows it: turned and mirrored as its EXIF orientation says. Grey becomes RGB,
+/// transparency is dropped, 16 bits become 8.
 ///
 /// # Errors
 /// [`crate::error::Kind::Input`] if the file is missing, truncated, damaged or neither JPEG nor PNG.
 pub fn load_image(path: &Path) -> Result<RgbImage> {
-    rgb(&read_file(path)?).map_err(|e| Error::input(path, e))
+    let bytes = read_file(path)?;
+    rgb(&bytes).map(|image| upright(image, &bytes)).map_err(|e| Error::input(path, e))
 }
 
-/// Decodes to RGB.
+/// The image of a file, turned as its EXIF data say, if it has any.
+fn upright(image: RgbImage, file: &[u8]) -> RgbImage {
+    let reader = ImageReader::new(Cursor::new(file)).with_guessed_format().ok();
+    let orientation = reader.and_then(|r| r.into_decoder().ok()).and_then(|mut d| d.orientation().ok());
+    let (Some(orientation), (width, height)) = (orientation, (image.width, image.height)) else { return image };
+    if orientation == Orientation::NoTransforms {
+        return image;
+    }
+    let pixels = image::RgbImage::from_raw(width as u32, height as u32, image.data).expect("three bytes a pixel");
+    let mut turned = DynamicImage::ImageRgb8(pixels);
+    turned.apply_orientation(orientation);
+    RgbImage { width: turned.width() as usize, height: turned.height() as usize, data: turned.into_rgb8().into_raw() }
+}
+
+/// Decodes to RGB, as the pixels are stored.
 pub(super) fn rgb(bytes: &[u8]) -> Decoded<RgbImage> {
     let (width, height, data) = match kind(bytes)? {
         Kind::Jpeg => jpeg(bytes, |_| ColorSpace::RGB).map(|(w, h, data, _)| (w, h, data))?,
@@ -201,6 +218,33 @@ mod tests {
         let theirs = grey(fixture!("mask.pillow.png")).unwrap();
         assert!(ours.data.iter().any(|&v| v > 127) && ours.data.iter().any(|&v| v < 128));
         assert!(ours.data.iter().zip(&theirs.data).all(|(a, b)| (*a > 127) == (*b > 127)));
+    }
+
+    /// The file with an EXIF orientation, as cameras write it.
+    fn oriented(jpeg: &[u8], orientation: u8) -> Vec<u8> {
+        let exif = [
+            &[0xFF, 0xE1, 0, 34][..],
+            b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0",
+            &[orientation, 0, 0, 0, 0, 0, 0],
+        ];
+        [&jpeg[..2], &exif.concat(), &jpeg[2..]].concat()
+    }
+
+    #[test]
+    fn pictures_to_look_at_stand_upright() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.jpg");
+        let stored = rgb(fixture!("444.jpg")).unwrap();
+        let load = |orientation| {
+            std::fs::write(&file, oriented(fixture!("444.jpg"), orientation)).unwrap();
+            load_image(&file).unwrap()
+        };
+        assert_eq!(load(1), stored);
+        assert_eq!(load(9), stored, "no such orientation");
+        let turned = load(6);
+        assert_eq!((turned.width, turned.height), (45, 61), "a quarter to the right");
+        assert_eq!(turned.data[44 * 3..45 * 3], stored.data[..3], "the first pixel is at the upper right");
+        assert_eq!(rgb(&oriented(fixture!("444.jpg"), 6)).unwrap(), stored, "training takes pixels as they are stored");
     }
 
     /// A JPEG or PNG cut off anywhere is an error, never a picture that is grey from some row on.

@@ -14,7 +14,7 @@ use super::resize::{resize_bilinear_into, resize_nearest_into};
 use super::source::{Pair, Source};
 use super::{PackedDataset, decode};
 use crate::error::Kind;
-use crate::progress::{Progress, interrupted};
+use crate::progress::{Progress, byte_size, count, interrupted};
 use crate::{Error, Result, files};
 
 /// Side of the packed images where none is asked for.
@@ -99,10 +99,10 @@ pub fn open_or_prepare(
     }
     let summary = pack_file(&opened, &out, size, progress)?;
     progress.info(format!(
-        "packed {} images at {size}x{size} into {} ({} MB) in {:.1} s",
-        summary.images,
+        "packed {} at {size} x {size} into {} ({}) in {:.1} s",
+        count(summary.images, "image"),
         out.display(),
-        summary.bytes / 1_000_000,
+        byte_size(summary.bytes),
         summary.seconds
     ));
     PackedDataset::open(&out)
@@ -136,7 +136,7 @@ fn pack<W: Write + Seek + Send>(
     let pairs = source.pairs();
     let writer = Writer::new(file, size, pairs.iter().map(|p| p.stem.as_str()));
     let bytes = writer.len();
-    let full = |e| Error::io(out, &format!("write the packed dataset (it takes {} MB)", bytes.div_ceil(1_000_000)), e);
+    let full = |e| Error::io(out, &format!("write the packed dataset (it takes {})", byte_size(bytes)), e);
     let writer = Mutex::new(writer);
     let bar = progress.bar("preparing", pairs.len() as u64, "images");
     let foreground = pairs
@@ -249,7 +249,7 @@ mod tests {
         for room in [0, 5000, 9000, whole - 1] {
             let e = pack(&source, Small { room, at: 0 }, Path::new("x.pack"), 32, &Progress::quiet()).unwrap_err();
             assert_eq!(e.kind, Kind::Io, "{e}");
-            assert!(e.to_string().starts_with("x.pack: cannot write the packed dataset (it takes 1 MB)"), "{e}");
+            assert!(e.to_string().starts_with("x.pack: cannot write the packed dataset (it takes 16 kB)"), "{e}");
         }
         pack(&source, Small { room: whole, at: 0 }, Path::new("x.pack"), 32, &Progress::quiet()).unwrap();
     }

@@ -71,9 +71,7 @@ impl Source {
         let wrong = |e: &dyn std::fmt::Display| {
             Error::input(
                 path,
-                format!(
-                    "not a zip archive that can be read ({e}); name the Kvasir-SEG zip, its unpacked folder or a packed file"
-                ),
+                format!("not a zip archive that can be read ({e}); name the Kvasir-SEG zip or its unpacked folder"),
             )
         };
         let file = File::open(path).map_err(|e| missing(path, &e))?;

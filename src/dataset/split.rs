@@ -51,7 +51,11 @@ impl Split {
                 let Some(i) = data.index(stem) else {
                     return Err(Error::input(
                         path,
-                        format!("line {line}: no image {stem:?} in {}; remove the line", data.path().display()),
+                        format!(
+                            "line {line}: no image {stem:?} in {}; remove the line, or, if there are many, this split is of \
+                             another dataset",
+                            data.path().display()
+                        ),
                     ));
                 };
                 if std::mem::replace(&mut taken[i], true) {

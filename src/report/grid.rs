@@ -27,17 +27,19 @@ const RANKS: [(RGBColor, Marker); 5] = [
     (RGBColor(214, 106, 0), Marker::Wedge),
 ];
 
-/// Writes tables, figures and page of the runs into `out`. Each file is replaced as a whole.
+/// Writes tables, figures and page of the runs into `out`. Each file is replaced as a whole. `caution` is the first remark on
+/// the headline, if there is one.
 ///
 /// # Errors
 /// `Input` if there is no run, `Io` if `out` cannot be written.
-pub fn write(out: &Path, records: &[RunRecord]) -> Result<()> {
+pub fn write(out: &Path, records: &[RunRecord], caution: Option<String>) -> Result<()> {
     if records.is_empty() {
         return Err(Error::input(out, "holds no finished run; train some with `segpeft-native ablate`"));
     }
     let mut records = records.to_vec();
     super::sort(&mut records);
-    let summary = Summary::new(&records);
+    let mut summary = Summary::new(&records);
+    summary.remarks.splice(0..0, caution);
     files::replace_json(&out.join("summary.json"), &summary)?;
     files::replace(&out.join("summary.csv"), csv(&summary.runs)?.as_bytes())?;
     files::replace(&out.join("summary.md"), markdown(&summary).as_bytes())?;
@@ -116,10 +118,23 @@ fn by_rank(summary: &Summary) -> Vec<(usize, RGBColor, Marker, Vec<&Row>)> {
         .iter()
         .enumerate()
         .map(|(i, &rank)| {
-            let (colour, marker) = RANKS[i % RANKS.len()];
+            let (colour, marker) = look(i);
             (rank, colour, marker, rows(rank))
         })
         .collect()
+}
+
+/// Colour and marker of the rank in place `i`: where the colours begin again, the markers are others.
+fn look(i: usize) -> (RGBColor, Marker) {
+    let n = RANKS.len();
+    (RANKS[i % n].0, RANKS[(i + i / n) % n].1)
+}
+
+/// By what factor the alpha of a rank is moved in the figure: the ranks that `share` it stand side by side, a twentieth of a
+/// doubling apart.
+fn aside(rank: usize, share: &[usize]) -> f64 {
+    let place = share.iter().position(|&r| r == rank).unwrap_or(0) as f64;
+    2f64.powf(0.05 * (place - (share.len() as f64 - 1.0) / 2.0))
 }
 
 fn fft_row(summary: &Summary) -> Option<&Row> {
@@ -153,13 +168,15 @@ fn alpha_vs_dice(summary: &Summary) -> Figure {
     let mut alphas: Vec<f64> = summary.runs.iter().filter_map(|r| r.alpha).filter(|a| *a > 0.0).collect();
     alphas.sort_by(f64::total_cmp);
     alphas.dedup();
-    // Ranks that share an alpha stand side by side, a twentieth of a doubling apart.
-    let shift = |i: usize| 2f64.powf(0.05 * (i as f64 - (ranks.len() as f64 - 1.0) / 2.0));
+    let at = |alpha: f64| -> Vec<usize> {
+        let there = |rows: &[&Row]| rows.iter().any(|r| r.alpha == Some(alpha) && r.dice.is_some());
+        ranks.iter().filter(|(.., rows)| there(rows)).map(|(rank, ..)| *rank).collect()
+    };
     let series = ranks
         .iter()
-        .enumerate()
-        .map(|(i, (rank, colour, marker, rows))| {
-            let points = rows.iter().filter_map(|r| Some((r.alpha? * shift(i), r.dice?))).collect();
+        .map(|(rank, colour, marker, rows)| {
+            let point = |r: &&Row| r.alpha.map(|a| a * aside(*rank, &at(a))).zip(r.dice);
+            let points = rows.iter().filter_map(point).collect();
             Series::scatter(format!("r = {rank}"), *colour, *marker, points, Vec::new()).joined()
         })
         .collect();
@@ -218,5 +235,26 @@ fn epochs_vs_loss(records: &[RunRecord], summary: &Summary) -> Figure {
         y: Axis::linear("Cross-entropy"),
         level: None,
         series,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_differ_in_colour_or_marker() {
+        for i in 0..25 {
+            assert!((0..i).all(|j| look(i) != look(j)), "{i}");
+        }
+        assert_eq!(look(4), RANKS[4]);
+    }
+
+    #[test]
+    fn only_ranks_that_share_an_alpha_move() {
+        assert_eq!(aside(64, &[64]), 1.0);
+        let [left, middle, right] = [4, 8, 64].map(|rank| aside(rank, &[4, 8, 64]));
+        assert!(left < middle && middle == 1.0 && middle < right);
+        assert!((left * right - 1.0).abs() < 1e-12, "centred");
     }
 }

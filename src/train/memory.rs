@@ -8,7 +8,7 @@ use crate::backend::cuda::{Cuda, Dry};
 use crate::backend::{Backend, Memory, Room, Sample};
 use crate::dataset::Augment;
 use crate::error::Kind;
-use crate::progress::byte_size;
+use crate::progress::{byte_size, count};
 use crate::segformer::{Model, ModelOptions, SegformerConfig, StepRandom, Trainable};
 use crate::{Error, Result};
 
@@ -79,9 +79,9 @@ impl MemoryPlan {
             (false, None) => "",
         };
         let first = format!(
-            "planned memory: {}{of}, for batches of {} images at {2} x {2}{again}",
+            "planned memory: {}{of}, for batches of {} at {2} x {2}{again}",
             byte_size(self.bytes as u64),
-            self.batch,
+            count(self.batch, "image"),
             self.size
         );
         let part = |part: &Part| format!("  {:<36} {:>8}", part.what, byte_size(part.bytes as u64));
@@ -146,8 +146,8 @@ pub(super) fn fit(
     Err(Error::new(
         Kind::Device,
         format!(
-            "{name}: batches of {} images at {3} x {3} need {}, {} may be used{bound}; {remedy}",
-            options.batch,
+            "{name}: batches of {} at {3} x {3} need {}, {} may be used{bound}; {remedy}",
+            count(options.batch, "image"),
             byte_size(best.plan.bytes as u64),
             byte_size(room.bytes as u64),
             options.size,

@@ -16,7 +16,7 @@ use crate::backend::{AdamW, Backend, Place, Sample};
 use crate::dataset::{Augment, PackedDataset, Split};
 use crate::error::Kind;
 use crate::formats::{HostData, StateDict};
-use crate::progress::{Bar, Progress, duration, interrupted};
+use crate::progress::{Bar, Progress, count, duration, interrupted};
 use crate::random::{Philox, Purpose};
 use crate::report;
 use crate::segformer::{BATCH_COUNTER, Model, ModelOptions, Moments, Role, StepRandom};
@@ -175,10 +175,9 @@ impl<B: Backend> Run<'_, B> {
             let epoch = self.state.epoch + 1;
             let images = self.inputs.split.train.len() + self.inputs.split.val.len();
             let label = format!("{} epoch {epoch}/{}", self.name, self.options.epochs);
-            let bar = self.progress.bar(&label, images as u64, "images");
-            if let Some(dice) = self.state.log_history.last().and_then(|row| row.eval_mean_dice) {
-                bar.message(format!("Dice {dice:.4} so far"));
-            }
+            let dice = self.state.log_history.last().and_then(|row| row.eval_mean_dice);
+            let note = dice.map_or(String::new(), |dice| format!("Dice {dice:.4}"));
+            let bar = self.progress.bar_noting(&label, images as u64, "images", note);
             let before = self.model.backend().remark();
             let row = self.train_epoch(&schedule, &bar)?;
             let evaluation = self.evaluate(&self.inputs.split.val, epoch as u32, "eval_loss", &bar)?;
@@ -189,8 +188,10 @@ impl<B: Backend> Run<'_, B> {
 
             let seconds = started.elapsed().as_secs_f64();
             let (loss, dice) = (evaluation.eval_loss.unwrap_or(f64::NAN), evaluation.eval_mean_dice);
+            let to_go = (self.state.seconds + seconds) / epoch as f64 * (self.options.epochs - epoch) as f64;
+            let to_go = if to_go > 0.0 { format!(", about {} left", duration(to_go)) } else { String::new() };
             self.progress.info(format!(
-                "{label}: loss {:.4}, validation loss {loss:.4}, Dice {:.4}, {:.1} images/s, {}",
+                "{label}: loss {:.4}, validation {loss:.4}, Dice {:.4}, {:.1} images/s, {}{to_go}",
                 row.loss.unwrap_or(f64::NAN),
                 dice.unwrap_or(f64::NAN),
                 images as f64 / seconds,
@@ -212,8 +213,9 @@ impl<B: Backend> Run<'_, B> {
             keeper.keep(Snapshot::take(&self.model, &self.moments, &self.state, self.options, &base)?)?;
             if self.stopped_early() {
                 self.progress.info(format!(
-                    "{}: stops after epoch {epoch}, {} evaluations without improvement",
-                    self.name, self.options.patience
+                    "{}: stops after epoch {epoch}, {} without improvement",
+                    self.name,
+                    count(self.options.patience, "evaluation")
                 ));
             }
         }
