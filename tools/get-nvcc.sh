@@ -9,15 +9,16 @@ folder=${1:-$(dirname "$0")/../.cuda}
 mkdir -p "$folder"
 folder=$(realpath "$folder")
 nvcc=$folder/nvidia/cu13/bin/nvcc
+# Into a folder, in place of what an interrupted call may have left there.
+fetch() { python3 -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target "$@"; }
 if [[ ! -x $nvcc ]]; then
-    python3 -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" \
+    fetch "$folder" \
         nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 \
         nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
 fi
 # In a folder of its own, as pip adds nothing to one that is there. No version of it is as old as nvcc's.
 if [[ ! -x $folder/nvdisasm/nvidia/cu13/bin/nvdisasm ]]; then
-    python3 -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder/nvdisasm" \
-        nvidia-cuda-nvdisasm==13.2.51 || echo "no nvdisasm: tools/kernel_budget.py will not work; builds do" >&2
+    fetch "$folder/nvdisasm" nvidia-cuda-nvdisasm==13.2.51 || echo "no nvdisasm: tools/kernel_budget.py will not work; builds do" >&2
 fi
 "$nvcc" --version | tail -2
 echo "NVCC=$nvcc"

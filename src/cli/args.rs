@@ -152,7 +152,7 @@ impl DeviceArgs {
 
 /// The refusal of a flag that means nothing on the CPU.
 pub fn gpu_only(flag: &str) -> Error {
-    Error::usage(format!("{flag} is for a GPU, and this would run on the CPU; leave it out, or give --device cuda"))
+    Error::usage(format!("{flag} is for a GPU, and this would run on the CPU; leave it out, or name a GPU"))
 }
 
 /// GPUs that the kernel's NVIDIA driver lists.
