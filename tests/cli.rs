@@ -246,15 +246,21 @@ fn flags_that_would_do_nothing_are_refused() {
     }
     for flag in [&["--profile"][..], &["--eager"], &["--max-memory", "4"]] {
         let arguments = step(&[&["--device", "cpu"], flag].concat());
-        fails(folder.path(), &arguments, USAGE, &[flag[0], "--device cuda"]);
+        fails(folder.path(), &arguments, USAGE, &[flag[0], "name a GPU"]);
     }
     let model = ["--data", "none", "--model", "m"];
     for command in [&["train", "--out", "o"][..], &["ablate", "--out", "o"], &["eval"]] {
         let arguments = [command, &model, &["--device", "cpu", "--max-memory", "4"]].concat();
-        fails(folder.path(), &arguments, USAGE, &["--max-memory", "--device cuda"]);
+        fails(folder.path(), &arguments, USAGE, &["--max-memory", "name a GPU"]);
     }
     let grid = |devices| [&["ablate", "--out", "o"], &model[..], &["--devices", devices, "--max-memory", "4"]].concat();
     fails(folder.path(), &grid("cpu"), USAGE, &["--max-memory"]);
+    fails(
+        folder.path(),
+        &["export", "--model", "m", "--seed", "1", "--out", "o"],
+        USAGE,
+        &["--seed", "--model random"],
+    );
     for devices in ["auto,auto", "0,auto", "0,x"] {
         fails(folder.path(), &grid(devices), USAGE, &["--devices", "numbers of GPUs"]);
     }

@@ -44,9 +44,9 @@ pub struct Export {
     /// Side of the images the model is for, noted in preprocessor_config.json [default: what it was trained on, else 512]
     #[arg(long, value_name = "PIXELS", value_parser = args::size)]
     size: Option<usize>,
-    /// Seed that the weights of `--model random` are drawn from, that of the run
-    #[arg(long, value_name = "SEED", default_value_t = TrainOptions::default().seed)]
-    seed: u64,
+    /// Seed of the run that `--model random` means [default: train's]
+    #[arg(long, value_name = "SEED")]
+    seed: Option<u64>,
 }
 
 impl Export {
@@ -54,11 +54,15 @@ impl Export {
         if std::fs::read_dir(&self.out).is_ok_and(|mut entries| entries.next().is_some()) {
             return Err(Error::usage(format!("--out {}: the folder is not empty; name a new one", self.out.display())));
         }
+        if self.seed.is_some() && !matches!(self.model, Some(ModelSource::Random(_))) {
+            return Err(Error::usage("--seed: is for --model random; leave it out"));
+        }
         let what = match (&self.model, &self.adapter) {
             (Some(model), adapter) if self.merge || adapter.is_none() => {
                 let mut source = Source::open(model, adapter.as_deref())?;
                 if let ModelSource::Random(config) = model {
-                    source.start.weights = Weights::Checkpoint(train::fresh_checkpoint(config, self.seed));
+                    let seed = self.seed.unwrap_or(TrainOptions::default().seed);
+                    source.start.weights = Weights::Checkpoint(train::fresh_checkpoint(config, seed));
                 }
                 let merged = train::merged(&source.start, &context.progress)?;
                 let size = self.size.or(source.image_size).unwrap_or(DEFAULT_SIZE);
