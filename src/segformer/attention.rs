@@ -37,8 +37,8 @@ pub struct AttentionLayer {
 
 /// What the backward pass needs besides the layer's input.
 pub struct AttentionActs<B: Backend> {
-    /// Q, if it is stored.
-    pub q: B::Act,
+    /// Q, if it is [kept](AttentionLayer::keeps_queries).
+    pub q: Option<B::Act>,
     /// Reduced tokens before their LayerNorm, with its (mean, 1/std).
     pub reduced: Option<(B::Act, B::Full)>,
     /// What the sequence reduction gathered, if kept.
@@ -75,6 +75,12 @@ impl AttentionLayer {
         is_plain && backend.fuses_attention(self.shape(grid), keep)
     }
 
+    /// Whether Q is kept for the backward pass: made again, it must be the same to the bit, and what one operation made with what
+    /// stands behind it need not be what the product alone makes.
+    pub fn keeps_queries<B: Backend>(&self, backend: &B, grid: Grid) -> bool {
+        backend.remembers() || self.fuses(backend, grid, true)
+    }
+
     /// Whether the backend goes back from the gradients of Q and of the reduced tokens to the stream's in one operation.
     fn joins_input<B: Backend>(&self, backend: &B, grid: Grid) -> bool {
         let is_plain = |convolution: &Affine| convolution.side.is_none() && self.query.side.is_none();
@@ -97,7 +103,7 @@ impl AttentionLayer {
     ) {
         let backend = pass.backend;
         let (rows, key_rows) = (grid.rows(), self.keys(grid).rows());
-        let Scratch { tokens: [t0, t1, ..], wide: [patches, _], side, .. } = scratch;
+        let Scratch { tokens: [t0, t1, ..], wide: [patches, room], side, .. } = scratch;
         let normed = normed.out.as_ref().unwrap_or(t0);
         let source = match (&self.reduction, &mut acts.reduced) {
             (Some((convolution, norm)), Some((raw, stats))) => {
@@ -113,7 +119,7 @@ impl AttentionLayer {
         let shape = self.shape(grid);
         if self.fuses(backend, grid, pass.keeps()) {
             let weights = AttentionWeights { query: self.query.operands(pass), output: self.output.operands(pass) };
-            let kept = pass.keeps().then_some((&mut acts.q, &mut acts.o, &mut acts.lse));
+            let kept = acts.q.as_mut().filter(|_| pass.keeps()).map(|q| (q, &mut acts.o, &mut acts.lse));
             let outputs = AttentionOutputs { y, kept };
             backend.attention_branch(x, normed, &acts.k, &acts.v, shape, &weights, drop, outputs);
             if let Some((norm, Normed { out, stats })) = behind {
@@ -121,8 +127,9 @@ impl AttentionLayer {
             }
             return;
         }
-        self.query.forward(pass, normed, rows, &mut acts.q, side);
-        backend.attention(&acts.q, &acts.k, &acts.v, shape, &mut acts.o, &mut acts.lse);
+        let q = acts.q.as_mut().unwrap_or(room);
+        self.query.forward(pass, normed, rows, q, side);
+        backend.attention(q, &acts.k, &acts.v, shape, &mut acts.o, &mut acts.lse);
         match behind {
             Some((norm, normed)) => {
                 self.output.join_and_norm(pass, x, &acts.o, grid, drop, t1, normed.joint(y, norm), t0, side);
@@ -171,7 +178,7 @@ impl AttentionLayer {
         }
         let backend = pass.backend;
         let (rows, key_rows) = (grid.rows(), self.keys(grid).rows());
-        let Scratch { tokens: [t0, t1, t2, t3, t4, t5], wide: [patches, _], side, stats, .. } = scratch;
+        let Scratch { tokens: [t0, t1, t2, t3, t4, t5], wide: [patches, room], side, stats, .. } = scratch;
 
         // Output product. Afterwards t1 is the gradient of the attention output.
         let branch = if drop.is_some() { &*t0 } else { &*d };
@@ -180,11 +187,7 @@ impl AttentionLayer {
         }
         self.output.backward_input(pass, branch, rows, t1, false, side);
 
-        // Attention. t2, t3, t4: gradients of q, k, v.
-        let shape = self.shape(grid);
-        backend.attention_backward(&acts.q, &acts.k, &acts.v, &acts.o, &acts.lse, t1, shape, t2, t3, t4);
-
-        // What the products read: the normalised x, and t1, the normalised reduced tokens.
+        // What the products read: the normalised x, and, below, t1, the normalised reduced tokens.
         let x_stats = &normed.stats;
         let normed = match &normed.out {
             Some(normed) => normed,
@@ -193,6 +196,18 @@ impl AttentionLayer {
                 &*t0
             }
         };
+        let q = match &acts.q {
+            Some(q) => q,
+            None => {
+                self.query.forward(pass, normed, rows, room, side);
+                &*room
+            }
+        };
+
+        // Attention. t2, t3, t4: gradients of q, k, v.
+        let shape = self.shape(grid);
+        backend.attention_backward(q, &acts.k, &acts.v, &acts.o, &acts.lse, t1, shape, t2, t3, t4);
+
         let below = self.input_gradient || gradients.get(self.norm.gamma).is_some();
         let source = match (&self.reduction, &acts.reduced) {
             (Some((_, norm)), Some((raw, _))) => {

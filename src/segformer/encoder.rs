@@ -94,9 +94,10 @@ impl Stage {
                 let keys = block.attention.keys(grid).rows();
                 let stored = keep || !block.attention.fuses(backend, grid, keep);
                 let queries = || backend.act(if stored { rows * channels } else { 0 });
+                let keeps_q = if keep { block.attention.keeps_queries(backend, grid) } else { stored };
                 BlockActs {
                     attention: AttentionActs {
-                        q: queries(),
+                        q: keeps_q.then(queries),
                         reduced: (block.attention.reduction.is_some())
                             .then(|| (backend.act(keys * channels), backend.full(2 * keys))),
                         patches: (block.attention.reduction.as_ref())

@@ -87,7 +87,7 @@ pub struct Scratch<B: Backend> {
     /// Token matrices of the largest stage.
     pub tokens: [B::Act; 6],
     /// A matrix as wide as the decoder, the Mix-FFN or gathered patches, whichever is largest of those that the backend puts into
-    /// memory; and one as wide as the Mix-FFN or the decoder behind the first stage.
+    /// memory; and one as wide as the tokens, the Mix-FFN or the decoder behind the first stage.
     pub wide: [B::Act; 2],
     /// LayerNorm statistics nobody keeps.
     pub stats: B::Full,
@@ -243,8 +243,10 @@ impl<B: Backend> Model<B> {
         let patches = largest(&|s| plan.stages[s].patch_len(&backend, if s == 0 { pixels } else { grids[s - 1] }));
         // What stands for a pass over z, unless evaluation makes none.
         let z = if trains || plan.decoder.writes_z(&backend, &grids) { rows * width } else { 0 };
-        let wide =
-            [hidden.max(z).max(patches), hidden.max(largest(&|s| if s == 0 { 0 } else { grids[s].rows() * width }))];
+        let wide = [
+            hidden.max(z).max(patches),
+            hidden.max(tokens).max(largest(&|s| if s == 0 { 0 } else { grids[s].rows() * width })),
+        ];
         let with_side = plan.side_inputs() > 0;
         let side_len = if with_side { tokens.max(hidden).max(patches) } else { 0 };
         let low = if with_side { rows * plan.rank } else { 0 };
