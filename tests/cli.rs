@@ -349,6 +349,7 @@ fn an_interrupted_run_continues() {
     let text = stderr(&output);
     assert!(text.lines().last().unwrap().contains("the same command continues"), "{text}");
     assert!(!run.join("all_metrics.json").exists());
+    assert!(run.join("Dice_over_Epochs.png").exists());
     succeeds(folder.path(), &arguments);
     assert!(run.join("all_metrics.json").exists());
 }

@@ -5,10 +5,9 @@ use crate::progress::duration;
 use crate::train::record::RunRecord;
 
 /// The finished runs as an aligned table, one line a run. Dice, IoU and image Dice are those of the restored best model on
-/// the validation split.
+/// the validation split; `epoch` is that model's.
 pub fn results_table(records: &[RunRecord]) -> String {
-    let mut rows =
-        vec![["run", "trainable", "Dice", "IoU", "image Dice", "best epoch", "time"].map(String::from).to_vec()];
+    let mut rows = vec![["run", "trainable", "Dice", "IoU", "image Dice", "epoch", "time"].map(String::from).to_vec()];
     for record in records {
         let row = &record.final_evaluation;
         let image_dice = row.extra.as_ref().map(|extra| extra.eval_image_mean_dice);

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -19,6 +19,8 @@ pub struct Keeper {
     jobs: Option<SyncSender<Snapshot>>,
     thread: Option<JoinHandle<Result<()>>>,
     kept: Arc<AtomicUsize>,
+    /// Whether the run has come to its end, which draws the plots.
+    complete: Arc<AtomicBool>,
 }
 
 impl Keeper {
@@ -27,6 +29,8 @@ impl Keeper {
         let name = name.to_string();
         let kept = Arc::new(AtomicUsize::new(kept));
         let written = Arc::clone(&kept);
+        let complete = Arc::new(AtomicBool::new(false));
+        let drawn_later = Arc::clone(&complete);
         // Nothing waits in line: at most one epoch is being written while another trains.
         let (jobs, queue) = sync_channel::<Snapshot>(0);
         let thread = std::thread::spawn(move || {
@@ -44,9 +48,12 @@ impl Keeper {
                     to_draw = Some(history);
                 }
             }
-            to_draw.map_or(Ok(()), |history| report::run::draw(&out, &name, &history))
+            match to_draw.filter(|_| !drawn_later.load(Ordering::Acquire)) {
+                Some(history) => report::run::draw(&out, &name, &history),
+                None => Ok(()),
+            }
         });
-        Self { jobs: Some(jobs), thread: Some(thread), kept }
+        Self { jobs: Some(jobs), thread: Some(thread), kept, complete }
     }
 
     /// Hands over an epoch, as soon as the one before it is written.
@@ -57,7 +64,7 @@ impl Keeper {
         match &self.jobs {
             Some(jobs) if jobs.send(snapshot).is_ok() => Ok(()),
             // The thread ends early only with an error.
-            _ => self.finish(),
+            _ => self.finish(false),
         }
     }
 
@@ -66,11 +73,12 @@ impl Keeper {
         self.kept.load(Ordering::Acquire)
     }
 
-    /// Waits until everything is written.
+    /// Waits until everything is written; plots of the last epochs only unless the run is `complete`, whose end draws them.
     ///
     /// # Errors
     /// When something could not be.
-    pub fn finish(&mut self) -> Result<()> {
+    pub fn finish(&mut self, complete: bool) -> Result<()> {
+        self.complete.store(complete, Ordering::Release);
         self.jobs = None;
         match self.thread.take().map(JoinHandle::join) {
             None => Ok(()),
@@ -83,6 +91,6 @@ impl Keeper {
 impl Drop for Keeper {
     fn drop(&mut self) {
         // What led here is the error to report.
-        let _ = self.finish();
+        let _ = self.finish(false);
     }
 }

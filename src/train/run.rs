@@ -159,7 +159,8 @@ impl<B: Backend> Run<'_, B> {
         let (out, keep) = (self.out.to_path_buf(), self.options.keep_checkpoints);
         let mut keeper = Keeper::new(self.name, out, keep, self.state.epoch);
         let trained = self.epochs_kept_by(&mut keeper);
-        match (trained, keeper.finish()) {
+        let written = keeper.finish(trained.is_ok());
+        match (trained, written) {
             // An interruption is no news beside a checkpoint that could not be written.
             (Err(interruption), Err(lost)) if interruption.kind == Kind::Interrupted => Err(lost),
             (Err(error), _) => Err(with_what_is_kept(error, keeper.kept())),
