@@ -90,6 +90,17 @@ pub fn create_folder(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).map_err(|e| Error::io(folder, "create this folder", e))
 }
 
+/// Removes a file, if it is there.
+///
+/// # Errors
+/// `Io` if it stays.
+pub fn remove(file: &Path) -> Result<()> {
+    match fs::remove_file(file) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(file, "remove", e)),
+        _ => Ok(()),
+    }
+}
+
 /// Removes `folder` and all in it; none there will do.
 ///
 /// # Errors

@@ -255,12 +255,10 @@ fn flags_that_would_do_nothing_are_refused() {
     }
     let grid = |devices| [&["ablate", "--out", "o"], &model[..], &["--devices", devices, "--max-memory", "4"]].concat();
     fails(folder.path(), &grid("cpu"), USAGE, &["--max-memory"]);
-    fails(
-        folder.path(),
-        &["export", "--model", "m", "--seed", "1", "--out", "o"],
-        USAGE,
-        &["--seed", "--model random"],
-    );
+    let export = |more: &[&'static str]| [&["export", "--out", "o", "--model"], more].concat();
+    fails(folder.path(), &export(&["m", "--seed", "1"]), USAGE, &["--seed", "--model random"]);
+    fails(folder.path(), &export(&["random", "--adapter", "a", "--seed", "1"]), USAGE, &["--seed"]);
+    fails(folder.path(), &export(&["m", "--adapter", "a"]), USAGE, &["--model", "--merge"]);
     for devices in ["auto,auto", "0,auto", "0,x"] {
         fails(folder.path(), &grid(devices), USAGE, &["--devices", "numbers of GPUs"]);
     }
@@ -488,6 +486,20 @@ fn a_failed_run_does_not_stop_the_others() {
 }
 
 #[test]
+fn a_summary_that_cannot_be_written_is_told_at_once_and_stops_the_grid() {
+    let folder = scratch();
+    let way = folder.path().join("g/summary.csv");
+    std::fs::create_dir_all(way.join("in the way")).unwrap();
+    let arguments = with("ablate", &["--out", "g", "--ranks", "2", "--ratios", "1,2,4"]);
+    let output = run(folder.path(), &arguments);
+    assert_eq!(output.status.code(), Some(IO), "{}", stderr(&output));
+    assert!(stderr(&output).contains("summary.csv") && stderr(&output).contains("then the grid stops"));
+    std::fs::remove_dir_all(&way).unwrap();
+    succeeds(folder.path(), &arguments);
+    assert!(way.is_file());
+}
+
+#[test]
 fn an_interrupted_grid_keeps_what_is_finished() {
     let folder = scratch();
     let arguments = grid(&[]);
@@ -585,7 +597,6 @@ fn a_trained_adapter_is_evaluated_merged_and_used() {
     assert!(stderr(&succeeds(folder.path(), &other)).contains("trained on images of 32 x 32, these are 64 x 64"));
 
     std::fs::write(folder.path().join("data/images/p03.png"), "no picture").unwrap();
-    std::fs::remove_dir_all(folder.path().join("predictions")).unwrap();
     let output = run(folder.path(), &predict);
     assert_eq!(output.status.code(), Some(INPUT));
     let text = stderr(&output);
@@ -601,6 +612,8 @@ fn an_adapter_on_random_weights_finds_its_model() {
     let output = succeeds(folder.path(), &with("train", &["--out", "run", "--rank", "2", "--seed", "7"]));
     let remedy = "export --model random --seed 7 --out DIR";
     assert!(stderr(&output).contains(remedy), "{}", stderr(&output));
+    let merge = ["export", "--model", "random", "--adapter", "run/final", "--merge", "--out", "m"];
+    fails(folder.path(), &merge, USAGE, &["--seed"]);
     let export: Vec<&str> = remedy.split(' ').map(|word| if word == "DIR" { "base" } else { word }).collect();
     succeeds(folder.path(), &export);
     let eval = ["eval", "--data", "data", "--split", "run", "--model", "base", "--adapter", "run/final", "--json"];

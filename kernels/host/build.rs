@@ -5,9 +5,9 @@ use std::path::Path;
 
 /// Launch bounds and names of the kernels in a file: `KERNEL(bounds) name(`.
 fn kernels(source: &str) -> impl Iterator<Item = (&str, &str)> {
-    source.split("\nKERNEL(").skip(1).filter_map(|rest| {
-        let (bounds, rest) = rest.split_once(") ")?;
-        Some((bounds, rest.split('(').next()?))
+    source.split("\nKERNEL(").skip(1).map(|rest| {
+        let (bounds, rest) = rest.split_once(") ").expect("KERNEL(bounds) name(");
+        (bounds, rest.split_once('(').expect("KERNEL(bounds) name(").0)
     })
 }
 

@@ -165,14 +165,18 @@ pub fn unfair(runs: &[Leaves]) -> Option<String> {
     /// Settings named, and values of each.
     const MOST: (usize, usize) = (6, 4);
     let is = |run: &Leaves, name: &str, value: &str| run.get(name).is_some_and(|v| v == value);
+    // Each run of the notebook's protocol draws its own split; where all have one, its fingerprint says as much as its sizes.
     let own_splits = runs.iter().any(|run| is(run, "options.protocol", "notebook"));
+    let told = |name: &str| {
+        if own_splits { name == "split.fingerprint" } else { ["split.train", "split.val"].contains(&name) }
+    };
     let names: BTreeSet<&String> = runs.iter().flat_map(BTreeMap::keys).collect();
     let mut settings = Vec::new();
     for name in names {
         let varied = ["kind", "rank", "alpha"].iter().any(|part| name.strip_prefix("options.method.") == Some(part));
         // What is kept and how it is named shapes no number.
         let harmless = ["options.keep_checkpoints", "options.hf_names"].contains(&name.as_str());
-        if !counts(name) || varied || harmless || (own_splits && name.starts_with("split.")) {
+        if !counts(name) || varied || harmless || told(name) {
             continue;
         }
         // Full fine-tuning has none of LoRA's settings.
@@ -250,9 +254,10 @@ fn begun(folder: &Path) -> bool {
     })
 }
 
-/// The leaves of a JSON document by dotted name; `null` counts as absent, a list as one leaf.
+/// The leaves of a JSON document by dotted name.
 pub type Leaves = BTreeMap<String, Value>;
 
+/// `null` counts as absent, a list as one leaf.
 fn flatten(value: &Value) -> Leaves {
     fn walk(value: &Value, name: &str, leaves: &mut Leaves) {
         match value {
@@ -348,6 +353,9 @@ mod tests {
             })
         };
         assert_eq!(unfair(&[own_split(1), own_split(2)]), None);
+        let mut larger = own_split(1);
+        larger.insert("split.train".into(), 70.into());
+        assert_eq!(unfair(&[own_split(2), larger]).as_deref(), Some("split.train 1, 70"));
         assert_eq!(unfair(&[]), None);
     }
 

@@ -363,6 +363,7 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
             while to_summarise.recv().is_ok() {
                 while to_summarise.try_recv().is_ok() {}
                 if let Err(error) = write_summary(out, progress) {
+                    progress.warn(format!("{error}; the runs under way come to their end, then the grid stops"));
                     outcome_now().2.get_or_insert(error);
                     return;
                 }

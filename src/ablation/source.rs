@@ -57,12 +57,9 @@ impl Source {
                 (Weights::Checkpoint(checkpoint), path.display().to_string(), fingerprint)
             }
         };
-        let trained_on = |path: &Path| {
-            formats::image_size(if path.is_dir() { path } else { path.parent()? }).filter(|&size| is_size(size))
-        };
-        let image_size = adapter.and_then(trained_on).or_else(|| match model {
+        let image_size = adapter.and_then(trained_size).or_else(|| match model {
             ModelSource::Random(_) => None,
-            ModelSource::Path(path) => trained_on(path),
+            ModelSource::Path(path) => trained_size(path),
         });
         let model = Identity { path, fingerprint };
         let Some(path) = adapter else {
@@ -90,6 +87,11 @@ impl Source {
             image_size,
         })
     }
+}
+
+/// Side of the images that a model or adapter, in a folder or a file of it, was trained on, where that is written beside it.
+pub fn trained_size(path: &Path) -> Option<usize> {
+    formats::image_size(if path.is_dir() { path } else { path.parent()? }).filter(|&size| is_size(size))
 }
 
 fn identify(config: &impl Serialize, tensors: &StateDict) -> String {

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::output::path;
 use super::{Context, args};
-use crate::ablation::source::{ModelSource, Source};
+use crate::ablation::source::{ModelSource, Source, trained_size};
 use crate::dataset::DEFAULT_SIZE;
 use crate::error::{Error, Result};
 use crate::formats::{self, HfNames};
@@ -41,7 +41,8 @@ pub struct Export {
     /// Module names of the adapter: those of transformers 4 or 5
     #[arg(long, value_enum, value_name = "4|5", default_value = "4", hide_possible_values = true)]
     hf_names: HfNames,
-    /// Side of the images the model is for, noted in preprocessor_config.json [default: what it was trained on, else 512]
+    /// Side of the images the model is for, noted in preprocessor_config.json [default: what it was trained on; else 512 for a
+    /// model]
     #[arg(long, value_name = "PIXELS", value_parser = args::size)]
     size: Option<usize>,
     /// Seed of the run that `--model random` means [default: train's]
@@ -54,11 +55,21 @@ impl Export {
         if std::fs::read_dir(&self.out).is_ok_and(|mut entries| entries.next().is_some()) {
             return Err(Error::usage(format!("--out {}: the folder is not empty; name a new one", self.out.display())));
         }
-        if self.seed.is_some() && !matches!(self.model, Some(ModelSource::Random(_))) {
-            return Err(Error::usage("--seed: is for --model random; leave it out"));
+        let as_model = self.merge || self.adapter.is_none();
+        let is_random = matches!(self.model, Some(ModelSource::Random(_)));
+        if self.seed.is_some() && !(is_random && as_model) {
+            return Err(Error::usage("--seed: is for writing --model random; leave it out"));
+        }
+        if self.model.is_some() && !as_model {
+            return Err(Error::usage("--model: an adapter is written without it; leave it out, or give --merge"));
+        }
+        if is_random && self.adapter.is_some() && self.seed.is_none() {
+            return Err(Error::usage(
+                "--model random: which weights the adapter belongs to is not known; give the run's --seed",
+            ));
         }
         let what = match (&self.model, &self.adapter) {
-            (Some(model), adapter) if self.merge || adapter.is_none() => {
+            (Some(model), adapter) if as_model => {
                 let mut source = Source::open(model, adapter.as_deref())?;
                 if let ModelSource::Random(config) = model {
                     let seed = self.seed.unwrap_or(TrainOptions::default().seed);
@@ -70,7 +81,7 @@ impl Export {
                 if self.merge { "merged model" } else { "model" }
             }
             (_, Some(adapter)) => {
-                let size = self.size.or_else(|| formats::image_size(adapter));
+                let size = self.size.or_else(|| trained_size(adapter));
                 let adapter = formats::adapter::read(adapter)?;
                 formats::adapter::write(&self.out, &adapter, self.hf_names)?;
                 if let Some(size) = size {

@@ -73,11 +73,17 @@ impl Predict {
         let mut rows = Vec::new();
         let bar = context.progress.bar("predicting", pictures.len() as u64, "images");
         for (stem, file) in &pictures {
+            let name = format!("{stem}.png");
+            let (mask_file, overlay_file) = (masks.join(&name), overlays.join(&name));
             let picture = match dataset::load_image(file) {
                 Ok(picture) => picture,
                 Err(error) if pictures.len() == 1 => return Err(error),
                 Err(error) => {
                     context.progress.warn(error.to_string());
+                    // What an earlier call made of another picture of this name must not pass for this one's.
+                    for old in [&mask_file, &overlay_file] {
+                        files::remove(old)?;
+                    }
                     bar.inc(1);
                     continue;
                 }
@@ -91,12 +97,11 @@ impl Predict {
                 2 => mask.iter().map(|&class| class * 255).collect(),
                 _ => mask.clone(),
             };
-            let name = format!("{stem}.png");
-            write_png(&masks.join(&name), &grey, extent, ExtendedColorType::L8)?;
+            write_png(&mask_file, &grey, extent, ExtendedColorType::L8)?;
             let overlay = lay_over(&picture.data, &mask);
-            write_png(&overlays.join(&name), &overlay, extent, ExtendedColorType::Rgb8)?;
+            write_png(&overlay_file, &overlay, extent, ExtendedColorType::Rgb8)?;
             rows.push(json!({
-                "image": path(file), "mask": path(&masks.join(&name)), "overlay": path(&overlays.join(&name)),
+                "image": path(file), "mask": path(&mask_file), "overlay": path(&overlay_file),
                 "marked": marked,
             }));
             if self.save_logits.is_some() {
@@ -106,7 +111,7 @@ impl Predict {
             bar.inc(1);
         }
         drop(bar);
-        if let Some(file) = &self.save_logits {
+        if let Some(file) = self.save_logits.as_ref().filter(|_| !kept.is_empty()) {
             formats::write_safetensors(file, &kept, &[])?;
         }
         context.result(&rows, || {

@@ -1,8 +1,6 @@
 //! LoRA adapters in peft's layout: `adapter_config.json`, `adapter_model.safetensors`, and a sidecar of this program's own.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::io;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
@@ -101,10 +99,8 @@ pub fn write(dir: &Path, adapter: &Adapter, names: HfNames) -> Result<()> {
     let sidecar = dir.join(SIDECAR);
     if !adapter.sidecar.is_empty() {
         write_safetensors(&sidecar, &adapter.sidecar, PT_METADATA)?;
-    } else if let Err(e) = fs::remove_file(&sidecar)
-        && e.kind() != io::ErrorKind::NotFound
-    {
-        return Err(Error::io(&sidecar, "remove", e));
+    } else {
+        files::remove(&sidecar)?;
     }
     let tensors: StateDict = adapter.tensors.iter().map(|(n, t)| (format!("{PREFIX}{}", name(n)), t.clone())).collect();
     write_safetensors(&dir.join(MODEL), &tensors, PT_METADATA)?;

@@ -80,6 +80,9 @@ pub(super) fn write(path: &Path, config: &SegformerConfig) -> Result<()> {
 /// The side of the square images that the `preprocessor_config.json` in `dir` resizes to, if it states one.
 pub fn image_size(dir: &Path) -> Option<usize> {
     let fields = file::read_json(&dir.join(PREPROCESSOR)).ok()?;
+    if fields.get("do_resize") == Some(&Value::Bool(false)) {
+        return None;
+    }
     let number = |value: Option<&Value>| value.and_then(Value::as_u64);
     // As releases of transformers have written it: a number, the shortest edge, or both extents.
     let size = match fields.get("size")? {

@@ -93,18 +93,17 @@ impl Stage {
             .map(|block| {
                 let keys = block.attention.keys(grid).rows();
                 let stored = keep || !block.attention.fuses(backend, grid, keep);
-                let queries = || backend.act(if stored { rows * channels } else { 0 });
-                let keeps_q = if keep { block.attention.keeps_queries(backend, grid) } else { stored };
+                let keeps_q = stored && (!keep || block.attention.keeps_queries(backend, grid));
                 BlockActs {
                     attention: AttentionActs {
-                        q: keeps_q.then(queries),
+                        q: keeps_q.then(tokens),
                         reduced: (block.attention.reduction.is_some())
                             .then(|| (backend.act(keys * channels), backend.full(2 * keys))),
                         patches: (block.attention.reduction.as_ref())
                             .and_then(|(convolution, _)| patches(convolution, keys)),
                         k: backend.act(keys * channels),
                         v: backend.act(keys * channels),
-                        o: queries(),
+                        o: backend.act(if stored { rows * channels } else { 0 }),
                         lse: backend.full(if stored { rows * block.attention.heads } else { 0 }),
                     },
                     ffn: FfnActs {
