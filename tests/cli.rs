@@ -593,6 +593,11 @@ fn a_trained_adapter_is_evaluated_merged_and_used() {
         let size = &serde_json::from_slice::<Value>(&text).expect("JSON")["size"];
         assert_eq!((&size["height"], &size["width"]), (&32.into(), &32.into()), "{exported}");
     }
+    let foreign = |model| {
+        let arguments = ["eval", "--data", "data", "--model", model, "--adapter", "runs/r2/final"];
+        stderr(&succeeds(folder.path(), &arguments)).contains("was trained on another model than")
+    };
+    assert!(foreign("merged") && !foreign("runs/base/final"));
     let other = ["eval", "--data", "data", "--size", "64", "--model", "merged"];
     assert!(stderr(&succeeds(folder.path(), &other)).contains("trained on images of 32 x 32, these are 64 x 64"));
 

@@ -12,7 +12,7 @@ use crate::error::{Error, Kind, Result};
 use crate::files;
 use crate::train::options::TrainOptions;
 
-const FILE: &str = "run_config.json";
+pub(super) const FILE: &str = "run_config.json";
 
 /// Everything that determined a run's numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

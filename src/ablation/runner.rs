@@ -50,7 +50,7 @@ impl Setup {
         progress: &Progress,
     ) -> Result<Self> {
         // The model first: it is small, and what is wrong with it should not wait for the images.
-        let source = Source::open(model, adapter)?;
+        let source = Source::open(model, adapter, progress)?;
         let packed = open_data(data, cache, size, dataset::DEFAULT_SIZE, progress)?;
         stop_if_interrupted()?;
         let data_identity = DataIdentity::new(data, &packed);

@@ -1,14 +1,21 @@
 //! Where a run starts: a checkpoint or fresh weights, with or without an adapter, and what identifies them.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::config;
 use crate::dataset::is_size;
 use crate::error::Result;
 use crate::formats::{self, HostData, StateDict};
+use crate::progress::Progress;
 use crate::segformer::SegformerConfig;
 use crate::train::{Start, Weights};
+
+/// The path of fresh weights.
+const RANDOM: &str = "random";
 
 /// The model a command starts from.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,15 +48,16 @@ pub struct Source {
 }
 
 impl Source {
-    /// Reads the model, and the adapter if there is one.
+    /// Reads the model, and the adapter if there is one. Warns if the run beside the adapter says that it was trained on another
+    /// model.
     ///
     /// # Errors
     /// Those of [`formats::checkpoint::read`] and [`formats::adapter::read`].
-    pub fn open(model: &ModelSource, adapter: Option<&Path>) -> Result<Self> {
+    pub fn open(model: &ModelSource, adapter: Option<&Path>, progress: &Progress) -> Result<Self> {
         let (weights, path, fingerprint) = match model {
             ModelSource::Random(config) => {
                 let fingerprint = identify(&**config, &StateDict::new());
-                (Weights::Random((**config).clone()), "random".into(), fingerprint)
+                (Weights::Random((**config).clone()), RANDOM.into(), fingerprint)
             }
             ModelSource::Path(path) => {
                 let checkpoint = formats::checkpoint::read(path)?;
@@ -75,6 +83,15 @@ impl Source {
         tensors.extend(adapter.tensors.clone());
         let fingerprint = identify(&adapter.config.scale(), &tensors);
         let identity = Identity { path: path.display().to_string(), fingerprint };
+        if let Some(base) = base_of(path).filter(|base| base.path != RANDOM && base.fingerprint != model.fingerprint) {
+            progress.warn(format!(
+                "{}: was trained on another model than {} (on {}, by the {} beside it)",
+                identity.path,
+                model.path,
+                base.path,
+                config::FILE
+            ));
+        }
         Ok(Self {
             start: Start {
                 name: model.path.clone(),
@@ -87,6 +104,20 @@ impl Source {
             image_size,
         })
     }
+}
+
+/// The model that the run trained whose folder an adapter's lies in, if it says so.
+fn base_of(adapter: &Path) -> Option<Identity> {
+    #[derive(Deserialize)]
+    struct Trained {
+        model: Identity,
+    }
+    let run = adapter.canonicalize().ok()?.parent()?.join(config::FILE);
+    // No more than a run writes there, and nothing that never ends.
+    let file = run.is_file().then(|| File::open(&run).ok())??;
+    let mut text = Vec::new();
+    file.take(1 << 20).read_to_end(&mut text).ok()?;
+    serde_json::from_slice::<Trained>(&text).ok().map(|run| run.model)
 }
 
 /// Side of the images that a model or adapter, in a folder or a file of it, was trained on, where that is written beside it.

@@ -66,7 +66,7 @@ impl Eval {
         if part != Part::All && self.split.is_none() {
             return Err(Error::usage("--part: which images are train and val is not known; give --split DIR too"));
         }
-        let source = Source::open(&ModelSource::Path(self.model.clone()), self.adapter.as_deref())?;
+        let source = Source::open(&ModelSource::Path(self.model.clone()), self.adapter.as_deref(), &context.progress)?;
         let default = source.image_size.unwrap_or(DEFAULT_SIZE);
         let data = open_data(&self.data, &self.cache, self.size, default, &context.progress)?;
         // Of an adapter that does not say it, nobody knows; the model below it is no witness.

@@ -70,7 +70,7 @@ impl Export {
         }
         let what = match (&self.model, &self.adapter) {
             (Some(model), adapter) if as_model => {
-                let mut source = Source::open(model, adapter.as_deref())?;
+                let mut source = Source::open(model, adapter.as_deref(), &context.progress)?;
                 if let ModelSource::Random(config) = model {
                     let seed = self.seed.unwrap_or(TrainOptions::default().seed);
                     source.start.weights = Weights::Checkpoint(train::fresh_checkpoint(config, seed));

@@ -61,7 +61,7 @@ impl Predict {
     pub fn run(&self, context: &Context) -> Result<()> {
         let place = self.device.open(&context.progress)?;
         let pictures = pictures(&self.images)?;
-        let source = Source::open(&ModelSource::Path(self.model.clone()), self.adapter.as_deref())?;
+        let source = Source::open(&ModelSource::Path(self.model.clone()), self.adapter.as_deref(), &context.progress)?;
         let size = self.size.or(source.image_size).unwrap_or(dataset::DEFAULT_SIZE);
         let mut predictor = Predictor::new(&place, &source.start, size, &context.progress)?;
         let (masks, overlays) = (self.out.join("masks"), self.out.join("overlays"));
