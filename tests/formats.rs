@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use segpeft_native::error::Kind;
 use segpeft_native::formats::{
-    Adapter, AdapterConfig, HfNames, HostData, HostTensor, PT_METADATA, StateDict, adapter, checkpoint, names,
-    read_safetensors, read_torch, write_safetensors,
+    Adapter, AdapterConfig, HfNames, HostData, HostTensor, PT_METADATA, StateDict, adapter, checkpoint, image_size,
+    names, read_safetensors, read_torch, write_safetensors,
 };
 use segpeft_native::segformer::SegformerConfig;
 use segpeft_native::{Error, Result};
@@ -367,6 +367,31 @@ fn a_model_reads_back_from_folder_and_file() {
     assert_eq!(written["size"], json!({ "height": 384, "width": 384 }));
     assert_eq!(written["rescale_factor"], json!(0.003_921_568_627_450_98));
     assert_eq!(written["do_reduce_labels"], false);
+    assert_eq!(image_size(dir.path()), Some(384));
+}
+
+#[test]
+fn the_size_of_images_is_read_in_every_form_it_has_been_written() {
+    let dir = TempDir::new().unwrap();
+    let size = |text: &str| {
+        fs::write(dir.path().join("preprocessor_config.json"), text).unwrap();
+        image_size(dir.path())
+    };
+    assert_eq!(size(r#"{"size": 512}"#), Some(512));
+    assert_eq!(size(r#"{"size": {"shortest_edge": 256}}"#), Some(256));
+    assert_eq!(size(r#"{"size": {"height": 128, "width": 128}}"#), Some(128));
+    for unknown in [
+        r#"{"size": {"height": 128, "width": 96}}"#,
+        r#"{"size": 512, "do_resize": false}"#,
+        r#"{"size": -1}"#,
+        r#"{"size": 1e30}"#,
+        r#"{"size": "512"}"#,
+        "{}",
+        "[512]",
+        "no JSON",
+    ] {
+        assert_eq!(size(unknown), None, "{unknown}");
+    }
 }
 
 #[test]

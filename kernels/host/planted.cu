@@ -40,6 +40,14 @@ KERNEL(256) early_wait(float* y /* (256), read and written */) {
     y[threadIdx.x] = values[(threadIdx.x + 37) % 256];
 }
 
+// Sixteen bytes are copied from where they are not aligned.
+KERNEL(256) misaligned_copy(float* y /* (256), read and written */) {
+    SHARED(float4, values, [256]);
+    copy_async<16>(&values[threadIdx.x], &y[1], 16);
+    copies_done();
+    y[threadIdx.x] = values[threadIdx.x].x;
+}
+
 // Half of the block passes by the barrier.
 KERNEL(256) partial_barrier(float* y /* (256) */) {
     if (threadIdx.x < 128) __syncthreads();

@@ -43,7 +43,7 @@ pub struct Source {
     pub model: Identity,
     /// Identity of the adapter.
     pub adapter: Option<Identity>,
-    /// Side of the images that the adapter, or else the model, was trained on, where that is written beside it.
+    /// Side of the images that the adapter, or the model where there is none, was trained on, if that is written beside it.
     pub image_size: Option<usize>,
 }
 
@@ -65,10 +65,11 @@ impl Source {
                 (Weights::Checkpoint(checkpoint), path.display().to_string(), fingerprint)
             }
         };
-        let image_size = adapter.and_then(trained_size).or_else(|| match model {
-            ModelSource::Random(_) => None,
-            ModelSource::Path(path) => trained_size(path),
-        });
+        let image_size = match (adapter, model) {
+            (Some(path), _) => trained_size(path),
+            (None, ModelSource::Path(path)) => trained_size(path),
+            (None, ModelSource::Random(_)) => None,
+        };
         let model = Identity { path, fingerprint };
         let Some(path) = adapter else {
             return Ok(Self {

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use super::args::{self, DeviceArgs};
 use super::{Context, output};
 use crate::ablation::open_data;
-use crate::ablation::source::{ModelSource, Source, trained_size};
+use crate::ablation::source::{ModelSource, Source};
 use crate::dataset::{DEFAULT_SIZE, Split};
 use crate::error::{Error, Result};
 use crate::progress::duration;
@@ -69,12 +69,7 @@ impl Eval {
         let source = Source::open(&ModelSource::Path(self.model.clone()), self.adapter.as_deref(), &context.progress)?;
         let default = source.image_size.unwrap_or(DEFAULT_SIZE);
         let data = open_data(&self.data, &self.cache, self.size, default, &context.progress)?;
-        // Of an adapter that does not say it, nobody knows; the model below it is no witness.
-        let trained = match &self.adapter {
-            Some(adapter) => trained_size(adapter),
-            None => source.image_size,
-        };
-        if let Some(size) = trained.filter(|&size| size != data.size()) {
+        if let Some(size) = source.image_size.filter(|&size| size != data.size()) {
             context.progress.warn(format!(
                 "the model was trained on images of {size} x {size}, these are {0} x {0}: other figures than in training",
                 data.size()

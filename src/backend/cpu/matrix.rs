@@ -1,12 +1,10 @@
 //! Small products among parameters.
 
 use super::linear::{View, product};
+use super::memory::PART;
 use super::simd::vectorised;
 use super::{Buffer, Cpu, Real};
 use crate::backend::{Base, Matrix, Scaled, SmallProduct, Transpose};
-
-/// Numbers of a tensor that one thread takes at a time.
-const PART: usize = 1 << 14;
 
 impl<T: Real> Matrix for Cpu<T> {
     fn small_products(&self, products: &mut [SmallProduct<'_, Buffer<T>, Buffer<T>>]) {

@@ -11,6 +11,9 @@ use super::{Buffer, Real};
 use crate::backend::{Inputs, Memory};
 use crate::{Error, Result, error::Kind};
 
+/// Numbers of a tensor that one thread takes at a time, outside units.
+pub(super) const PART: usize = 1 << 14;
+
 /// The CPU as a device, with numbers of type `T`.
 pub struct Cpu<T> {
     pool: rayon::ThreadPool,

@@ -1,10 +1,8 @@
 //! Clipping and AdamW.
 
+use super::memory::PART;
 use super::{Buffer, Cpu, Real, simd::vectorised};
 use crate::backend::{AdamW, Moving, Optimizer};
-
-/// Numbers of a tensor that one thread takes at a time.
-const PART: usize = 1 << 14;
 
 impl<T: Real> Optimizer for Cpu<T> {
     /// Of parts by themselves, then of the parts of a tensor in order, then of the tensors.
