@@ -16,7 +16,7 @@ use segpeft_native::backend::{
     Attention, AttentionBranch, AttentionInput, AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights,
     BatchNormView, Classifier, Convolution, ConvolutionNorm, Depthwise, Dropout, EmbedPixels, FfnOutputs, FfnWeights,
     FirstGradient, FirstStage, Grid, Head, HeadPass, InFront, LayerNorm, Linear, Loss, Memory, MixFfn, MixFfnBackward,
-    MixFfnParts, MixFfnWeights, Patches, Product, Residual, Resize, Sample, Window,
+    MixFfnParts, MixFfnProducts, MixFfnWeights, Patches, Product, Residual, Resize, Sample, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -56,6 +56,8 @@ struct Lab<'a> {
     p: Full,
     /// Sums and statistics to write.
     s: [Full; 2],
+    /// Gradients of weights.
+    t: [Full; 2],
     samples: Vec<Sample<'a>>,
     counts: Counts,
     flush: Full,
@@ -95,6 +97,7 @@ impl<'a> Lab<'a> {
             dw: [small(), small()],
             p: full(statistics),
             s: [full(statistics), full(statistics)],
+            t: [full(LARGEST_WEIGHT), full(LARGEST_WEIGHT)],
             samples,
             counts: cuda.counts(batch * LABELS * LABELS),
             flush: cuda.full(FLUSH),
@@ -377,15 +380,22 @@ fn blocks(batch: usize) -> Vec<Case> {
                 name("mix_ffn_backward", hidden),
                 4 * rows * c * hidden,
                 move |Lab { cuda, x: [d, h, _], w: [w, _], p, y: [dx, _], .. }| {
-                    let parts = MixFfnParts { g: None, dh: None, sums: None };
+                    let parts = MixFfnParts { g: None, dh: None, sums: None, products: None };
                     cuda.mix_ffn_backward(d, h, mix_ffn_weights(w, p), g, c, hidden, dx, parts);
                 },
             ));
             cases.push(case(
                 name("mix_ffn_backward with parameters", hidden),
                 4 * rows * c * hidden,
-                move |Lab { cuda, x: [d, h, dh], w: [w, _], p, y: [dx, out], s: [dw, db], flush, .. }| {
-                    let parts = MixFfnParts { g: Some(out), dh: Some(dh), sums: Some([dw, db, flush]) };
+                move |Lab { cuda, x: [d, h, dh], w: [w, _], p, y: [dx, out], s: [dw, db], t, flush, .. }| {
+                    let (sums, [expand, contract]) = (Some([dw, db, flush]), t);
+                    let parts = if cuda.sums_mix_ffn_products(c) {
+                        let (expand, contract) = (Some(expand), Some(contract));
+                        let products = Some(MixFfnProducts { normed: dh, expand, contract });
+                        MixFfnParts { g: None, dh: None, sums, products }
+                    } else {
+                        MixFfnParts { g: Some(out), dh: Some(dh), sums, products: None }
+                    };
                     cuda.mix_ffn_backward(d, h, mix_ffn_weights(w, p), g, c, hidden, dx, parts);
                 },
             ));

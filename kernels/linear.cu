@@ -16,8 +16,8 @@ KERNEL(THREADS) linear_backward_bias(const bf16* dy /* (rows, outputs) */, int r
     BY_WIDTH(outputs, bias_partials, dy, rows, outputs, slab, partial);
 }
 
-// Σ_s partial[s] to up to three outputs, one behind the other in a row of `partial`, each added to if so told. Rows are `stride`
-// apart. A block takes 8 columns, and every 32nd slab is one line's, so that many reads are under way at once.
+// Σ_s partial[s] to up to three outputs, one behind the other in a row of `partial`, each added to if so told, or null. Rows are
+// `stride` apart. A block takes 8 columns, and every 32nd slab is one line's, so that many reads are under way at once.
 // Grid: ceil((n + n1 + n2) / 8).
 KERNEL(THREADS) sum_partials(const float* partial /* (slabs, stride) */, int slabs, int stride, int n, float* out /* (n) */,
                              int add, int n1, float* out1 /* (n1) */, int add1, int n2, float* out2 /* (n2) */, int add2) {
@@ -44,5 +44,5 @@ KERNEL(THREADS) sum_partials(const float* partial /* (slabs, stride) */, int sla
         add = add1;
         i -= n;
     }
-    out[i] = add ? out[i] + total : total;
+    if (out != nullptr) out[i] = add ? out[i] + total : total;
 }

@@ -56,18 +56,23 @@ struct Place {
     __device__ __forceinline__ bool exists() const { return int(at) >= 0; }
 };
 
-// For channels C of tokens. WEIGHTS: g and dh are written and the parameters' gradients summed, where that is wanted; the
-// sums leave a lane registers for half of the columns, so a step takes two rows.
+// For channels C of tokens. WEIGHTS: the parameters' gradients are summed, where that is wanted; the sums leave a lane registers for
+// half of the columns, so a step takes two rows. Of few channels, a warp also has room for those of the products' weights that its
+// hidden channels take part in, and sums them on tensor cores, from n and from what is in its registers; of more, g and dh are
+// written.
 template <int C, bool WEIGHTS>
 __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w2, const float* w, const float* b,
                                      const bf16* w1, int images, int height, int width, int rows, float* room,
-                                     bf16* dn, bf16* g, bf16* dh, float* partial) {
+                                     bf16* dn, const bf16* n, bf16* g, bf16* dh, float* partial) {
     constexpr int HIDDEN = 4 * C, ROWS = WEIGHTS ? 2 : 1, WIDE = 4 / ROWS, TOKENS = 8 * WIDE, OUTPUTS = TOKENS - 2;
+    constexpr bool PRODUCTS = WEIGHTS && C == 32;
+    constexpr int ALL_KINDS = PRODUCTS ? KINDS + 2 * C : KINDS;
     // Tiles of 16 tokens and 8 channels of dn, one a warp; where warps are left, they take turns by steps.
     constexpr int SLOTS = 32, TILES = SLOTS / 16 * C / 8, TURNS = WARPS / TILES;
-    constexpr int D_PIECES = C / 8 * SLOTS;
+    constexpr int D_PIECES = C / 8 * SLOTS, BUFFER = PRODUCTS ? 2 * D_PIECES : D_PIECES;
     SHARED(Piece, tile_h, [3][WARPS][SLOTS]);
-    SHARED(Piece, tile_d, [2][C / 8][SLOTS]);
+    // Of d, then of n.
+    SHARED(Piece, tile_d, [2][PRODUCTS ? 2 : 1][C / 8][SLOTS]);
     SHARED(Piece, tile_w, [C / 8][CHUNK]);
 
     for (int base = 0; base < HIDDEN; base += CHUNK) {
@@ -80,15 +85,15 @@ __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w
 
         // A step's tokens are, row by row, in the order of the rows of the products: i WIDE apart before i + 1. Neighbouring
         // threads have pieces that lie behind one another in memory, by twos of h and by rows of d.
-        bool copies_d = thread < D_PIECES;
+        bool copies_d = thread < BUFFER, of_d = thread < D_PIECES;
         int h_chunk = thread / (2 * SLOTS) * 2 + thread % 2, h_slot = thread / 2 % SLOTS, h_row = h_slot / TOKENS;
         int d_chunk = thread % (C / 8), d_slot = thread / (C / 8) % SLOTS, d_row = d_slot / TOKENS;
         auto column_of = [](int slot) { return slot % 8 * WIDE + slot % TOKENS / 8; };
         int h_column = column_of(h_slot);
         Place h_place(token_at(h_column), h_row, width, HIDDEN, base + h_chunk * 8);
         Place d_place(token_at(column_of(d_slot)), d_row, width, C, d_chunk * 8);
-        unsigned h_piece = h_chunk * SLOTS + h_slot, d_piece = d_chunk * SLOTS + d_slot;
-        if (WEIGHTS) h_piece = settled(h_piece);  // used more than once
+        unsigned h_piece = h_chunk * SLOTS + h_slot, d_piece = d_chunk * SLOTS + d_slot + (of_d ? 0 : D_PIECES);
+        if (WEIGHTS && !PRODUCTS) h_piece = settled(h_piece);  // used more than once
 
         // The columns of h beside the strip, of the lanes there.
         bool at_left = line == 0, at_right = line == 7;
@@ -141,6 +146,8 @@ __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w
 
         // Sums of u's rows and of dh's; gradients; h's rows, where the sums over tokens are the block's.
         float2 u[3][WIDE], sum[3][WIDE] = {}, gradient[WEIGHTS ? KINDS : 1] = {};
+        // Of the products' weights, 16 of the tokens' channels by the warp's hidden ones: the contraction's, the expansion's.
+        float products[2][PRODUCTS ? C / 16 : 1][4] = {};
         unsigned held[3][WIDE] = {};
         for (int i = 0; i < WIDE; i++) u[0][i] = u[2][i] = bias;
         for (int round = y0 - 2; round <= y1 + 1; round += 3 * ROWS) {
@@ -161,11 +168,11 @@ __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w
                 }
                 copy_h((k + 1) % 3, start + ROWS);
                 if (copies_d) {
-                    // The step to come ends u's rows from this one on.
-                    int y = start + ROWS - 1;
+                    // The step to come ends u's rows from this one on, and dh's from the one before it.
+                    int y = start + ROWS - (of_d ? 1 : 2);
                     bool exists = d_place.exists() && unsigned(y + d_row) < unsigned(h_rows);
-                    Piece* to = &tile_d[0][0][0] + (odd ? 0 : D_PIECES) + d_piece;
-                    copy_async<16>(to, d + (d_place.at + unsigned(y * width * C)), exists ? 16 : 0);
+                    Piece* to = &tile_d[0][0][0][0] + (odd ? 0 : BUFFER) + d_piece;
+                    copy_async<16>(to, (of_d ? d : n) + (d_place.at + unsigned(y * width * C)), exists ? 16 : 0);
                 }
 
 #pragma unroll
@@ -184,10 +191,19 @@ __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w
                         if (WEIGHTS) held[now][i] = own[i % 2] && y >= y0 && y < y1 ? words[r][i + 1] : 0;
                     }
 
+                    Piece* pieces_d = &tile_d[0][0][lane / 16][lane % 16] + (odd ? BUFFER : 0) + r * TOKENS;
+                    // Adds what a row of g or dh makes of one of the weights' gradients, with the tokens that begin at `from`.
+                    auto multiply_row = [&](float(&sums)[PRODUCTS ? C / 16 : 1][4], const Piece* from, const unsigned (&row)[2]) {
+                        unsigned right[2] = {transpose(row[0]), transpose(row[1])};
+                        for (int m = 0; m < C / 16; m++) {
+                            unsigned x[4];
+                            load_matrices<true>(from[2 * m * SLOTS].at, x);
+                            mma(sums[m], {x[0], x[2], x[1], x[3]}, right[0], right[1]);
+                        }
+                    };
                     // Where there is no token, d is zero, and so is du.
                     if (start >= y0) {
                         float dg[WIDE / 2][4] = {};
-                        Piece* pieces_d = &tile_d[0][lane / 16][lane % 16] + (odd ? D_PIECES : 0) + r * TOKENS;
                         for (int s = 0; s < C / 16; s++) {
                             for (int m = 0; m < WIDE / 2; m++) {
                                 unsigned a[4];
@@ -195,7 +211,7 @@ __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w
                                 mma(dg[m], a, contract[s / 2][s % 2 * 2], contract[s / 2][s % 2 * 2 + 1]);
                             }
                         }
-                        unsigned du[WIDE + 2];
+                        unsigned du[WIDE + 2], own_g[WIDE] = {};
                         for (int i = 0; i < WIDE; i++) {
                             float2 grad = widen(pair_of(dg[i / 2][i % 2 * 2], dg[i / 2][i % 2 * 2 + 1]));
                             gelu_backward(u[last][i].x, grad.x);
@@ -204,12 +220,13 @@ __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w
                             if constexpr (WEIGHTS) {
                                 if (own[i] && y > y0 && y <= y1) {
                                     add(gradient[TAPS], grad, {1.0f, 1.0f});
+                                    own_g[i] = pair_of(u[last][i].x, u[last][i].y);
                                     bf16* to = g + (own_at + unsigned(((y - 1) * width + i) * HIDDEN));
-                                    unsigned pair = pair_of(u[last][i].x, u[last][i].y);
-                                    if (g != nullptr) *reinterpret_cast<unsigned*>(to) = pair;
+                                    if (!PRODUCTS && g != nullptr) *reinterpret_cast<unsigned*>(to) = own_g[i];
                                 }
                             }
                         }
+                        if constexpr (PRODUCTS) multiply_row(products[0], pieces_d, own_g);
                         du[0] = __shfl_up_sync(ALL_LANES, du[WIDE], 4);
                         du[WIDE + 1] = __shfl_down_sync(ALL_LANES, du[1], 4);
                         for (int i = 0; i < WIDE + 2; i++) row[i] = widen(du[i]);
@@ -235,18 +252,24 @@ __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w
                     // The warp's part of the row of h makes way for dh.
                     __syncwarp();
                     if (start >= y0 + 2) {
+                        unsigned own_dh[WIDE] = {};
                         for (int i = 0; i < WIDE; i++) {
-                            pair_at(pieces[r * TOKENS + 8 * i + line], channel) = pair_of(sum[last][i].x, sum[last][i].y);
+                            unsigned pair = pair_of(sum[last][i].x, sum[last][i].y);
+                            pair_at(pieces[r * TOKENS + 8 * i + line], channel) = pair;
                             if constexpr (WEIGHTS) {
-                                if (own[i] && y <= y1 + 1) add(gradient[TAPS + 1], sum[last][i], {1.0f, 1.0f});
+                                if (own[i] && y <= y1 + 1) {
+                                    add(gradient[TAPS + 1], sum[last][i], {1.0f, 1.0f});
+                                    own_dh[i] = pair;
+                                }
                             }
                         }
+                        if constexpr (PRODUCTS) multiply_row(products[1], pieces_d + D_PIECES, own_dh);
                     }
                 }
                 copies_done();
                 __syncthreads();
                 if (start < y0 + 2) continue;
-                if (writes && start - 2 + h_row < y1) {
+                if (!PRODUCTS && writes && start - 2 + h_row < y1) {
                     bf16* to = dh + (h_place.at + unsigned((start - 2) * width * HIDDEN));
                     *reinterpret_cast<uint4*>(to) = reinterpret_cast<const uint4&>((&tile_h[k][0][0])[h_piece]);
                 }
@@ -287,7 +310,17 @@ __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w
                     total.y += __shfl_xor_sync(ALL_LANES, total.y, other);
                 }
                 if (line == 0) {
-                    *reinterpret_cast<float2*>(partial + (block * KINDS + kind) * HIDDEN + c) = total;
+                    *reinterpret_cast<float2*>(partial + (block * ALL_KINDS + kind) * HIDDEN + c) = total;
+                }
+            }
+            if constexpr (PRODUCTS) {
+                float* contracted = partial + (block * ALL_KINDS + KINDS) * HIDDEN;
+                float* expanded = contracted + C * HIDDEN;
+                for (int i = 0; i < C / 8; i++) {
+                    int row = 8 * i + line;
+                    const float *x = products[0][i / 2] + i % 2 * 2, *y = products[1][i / 2] + i % 2 * 2;
+                    *reinterpret_cast<float2*>(contracted + row * HIDDEN + c) = {x[0], x[1]};
+                    for (int j = 0; j < 2; j++) expanded[(c + j) * C + row] = y[j];
                 }
             }
         }
@@ -302,27 +335,31 @@ KERNEL(BLOCK, 1) mix_ffn_backward_32(const bf16* d /* (tokens, 32) */, const bf1
                                      int height, int width, int rows,
                                      float* room /* (blocks, rows, 32, 32), if one chunk is not all */,
                                      bf16* dn /* (tokens, 32) */) {
-    walk<32, false>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, nullptr, nullptr, nullptr);
+    walk<32, false>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, nullptr, nullptr, nullptr, nullptr);
 }
 
 KERNEL(BLOCK, 1) mix_ffn_backward_64(const bf16* d, const bf16* h, const bf16* w2, const float* w, const float* b,
                                      const bf16* w1, int images, int height, int width, int rows,
                                      float* room, bf16* dn) {
-    walk<64, false>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, nullptr, nullptr, nullptr);
+    walk<64, false>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, nullptr, nullptr, nullptr, nullptr);
 }
 
-// The same with g, the convolution's output after the GELU; dh, the gradient of h; and sums of the parameters' gradients.
+// The same with sums of all parameters' gradients.
 KERNEL(BLOCK, 1) mix_ffn_backward_all_32(const bf16* d, const bf16* h, const bf16* w2, const float* w, const float* b,
                                          const bf16* w1, int images, int height, int width, int rows,
                                          float* room /* (blocks, ceil(rows / 2), 32, 32), as before */, bf16* dn,
-                                         bf16* g /* (tokens, 128) or null */,
-                                         bf16* dh /* (tokens, 128) or null */,
-                                         float* partial /* (blocks, 9 + 1 + 1, 128): w's, b's, dh's; or null */) {
-    walk<32, true>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, g, dh, partial);
+                                         const bf16* n /* (tokens, 32): what was expanded */,
+                                         float* partial /* (blocks, 9 + 1 + 1 + 32 + 32, 128): w's, b's, dh's; then w2's
+                                                           (32, 128) and w1's (128, 32) */) {
+    walk<32, true>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, n, nullptr, nullptr, partial);
 }
+
+// With g, the convolution's output after the GELU; dh, the gradient of h; and sums of the convolution's gradients.
 
 KERNEL(BLOCK, 1) mix_ffn_backward_all_64(const bf16* d, const bf16* h, const bf16* w2, const float* w, const float* b,
                                          const bf16* w1, int images, int height, int width, int rows,
-                                         float* room, bf16* dn, bf16* g, bf16* dh, float* partial) {
-    walk<64, true>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, g, dh, partial);
+                                         float* room, bf16* dn, bf16* g /* (tokens, 256) or null */,
+                                         bf16* dh /* (tokens, 256) or null */,
+                                         float* partial /* (blocks, 9 + 1 + 1, 256): w's, b's, dh's; or null */) {
+    walk<64, true>(d, h, w2, w, b, w1, images, height, width, rows, room, dn, nullptr, g, dh, partial);
 }

@@ -98,6 +98,17 @@ template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(const b
 #endif
 }
 
+// An 8 x 8 matrix, of which lane 4·g + t holds columns 2t, 2t + 1 of row g, transposed.
+__device__ __forceinline__ unsigned transpose(unsigned x) {
+#ifdef __CUDACC__
+    unsigned y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+#else
+    return host::transpose(x, __LINE__);
+#endif
+}
+
 // A row of a tile for them. The padding takes neighbouring rows to different banks.
 template <int D> struct alignas(16) Row {
     bf16 at[D + 8];

@@ -210,6 +210,19 @@ template <bool TRANSPOSED> void load_matrices(const void* row, unsigned (&x)[4],
     });
 }
 
+// An 8 x 8 matrix of 16-bit numbers, distributed like those of load_matrices, transposed.
+inline unsigned transpose(unsigned x, int line) {
+    unsigned y;
+    warp_meeting(line, &x, &y, [](const void* const* in, void* const* out) {
+        auto at = [&](int i, int j) { return *static_cast<const unsigned*>(in[i * 4 + j / 2]) >> j % 2 * 16 & 0xffff; };
+        for (int l = 0; l < 32; l++) {
+            int group = l / 4, pair = l % 4 * 2;
+            *static_cast<unsigned*>(out[l]) = at(pair, group) | at(pair + 1, group) << 16;
+        }
+    });
+    return y;
+}
+
 inline int lane() {
     return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
 }

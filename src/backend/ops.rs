@@ -490,7 +490,7 @@ pub struct MixFfnWeights<'a, B: Memory> {
     pub contract: &'a B::Act,
 }
 
-/// What the gradients of a Mix-FFN's weights need.
+/// What the gradients of a Mix-FFN's weights need, and those that are summed on the way.
 pub struct MixFfnParts<'a, B: Memory> {
     /// Receives the contraction's input, `(tokens, hidden)`.
     pub g: Option<&'a mut B::Act>,
@@ -498,12 +498,29 @@ pub struct MixFfnParts<'a, B: Memory> {
     pub dh: Option<&'a mut B::Act>,
     /// The gradients of the depth-wise weights, of their bias, and of the expansion's bias are added.
     pub sums: Option<[&'a mut B::Full; 3]>,
+    /// In place of `g` and `dh`, where the operation [sums](MixFfnBackward::sums_mix_ffn_products) the products' weights'
+    /// gradients too.
+    pub products: Option<MixFfnProducts<'a, B>>,
+}
+
+/// The gradients of the weights of a Mix-FFN's products, which are added to.
+pub struct MixFfnProducts<'a, B: Memory> {
+    /// The expansion's input, `(tokens, channels)`.
+    pub normed: &'a B::Act,
+    /// The expansion's `(hidden, channels)`.
+    pub expand: Option<&'a mut B::Full>,
+    /// The contraction's `(channels, hidden)`.
+    pub contract: Option<&'a mut B::Full>,
 }
 
 /// The way back through a Mix-FFN as one operation, on a device where moving the hidden tensors is what takes the time.
 pub trait MixFfnBackward: Depthwise {
     /// Whether [`MixFfnBackward::mix_ffn_backward`] does this shape.
     fn joins_mix_ffn_backward(&self, _grid: Grid, _channels: usize, _hidden: usize) -> bool {
+        false
+    }
+    /// Whether it sums the gradients of the products' weights, and so writes neither `g` nor `dh`.
+    fn sums_mix_ffn_products(&self, _channels: usize) -> bool {
         false
     }
     /// From `d`, the gradient of the contraction's output, and `h`, the expansion's output, to `dx`, the gradient of the

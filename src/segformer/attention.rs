@@ -189,13 +189,7 @@ impl AttentionLayer {
 
         // What the products read: the normalised x, and, below, t1, the normalised reduced tokens.
         let x_stats = &normed.stats;
-        let normed = match &normed.out {
-            Some(normed) => normed,
-            None => {
-                self.norm.forward(pass, x, rows, t0, stats);
-                &*t0
-            }
-        };
+        let normed = self.norm.output(pass, x, rows, normed, t0, stats);
         let q = match &acts.q {
             Some(q) => q,
             None => {

@@ -4,7 +4,7 @@ use super::affine::Affine;
 use super::model::{Pass, Scratch};
 use super::norm::{Branch, Front, Joint, Norm, Normed};
 use super::tensors::{Gradients, Id};
-use crate::backend::{Backend, Dropout, FfnOutputs, FfnWeights, Grid, MixFfnParts, MixFfnWeights};
+use crate::backend::{Backend, Dropout, FfnOutputs, FfnWeights, Grid, MixFfnParts, MixFfnProducts, MixFfnWeights};
 
 /// The layer.
 pub struct MixFfn {
@@ -107,7 +107,7 @@ impl MixFfn {
         }
         let backend = pass.backend;
         let rows = grid.rows();
-        let Scratch { tokens: [t0, t1, ..], wide: [du, other], side, stats } = scratch;
+        let Scratch { tokens: [t0, t1, t2, ..], wide: [du, other], side, stats } = scratch;
         let branch = if drop.is_some() { &*t0 } else { &*d };
 
         let contract_trains = self.contract.trains(gradients);
@@ -121,6 +121,8 @@ impl MixFfn {
         let joint =
             below && all_or_none && self.is_plain() && backend.joins_mix_ffn_backward(grid, self.channels, self.hidden);
         let dh = other;
+        // Whether the joint operation sums the gradients of the products' weights.
+        let summed = joint && backend.sums_mix_ffn_products(self.channels);
         if joint {
             let weights = MixFfnWeights {
                 expand: pass.tensors.product(self.expand.weight),
@@ -133,10 +135,16 @@ impl MixFfn {
                 [Some(dw), Some(db), Some(shift)] => Some([dw, db, shift]),
                 _ => None,
             };
-            let g = contract_trains.then_some(&mut *du);
-            let parts = MixFfnParts { g, dh: expand_trains.then_some(&mut *dh), sums };
+            let products = (summed && (contract_trains || expand_trains)).then(|| MixFfnProducts {
+                normed: self.norm.output(pass, x, rows, normed, t2, stats),
+                expand: each.take(self.expand.weight),
+                contract: each.take(self.contract.weight),
+            });
+            let g = (contract_trains && !summed).then_some(&mut *du);
+            let dh = (expand_trains && !summed).then_some(&mut *dh);
+            let parts = MixFfnParts { g, dh, sums, products };
             backend.mix_ffn_backward(branch, &acts.h, weights, grid, self.channels, self.hidden, t1, parts);
-            if contract_trains {
+            if contract_trains && !summed {
                 self.contract.backward_weights(pass, du, branch, rows, gradients, side);
             }
         } else {
@@ -155,14 +163,8 @@ impl MixFfn {
         }
 
         // The expansion and the LayerNorm.
-        if expand_trains {
-            let normed = match &normed.out {
-                Some(normed) => normed,
-                None => {
-                    self.norm.forward(pass, x, rows, t0, stats);
-                    &*t0
-                }
-            };
+        if expand_trains && !summed {
+            let normed = self.norm.output(pass, x, rows, normed, t0, stats);
             self.expand.backward_weights(pass, normed, dh, rows, gradients, side);
         }
         if below {

@@ -122,6 +122,25 @@ impl Norm {
         pass.backend.layer_norm(x, gamma, beta, rows, self.channels, y, stats);
     }
 
+    /// norm(x) as the forward pass kept it, or made again, in `room`.
+    pub fn output<'a, B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Act,
+        rows: usize,
+        kept: &'a Normed<B>,
+        room: &'a mut B::Act,
+        stats: &mut B::Full,
+    ) -> &'a B::Act {
+        match &kept.out {
+            Some(out) => out,
+            None => {
+                self.forward(pass, x, rows, room, stats);
+                room
+            }
+        }
+    }
+
     /// The gradients of scale and shift, if wanted.
     pub fn parameters<'a, B: Backend>(
         &self,

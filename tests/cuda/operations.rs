@@ -13,8 +13,8 @@ use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
     AdamW, AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Base, BatchNormView,
     Classifier, ConvolutionNorm, Dropout, FfnOutputs, FfnWeights, FirstGradient, FirstStage, Grid, Head as _, HeadPass,
-    InFront, Loss as _, Memory, MixFfnParts, MixFfnWeights, Moving, Patches as _, Product, Sample, Scaled,
-    SmallProduct, Transpose, Window,
+    InFront, Loss as _, Memory, MixFfnParts, MixFfnProducts, MixFfnWeights, Moving, Patches as _, Product, Sample,
+    Scaled, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -587,16 +587,25 @@ fn mix_ffn_backward<B: Backend>(
         backend.mix_ffn_backward(d, h, weights, grid, channels, hidden, dx, parts);
         return;
     }
-    let MixFfnParts { g, dh, sums } = parts;
+    let MixFfnParts { g, dh, sums, products } = parts;
     let rows = grid.rows();
-    let [mut du, mut room] = [(); 2].map(|()| backend.act(rows * hidden));
-    let dh = dh.unwrap_or(&mut room);
+    let [mut du, mut room, mut room_g] = [(); 3].map(|()| backend.act(rows * hidden));
+    let (dh, g) = (dh.unwrap_or(&mut room), g.unwrap_or(&mut room_g));
     let contract = Product { rows, inputs: hidden, outputs: channels };
     backend.linear_backward_input(d, weights.contract, contract, &mut du, false);
     let [dw, db, shift] = sums.map_or([None, None, None], |sums| sums.map(Some));
-    backend.depthwise_gelu_backward(h, weights.mix, weights.mix_bias, grid, hidden, &mut du, g, db);
+    backend.depthwise_gelu_backward(h, weights.mix, weights.mix_bias, grid, hidden, &mut du, Some(&mut *g), db);
     backend.depthwise_backward(&du, h, weights.mix, grid, hidden, Some(&mut *dh), dw, shift);
-    backend.linear_backward_input(dh, weights.expand, Product { rows, inputs: channels, outputs: hidden }, dx, false);
+    let expand = Product { rows, inputs: channels, outputs: hidden };
+    backend.linear_backward_input(dh, weights.expand, expand, dx, false);
+    if let Some(MixFfnProducts { normed, expand: dw1, contract: dw2 }) = products {
+        if let Some(dw1) = dw1 {
+            backend.linear_backward_weight(dh, normed, expand, dw1);
+        }
+        if let Some(dw2) = dw2 {
+            backend.linear_backward_weight(d, g, contract, dw2);
+        }
+    }
 }
 
 case!(
@@ -609,38 +618,60 @@ case!(
         let (d, h, w, b) = (lab.act(n, 1), lab.act(wide, 2), lab.full(9 * hidden, 3), lab.full(hidden, 4));
         let (w1, w2) = (lab.act(hidden * channels, 5), lab.act(hidden * channels, 6));
         let [mut dx, mut dx_all, mut dx_products, mut dx_sums] = [7, 8, 9, 10].map(|site| lab.act(n, site));
-        let [mut g, mut dh, mut g_products, mut dh_products] = [11, 12, 13, 14].map(|site| lab.act(wide, site));
+        let [mut g_all, mut dh_all, mut g_products, mut dh_products] = [11, 12, 13, 14].map(|site| lab.act(wide, site));
         let mut sums = [(9, 15), (1, 16), (1, 17)].map(|(kinds, site)| lab.full(kinds * hidden, site));
         let mut sums_alone = [(9, 15), (1, 16), (1, 17)].map(|(kinds, site)| lab.full(kinds * hidden, site));
+        // The expansion's input, and the gradients of the products' weights: both, and one of them alone.
+        let normed = lab.act(n, 18);
+        let [mut dw1, mut dw2, mut dw1_alone] = [19, 20, 19].map(|site| lab.full(channels * hidden, site));
         let run = |dx: &mut B::Act, parts| {
             let weights = MixFfnWeights { expand: &w1, mix: &w, mix_bias: &b, contract: &w2 };
             mix_ffn_backward(lab.0, (&d, &h), weights, grid, (channels, hidden), dx, parts);
         };
-        run(&mut dx, MixFfnParts { g: None, dh: None, sums: None });
-        let parts = MixFfnParts { g: Some(&mut g), dh: Some(&mut dh), sums: Some(sums.each_mut()) };
-        run(&mut dx_all, parts);
-        run(&mut dx_products, MixFfnParts { g: Some(&mut g_products), dh: Some(&mut dh_products), sums: None });
-        run(&mut dx_sums, MixFfnParts { g: None, dh: None, sums: Some(sums_alone.each_mut()) });
+        run(&mut dx, MixFfnParts { g: None, dh: None, sums: None, products: None });
+        run(&mut dx_sums, MixFfnParts { g: None, dh: None, sums: Some(sums_alone.each_mut()), products: None });
+        let all = Some(sums.each_mut());
+        // As the CUDA backend divides the work.
+        let mut outputs = if channels == 32 {
+            let products = |expand, contract| Some(MixFfnProducts { normed: &normed, expand, contract });
+            let both = products(Some(&mut dw1), Some(&mut dw2));
+            run(&mut dx_all, MixFfnParts { g: None, dh: None, sums: all, products: both });
+            let one = products(Some(&mut dw1_alone), None);
+            run(&mut dx_products, MixFfnParts { g: None, dh: None, sums: None, products: one });
+            // From g, which is rounded, and from dh, which is twice.
+            vec![
+                Output { summed: 2.0, ..lab.read_full("dw1", &dw1, channels * hidden) },
+                Output { summed: 1.0, ..lab.read_full("dw2", &dw2, channels * hidden) },
+                Output { summed: 2.0, ..lab.read_full("dw1 alone", &dw1_alone, channels * hidden) },
+            ]
+        } else {
+            run(&mut dx_all, MixFfnParts { g: Some(&mut g_all), dh: Some(&mut dh_all), sums: all, products: None });
+            let (g, dh) = (Some(&mut g_products), Some(&mut dh_products));
+            run(&mut dx_products, MixFfnParts { g, dh, sums: None, products: None });
+            vec![
+                lab.read("g", &g_all, wide, 1.0, 0.0),
+                lab.read("g with products", &g_products, wide, 1.0, 0.0),
+                lab.read("dh", &dh_all, wide, 1.0, 1.0),
+                lab.read("dh with products", &dh_products, wide, 1.0, 1.0),
+            ]
+        };
         let [dw, db, shift] = &sums;
         let [dw_alone, db_alone, shift_alone] = &sums_alone;
         // The gradient behind the GELU is rounded; dh and dw are summed from that before it, which is rounded too, and dx from
         // dh.
-        vec![
+        outputs.extend([
             lab.read("dx", &dx, n, 1.0, 1.0),
             lab.read("dx with all", &dx_all, n, 1.0, 1.0),
             lab.read("dx with products", &dx_products, n, 1.0, 1.0),
             lab.read("dx with sums", &dx_sums, n, 1.0, 1.0),
-            lab.read("g", &g, wide, 1.0, 0.0),
-            lab.read("g with products", &g_products, wide, 1.0, 0.0),
-            lab.read("dh", &dh, wide, 1.0, 1.0),
-            lab.read("dh with products", &dh_products, wide, 1.0, 1.0),
             Output { summed: 1.0, ..lab.read_full("dw", dw, 9 * hidden) },
             Output { summed: 1.0, ..lab.read_full("dw alone", dw_alone, 9 * hidden) },
             Output { summed: 1.0, ..lab.read_full("db", db, hidden) },
             Output { summed: 1.0, ..lab.read_full("db alone", db_alone, hidden) },
             Output { summed: 4.0, ..lab.read_full("shift", shift, hidden) },
             Output { summed: 4.0, ..lab.read_full("shift alone", shift_alone, hidden) },
-        ]
+        ]);
+        outputs
     },
     [
         (1, 1, 1, 32),

@@ -247,14 +247,15 @@ impl<D: Device> Cuda<D> {
         outputs: &[ColumnSums],
     ) {
         assert!(outputs.len() <= 3, "{} outputs", outputs.len());
-        let mut arguments = vec![Argument::pointer(partial), slabs.into(), (kinds * channels).into()];
+        let n: usize = outputs.iter().map(|output| output.kinds * channels).sum();
+        let partial = Argument::Pointer { address: partial, read: slabs * n * size_of::<f32>(), written: 0 };
+        let mut arguments = vec![partial, slabs.into(), (kinds * channels).into()];
         for i in 0..3 {
             arguments.extend(match outputs.get(i) {
                 Some(output) => [(output.kinds * channels).into(), output.to, output.add.into()],
                 None => [0usize.into(), Argument::pointer(0), false.into()],
             });
         }
-        let n: usize = outputs.iter().map(|output| output.kinds * channels).sum();
         self.launch_blocks("sum_partials", [n.div_ceil(8), 1, 1], THREADS, &arguments);
     }
 }
@@ -280,7 +281,7 @@ pub(super) fn column_span(channels: usize) -> usize {
 pub(super) struct ColumnSums {
     /// How many of the kernel's quantities, one behind the other.
     pub kinds: usize,
-    /// `(kinds, channels)`
+    /// `(kinds, channels)`, or null if nobody wants them.
     pub to: Argument,
     /// Whether `to` is added to.
     pub add: bool,

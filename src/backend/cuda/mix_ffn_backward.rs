@@ -2,9 +2,10 @@
 
 use super::memory::ColumnSums;
 use super::{Argument, Cuda, Device};
-use crate::backend::{Grid, MixFfnBackward, MixFfnParts, MixFfnWeights};
+use crate::backend::{Grid, MixFfnBackward, MixFfnParts, MixFfnProducts, MixFfnWeights};
 
-/// Threads of a block; hidden channels that it works on at a time; sums per hidden channel: as in the kernels.
+/// Threads of a block; hidden channels that it works on at a time; sums per hidden channel, but for those of products: as in the
+/// kernels.
 const BLOCK: usize = 512;
 const CHUNK: usize = 128;
 const KINDS: usize = 9 + 1 + 1;
@@ -44,6 +45,11 @@ impl<D: Device> MixFfnBackward for Cuda<D> {
         [32, 64].contains(&channels) && hidden == 4 * channels && grid.rows() * hidden <= 1 << 31
     }
 
+    /// Of few channels, whose sums have room in registers.
+    fn sums_mix_ffn_products(&self, channels: usize) -> bool {
+        channels == 32
+    }
+
     fn mix_ffn_backward(
         &self,
         d: &Self::Act,
@@ -53,18 +59,25 @@ impl<D: Device> MixFfnBackward for Cuda<D> {
         channels: usize,
         hidden: usize,
         dx: &mut Self::Act,
-        MixFfnParts { g, dh, sums }: MixFfnParts<'_, Self>,
+        MixFfnParts { g, dh, sums, products }: MixFfnParts<'_, Self>,
     ) {
         let (tokens, wide) = (grid.rows() * channels, grid.rows() * hidden);
         if tokens == 0 {
             return;
         }
-        let everything = g.is_some() || dh.is_some() || sums.is_some();
+        let joint = self.sums_mix_ffn_products(channels);
+        assert!(
+            if joint { g.is_none() && dh.is_none() } else { products.is_none() },
+            "weights' gradients of {channels} channels"
+        );
+        let everything = g.is_some() || dh.is_some() || sums.is_some() || products.is_some();
         let division = Division::new(grid, if everything { 2 } else { 1 });
         let [strips, segments] = division.blocks;
         // Sums that wait from chunk to chunk, then those of the parameters' gradients.
         let kept = if hidden > CHUNK { strips * segments * division.steps * STEP * channels } else { 0 };
-        let partials = if sums.is_some() { strips * segments * KINDS * hidden } else { 0 };
+        let blocks = strips * segments;
+        let kinds = if joint { KINDS + 2 * channels } else { KINDS };
+        let partials = if joint && everything || sums.is_some() { blocks * kinds * hidden } else { 0 };
         let room = self.scratch(kept + partials);
         let partial = room + (kept * size_of::<f32>()) as u64;
         let chunks = hidden / CHUNK;
@@ -80,8 +93,17 @@ impl<D: Device> MixFfnBackward for Cuda<D> {
         arguments.push(dx.to(tokens));
         if everything {
             let null = || Argument::pointer(0);
-            arguments.extend([g, dh].map(|wanted| wanted.map_or_else(null, |wanted| wanted.to(wide))));
-            arguments.push(if sums.is_some() { Argument::pointer(partial) } else { null() });
+            if joint {
+                // Without products, what the kernel makes of n nobody reads, so that it may be any tokens.
+                arguments.push(products.as_ref().map_or(d, |products| products.normed).at(tokens));
+            } else {
+                arguments.extend([g, dh].map(|wanted| wanted.map_or_else(null, |wanted| wanted.to(wide))));
+            }
+            let written = partials * size_of::<f32>();
+            arguments.push(match written {
+                0 => null(),
+                _ => Argument::Pointer { address: partial, read: 0, written },
+            });
         }
         let kernel = match (channels, everything) {
             (32, false) => "mix_ffn_backward_32",
@@ -91,10 +113,16 @@ impl<D: Device> MixFfnBackward for Cuda<D> {
             _ => unreachable!("{channels} channels are not joined"),
         };
         self.launch_blocks(kernel, [strips, segments, 1], BLOCK, &arguments);
+        let sums_to = |kinds, to| ColumnSums { kinds, to, add: true };
         if let Some([dw, db, shift]) = sums {
-            let sums = |kinds, to| ColumnSums { kinds, to, add: true };
-            let outputs = [sums(9, dw.both(9 * hidden)), sums(1, db.both(hidden)), sums(1, shift.both(hidden))];
-            self.sum_partials((partial, strips * segments, hidden), KINDS, &outputs);
+            let outputs = [(9, dw), (1, db), (1, shift)].map(|(n, to)| sums_to(n, to.both(n * hidden)));
+            self.sum_partials((partial, blocks, hidden), kinds, &outputs);
+        }
+        if let Some(MixFfnProducts { expand, contract, .. }) = products {
+            let outputs = [contract, expand]
+                .map(|wanted| sums_to(channels, wanted.map_or(Argument::pointer(0), |to| to.both(channels * hidden))));
+            let partial = partial + (KINDS * hidden * size_of::<f32>()) as u64;
+            self.sum_partials((partial, blocks, hidden), kinds, &outputs);
         }
     }
 }
