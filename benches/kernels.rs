@@ -309,6 +309,17 @@ fn blocks(batch: usize) -> Vec<Case> {
                 },
             ));
         }
+        // Back from the embedding of the next stage to this one's tokens.
+        if let Some(&(_, outputs, ..)) = STAGES.get(i + 1) {
+            let (window, made) = (OVERLAPPING, g.through(OVERLAPPING).rows());
+            cases.push(case(
+                format!("embed_tokens_backward {} {made}x{outputs}", i + 1),
+                2 * made * window.side * window.side * c * outputs,
+                move |Lab { cuda, x: [d, ..], w: [weight, _], y: [dx, _], .. }| {
+                    cuda.convolution_backward_input(d, weight, g, window, c, outputs, dx);
+                },
+            ));
+        }
         // From queries and reduced tokens back to the stream: frozen, and with the LayerNorm's parameters.
         for (what, trains) in [("attention_input_backward", false), ("attention_input_backward with parameters", true)]
         {

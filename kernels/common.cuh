@@ -128,6 +128,15 @@ __device__ __forceinline__ float power_of_two(float x) {
 #endif
 }
 
+// Hides from the compiler what x is: what follows from it is computed again, rather than kept in registers meanwhile.
+__device__ __forceinline__ void forget(int& x) {
+#ifdef __CUDACC__
+    asm volatile("" : "+r"(x));
+#else
+    (void)x;
+#endif
+}
+
 // ---- reductions
 
 // Sum over `lanes` neighbouring lanes, a power of two; every one of them receives it.

@@ -1,5 +1,5 @@
 // Convolutions over tokens with the LayerNorm behind, without gathered patches: the sequence reductions, whose windows share no
-// token, and the overlapping patch embeddings. The convolution's weights are (outputs, side², inputs).
+// token, and the overlapping patch embeddings; and the way back through these to their input. The convolution's weights are (outputs, side², inputs).
 #include "common.cuh"
 #include "mma.cuh"
 #include "windows.cuh"
@@ -255,4 +255,181 @@ KERNEL(256, 2) embed_tokens_256(
     float* stats /* (rows, 2): mean, 1/std; or null */) {
     embed<160, 256, 4, 2, 2>(tokens, weight, bias, gamma, beta, height, width, out_height, out_width, rows, raw, y,
                             stats);
+}
+
+// ---- the way back through the patch embeddings
+//
+// Windows are two tokens apart and three wide: a token of an even line lies on the middle line of one window, one of an odd line
+// on the last line of one and on the first of the next; so it is across. Window (i, j) therefore has four tokens, of each
+// parity one, (2·i + py, 2·j + px), whose gradients are sums of 1, 2, 2 and 4 products: of the gradients of windows (i, j) up to
+// (i + py, j + px) with the weights at the tap where that window has the token. These are all nine taps, each once.
+//
+// A block has DOWN x ACROSS windows, and of their tokens BAND channels. It goes through the sums by DEPTH outputs, which pass
+// through shared memory like the chunks above, the weights in the order for 16-byte access. Sums begin with what dx has.
+constexpr int DOWN = 8, ACROSS = TILE, PITCH = ACROSS + 1, BAND = 32, DEPTH = 16, SLOTS = 3, TAPS = SIDE * SIDE;
+// Lines of windows of a warp, and how many warps share these: one the parities that are equal, the other those that are not.
+constexpr int OWN_LINES = 2, PARITIES = 2;
+// The windows whose gradients a block reads: one line and one column more.
+constexpr int READ = (DOWN + 1) * PITCH;
+static_assert(THREADS / 32 * OWN_LINES == DOWN * PARITIES, "a warp for each");
+
+// Eight outputs of a window's gradient. Windows side by side are in different banks.
+__device__ __forceinline__ uint4* gradient_at(Turned<DEPTH>* gradients, int line, int column, int piece) {
+    return &gradients[line * PITCH + column].at[piece ^ column / 4 % 2];
+}
+
+// A warp's products of a chunk; its parities are (0, UNEQUAL) and (1, !UNEQUAL).
+template <bool UNEQUAL>
+__device__ __forceinline__ void spread(Turned<DEPTH>* gradients, Turned<BAND> (*weights)[DEPTH], int line,
+                                       float (&d)[PARITIES][OWN_LINES][BAND / 8][4]) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int beyond = 0; beyond < 4; beyond++) {
+        int below = beyond / 2, right = beyond % 2;
+        if (UNEQUAL && below + right == 2) continue;
+        unsigned a[OWN_LINES][4];
+        for (int m = 0; m < OWN_LINES; m++) {
+            uint4* row = gradient_at(gradients, line + m + below, lane % 16 + right, lane / 16);
+            load_matrices<false>(reinterpret_cast<bf16*>(row), a[m]);
+        }
+#pragma unroll
+        for (int py = 0; py < PARITIES; py++) {
+            int px = UNEQUAL ? 1 - py : py;
+            if (below > py || right > px) continue;
+            int ky = py == 0 ? 1 : below == 0 ? 2 : 0, kx = px == 0 ? 1 : right == 0 ? 2 : 0;
+            for (int n = 0; n < BAND / 8; n += 2) {
+                unsigned b[4];
+                along(weights[ky * SIDE + kx], 0, n * 8, b);
+                for (int m = 0; m < OWN_LINES; m++) {
+                    mma(d[py][m][n], a[m], b[0], b[1]);
+                    mma(d[py][m][n + 1], a[m], b[2], b[3]);
+                }
+            }
+        }
+    }
+}
+
+// The tokens of a lane, by the parity of their line, the line of their window and which of two windows in it.
+struct OwnTokens {
+    static constexpr int COUNT = PARITIES * OWN_LINES * 2;
+    // What kind its warp is, its first line of windows in the block, its channels in the band, and its first token.
+    bool unequal;
+    int line, part, first;
+    // A bit for each token that the picture has.
+    unsigned exist;
+
+    __device__ __forceinline__ OwnTokens(int thread, int top, int left, int height, int width) {
+        int lane = thread % 32, warp = thread / 32;
+        // Warps of both kinds on each quarter of a multiprocessor.
+        unequal = warp >= THREADS / 64;
+        line = warp % (THREADS / 64) * OWN_LINES;
+        part = lane % 4 * 8;
+        int y = 2 * (top + line), x = 2 * (left + lane / 4);
+        first = (int(blockIdx.z) * height + y) * width + x;
+        exist = 0;
+        for (int i = 0; i < COUNT; i++) exist |= unsigned(y + down(i) < height && x + across(i) < width) << i;
+    }
+
+    __device__ __forceinline__ int down(int i) const { return 2 * (i / 2 % 2) + i / 4; }
+    __device__ __forceinline__ int across(int i) const { return 16 * (i % 2) + (unequal ? 1 - i / 4 : i / 4); }
+    __device__ __forceinline__ bool exists(int i) const { return exist >> i & 1; }
+    __device__ __forceinline__ int number(int i, int width) const { return first + down(i) * width + across(i); }
+
+    // Its sum of one of the eight channels.
+    __device__ __forceinline__ float& sum(float (&d)[PARITIES][OWN_LINES][BAND / 8][4], int i, int c) const {
+        return d[i / 4][i / 2 % 2][c / 2][i % 2 * 2 + c % 2];
+    }
+};
+
+template <int IN, int OUT>
+__device__ __forceinline__ void embed_back(const bf16* __restrict__ draw, const bf16* __restrict__ weight, int height,
+                                           int width, int out_height, int out_width, bf16* __restrict__ dx) {
+    constexpr int BANDS = IN / BAND, CHUNKS = OUT / DEPTH, PIECES = DEPTH / 8, PAIRS = BAND / 2;
+    constexpr int COPIES = (READ * PIECES + THREADS - 1) / THREADS;
+    static_assert(IN % BAND == 0 && OUT % DEPTH == 0 && THREADS == DEPTH * PAIRS, "whole copies");
+    SHARED(Turned<DEPTH>, gradients, [SLOTS][READ]);
+    SHARED(Turned<BAND>, weights, [SLOTS][TAPS][DEPTH]);
+    int top = blockIdx.y * DOWN, left = int(blockIdx.x) / BANDS * ACROSS, band = int(blockIdx.x) % BANDS * BAND;
+    draw += size_t(blockIdx.z) * out_height * out_width * OUT + threadIdx.x % PIECES * 8;
+
+    // What a thread copies of a chunk: pieces of windows' gradients, and of an output's weights a pair at each tap.
+    int windows[COPIES];
+    for (int i = 0; i < COPIES; i++) {
+        int number = threadIdx.x + i * THREADS, window = number / PIECES;
+        int y = top + window / PITCH, x = left + window % PITCH;
+        windows[i] = y < out_height && x < out_width ? y * out_width + x : -1;
+    }
+    int output = threadIdx.x / PAIRS, pair = threadIdx.x % PAIRS;
+    weight += output * (TAPS * IN) + band + 2 * pair;
+    auto bring = [&](int chunk) {
+        if (chunk < CHUNKS) {
+            int slot = chunk % SLOTS;
+            for (int i = 0; i < COPIES; i++) {
+                int number = threadIdx.x + i * THREADS, window = number / PIECES;
+                if (window >= READ) break;
+                uint4* to = gradient_at(gradients[slot], window / PITCH, window % PITCH, number % PIECES);
+                const bf16* from = draw + size_t(max(windows[i], 0)) * OUT;
+                copy_async<16>(to, from, windows[i] >= 0 ? 16 : 0);
+            }
+#pragma unroll
+            for (int tap = 0; tap < TAPS; tap++) {
+                unsigned* to = reinterpret_cast<unsigned*>(turned(weights[slot][tap], output, pair % 4)) + pair / 4;
+                copy_async<4>(to, weight + tap * IN, 4);
+            }
+            draw += DEPTH;
+            weight += DEPTH * TAPS * IN;
+        }
+        copies_end_group();
+    };
+    for (int chunk = 0; chunk < SLOTS - 1; chunk++) bring(chunk);
+
+    OwnTokens own(threadIdx.x, top, left, height, width);
+    float d[PARITIES][OWN_LINES][BAND / 8][4];
+#pragma unroll
+    for (int i = 0; i < OwnTokens::COUNT; i++) {
+        uint4 words = {0, 0, 0, 0};
+        if (own.exists(i)) words = sixteen(dx + size_t(own.number(i, width)) * IN + band + own.part);
+        Pack<8> old = widen<8>(words);
+        for (int c = 0; c < 8; c++) own.sum(d, i, c) = old.x[c];
+    }
+#pragma unroll 1
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        copies_done_but<SLOTS - 2>();
+        // The chunk is there for all, and all have read the one before, whose place the next takes.
+        __syncthreads();
+        bring(chunk + SLOTS - 1);
+        int slot = chunk % SLOTS;
+        if (own.unequal) spread<true>(gradients[slot], weights[slot], own.line, d);
+        else spread<false>(gradients[slot], weights[slot], own.line, d);
+    }
+    // Found again, so that where they are took no registers meanwhile.
+    int thread = threadIdx.x;
+    forget(thread);
+    OwnTokens again(thread, top, left, height, width);
+#pragma unroll
+    for (int i = 0; i < OwnTokens::COUNT; i++) {
+        Pack<8> sum;
+        for (int c = 0; c < 8; c++) sum.x[c] = again.sum(d, i, c);
+        if (again.exists(i)) store(dx + size_t(again.number(i, width)) * IN + band + again.part, sum);
+    }
+}
+
+// dx += the gradient of an embedding's input, from that of what its convolution made. Grid: (ceil(out_width / ACROSS) · channels
+// of dx / BAND, ceil(out_height / DOWN), images), blocks of THREADS.
+KERNEL(THREADS, 2) embed_tokens_backward_64(
+    const bf16* draw /* (images, out_height, out_width, 64) */, const bf16* weight /* (64, 3·3, 32) */, int height,
+    int width, int out_height, int out_width, bf16* dx /* (images, height, width, 32) */) {
+    embed_back<32, 64>(draw, weight, height, width, out_height, out_width, dx);
+}
+
+KERNEL(THREADS, 2) embed_tokens_backward_160(
+    const bf16* draw /* (images, out_height, out_width, 160) */, const bf16* weight /* (160, 3·3, 64) */, int height,
+    int width, int out_height, int out_width, bf16* dx /* (images, height, width, 64) */) {
+    embed_back<64, 160>(draw, weight, height, width, out_height, out_width, dx);
+}
+
+KERNEL(THREADS, 2) embed_tokens_backward_256(
+    const bf16* draw /* (images, out_height, out_width, 256) */, const bf16* weight /* (256, 3·3, 160) */, int height,
+    int width, int out_height, int out_width, bf16* dx /* (images, height, width, 160) */) {
+    embed_back<160, 256>(draw, weight, height, width, out_height, out_width, dx);
 }

@@ -8,7 +8,7 @@ const BATCH: usize = 64;
 
 #[test]
 fn steps_move_no_more_than_stated() {
-    for (kind, megabytes) in [(StepKind::Fft, 447.8), (StepKind::Lora, 317.7), (StepKind::Eval, 73.4)] {
+    for (kind, megabytes) in [(StepKind::Fft, 439.2), (StepKind::Lora, 309.1), (StepKind::Eval, 73.4)] {
         let demand = demand(kind, 512, BATCH, None).expect("fresh weights fit");
         let bytes: usize = demand.work.values().map(|work| work.bytes()).sum();
         let each = bytes as f64 / BATCH as f64 / 1e6;
@@ -78,5 +78,5 @@ fn launches_are_few() {
         |kind| demand(kind, 512, BATCH, None).expect("fits").work.values().map(|work| work.calls).sum::<usize>();
     let (full, adapters, evaluation) = (launches(StepKind::Fft), launches(StepKind::Lora), launches(StepKind::Eval));
     println!("{full}, {adapters} and {evaluation} launches");
-    assert!(full <= 382 && adapters <= 232 && evaluation <= 86, "{full}, {adapters}, {evaluation}");
+    assert!(full <= 379 && adapters <= 229 && evaluation <= 86, "{full}, {adapters}, {evaluation}");
 }

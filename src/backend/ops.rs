@@ -575,6 +575,24 @@ pub trait Convolution: LayerNorm + Patches {
     ) {
         unreachable!("this backend gathers patches")
     }
+    /// Whether [`Convolution::convolution_backward_input`] does such a convolution.
+    fn fuses_convolution_backward(&self, _grid: Grid, _window: Window, _inputs: usize, _outputs: usize) -> bool {
+        false
+    }
+    /// Adds to dx `(grid, inputs)` the gradient of a convolution's input; dy `(windows, outputs)` is that of what it made, `weight`
+    /// `(outputs, side²·inputs)`. The same as [`Linear::linear_backward_input`] and [`Patches::patches_backward`].
+    fn convolution_backward_input(
+        &self,
+        _dy: &Self::Act,
+        _weight: &Self::Act,
+        _grid: Grid,
+        _window: Window,
+        _inputs: usize,
+        _outputs: usize,
+        _dx: &mut Self::Act,
+    ) {
+        unreachable!("this backend gathers patches")
+    }
 }
 
 /// What [`AttentionInput::attention_input_backward`] goes back through.

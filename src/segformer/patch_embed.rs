@@ -131,8 +131,15 @@ impl PatchEmbed {
         }
         if let Some(dx) = dx {
             let (draw, patches) = (&scratch.tokens[0], &mut scratch.wide[0]);
-            self.projection.backward_input(pass, draw, rows, patches, false, &mut scratch.side);
-            pass.backend.patches_backward(patches, from, self.channels_in, self.window, dx, true);
+            let (window, inputs, outputs) = (self.window, self.channels_in, self.projection.outputs);
+            if self.projection.side.is_none() && pass.backend.fuses_convolution_backward(from, window, inputs, outputs)
+            {
+                let weight = pass.tensors.product(self.projection.weight);
+                pass.backend.convolution_backward_input(draw, weight, from, window, inputs, outputs, dx);
+            } else {
+                self.projection.backward_input(pass, draw, rows, patches, false, &mut scratch.side);
+                pass.backend.patches_backward(patches, from, inputs, window, dx, true);
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Convolutions over tokens with their LayerNorm in one kernel.
+//! Convolutions over tokens without gathered patches: with their LayerNorm, and the way back to their input.
 
 use super::memory::THREADS;
 use super::{Argument, Cuda, Device};
@@ -6,6 +6,10 @@ use crate::backend::{Convolution, ConvolutionNorm, Grid, Window};
 
 /// Windows of a block of `reduce_tokens`.
 const REDUCED: usize = 32;
+/// Lines of windows of a block of the way back through an embedding, windows in each, and channels of dx.
+const DOWN: usize = 8;
+const ACROSS: usize = 16;
+const BAND: usize = 32;
 /// SegFormer's windows from the second embedding on.
 const OVERLAPPING: Window = Window { side: 3, stride: 2, padding: 1 };
 
@@ -21,6 +25,16 @@ fn embedding(window: Window, inputs: usize, outputs: usize) -> Option<(&'static 
         (OVERLAPPING, 32, 64) => Some(("embed_tokens_64", 128, 256)),
         (OVERLAPPING, 64, 160) => Some(("embed_tokens_160", 64, 128)),
         (OVERLAPPING, 160, 256) => Some(("embed_tokens_256", 64, 256)),
+        _ => None,
+    }
+}
+
+/// Name of the kernel of the way back through an embedding.
+fn back(window: Window, inputs: usize, outputs: usize) -> Option<&'static str> {
+    match (window, inputs, outputs) {
+        (OVERLAPPING, 32, 64) => Some("embed_tokens_backward_64"),
+        (OVERLAPPING, 64, 160) => Some("embed_tokens_backward_160"),
+        (OVERLAPPING, 160, 256) => Some("embed_tokens_backward_256"),
         _ => None,
     }
 }
@@ -72,5 +86,35 @@ impl<D: Device> Convolution for Cuda<D> {
         };
         arguments.extend([raw, y.to(n), stats]);
         self.launch_blocks(kernel, [rows.div_ceil(windows), 1, 1], threads, &arguments);
+    }
+    /// The embeddings of tokens of SegFormer-B0.
+    fn fuses_convolution_backward(&self, grid: Grid, window: Window, inputs: usize, outputs: usize) -> bool {
+        // The kernels count tokens in 32 bits.
+        back(window, inputs, outputs).is_some() && grid.rows() <= i32::MAX as usize
+    }
+
+    fn convolution_backward_input(
+        &self,
+        dy: &Self::Act,
+        weight: &Self::Act,
+        grid: Grid,
+        window: Window,
+        inputs: usize,
+        outputs: usize,
+        dx: &mut Self::Act,
+    ) {
+        let Some(kernel) = back(window, inputs, outputs) else {
+            panic!("{window:?} from {inputs} to {outputs} has no kernel for the way back")
+        };
+        let to = grid.through(window);
+        if to.rows() == 0 {
+            return;
+        }
+        let mut arguments = vec![dy.at(to.rows() * outputs), weight.at(window.side * window.side * inputs * outputs)];
+        arguments.extend([grid.height, grid.width, to.height, to.width].map(Argument::from));
+        arguments.push(dx.both(grid.rows() * inputs));
+        // A tile's blocks, one per band, go side by side: they read the same of dy.
+        let blocks = [to.width.div_ceil(ACROSS) * (inputs / BAND), to.height.div_ceil(DOWN), grid.images];
+        self.launch_blocks(kernel, blocks, THREADS, &arguments);
     }
 }
