@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, SamplingMode, Throughput};
 use segpeft_native::backend::cuda::{Cuda, Driver, Spent};
 use segpeft_native::backend::{
-    Attention, AttentionBranch, AttentionInput, AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights,
-    BatchNormView, Classifier, Convolution, ConvolutionNorm, Depthwise, Dropout, EmbedPixels, FfnOutputs, FfnWeights,
-    FirstGradient, FirstStage, Grid, Head, HeadPass, InFront, LayerNorm, Linear, Loss, Memory, MixFfn, MixFfnBackward,
-    MixFfnParts, MixFfnProducts, MixFfnWeights, Patches, Product, Residual, Resize, Sample, Window,
+    Attention, AttentionBranch, AttentionInput, AttentionInputs, AttentionOutput, AttentionOutputs, AttentionShape,
+    AttentionWeights, BatchNormView, Classifier, Convolution, ConvolutionNorm, Deltas, Depthwise, Dropout, EmbedPixels,
+    FfnOutputs, FfnWeights, FirstGradient, FirstStage, Grid, Head, HeadPass, InFront, LayerNorm, Linear, Loss, Memory,
+    MixFfn, MixFfnBackward, MixFfnParts, MixFfnProducts, MixFfnWeights, Patches, Product, Residual, Resize, Sample, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -269,9 +269,27 @@ fn blocks(batch: usize) -> Vec<Case> {
             name("attention_backward", c),
             5 * product,
             move |Lab { cuda, x: [q, o, d], w: [k, v], p: lse, y: [dq, _], dw: [dk, dv], .. }| {
-                cuda.attention_backward(q, k, v, o, lse, d, shape, dq, dk, dv);
+                cuda.attention_backward(q, k, v, Deltas::Of(o), lse, d, shape, dq, dk, dv);
             },
         ));
+
+        // Where the sums were made with the output product's way back, and that, with its weight's gradient.
+        if matches!(c, 32 | 64) {
+            cases.push(case(
+                name("attention_backward, sums made", c),
+                5 * product,
+                move |Lab { cuda, x: [q, _, d], w: [k, v], p, y: [dq, _], dw: [dk, dv], .. }| {
+                    cuda.attention_backward(q, k, v, Deltas::Made(p), p, d, shape, dq, dk, dv);
+                },
+            ));
+            cases.push(case(
+                name("attention_output_backward", c),
+                4 * rows * c * c,
+                move |Lab { cuda, x: [d, o, _], w: [weight, _], y: [d_o, _], s: [deltas, dw], .. }| {
+                    cuda.attention_output_backward(d, o, weight, shape, d_o, deltas, dw);
+                },
+            ));
+        }
 
         // With its products and the residual: for a pass back, and for none.
         for (what, keeps) in [("attention_branch", true), ("attention_branch, none kept", false)] {

@@ -10,8 +10,8 @@ use std::time::Duration;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use segpeft_native::backend::cpu::{Buffer, Cpu};
 use segpeft_native::backend::{
-    AdamW, Attention, AttentionShape, BatchNormView, Depthwise, Dropout, Grid, Head, LayerNorm, Linear, Loss, Moving,
-    Optimizer, Patches, Product, Residual, Resize, Sample, Window,
+    AdamW, Attention, AttentionShape, BatchNormView, Deltas, Depthwise, Dropout, Grid, Head, LayerNorm, Linear, Loss,
+    Moving, Optimizer, Patches, Product, Residual, Resize, Sample, Window,
 };
 use segpeft_native::dataset::demo::{Domain, draw};
 use segpeft_native::dataset::{Augment, resize_bilinear};
@@ -106,7 +106,7 @@ fn attention(c: &mut Criterion) {
             t.iter(|| cpu.attention(&q, &k, &v, shape, &mut o, &mut lse));
         });
         group.bench_function(format!("backward {side}x{side}x{channels}"), |t| {
-            t.iter(|| cpu.attention_backward(&q, &k, &v, &o, &lse, &d, shape, &mut dq, &mut dk, &mut dv));
+            t.iter(|| cpu.attention_backward(&q, &k, &v, Deltas::Of(&o), &lse, &d, shape, &mut dq, &mut dk, &mut dv));
         });
     }
 }

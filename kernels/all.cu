@@ -5,6 +5,7 @@
 #include "gelu.cuh"
 #include "interpolate.cuh"
 #include "mma.cuh"
+#include "square_gradient.cuh"
 #include "tables.cuh"
 #include "windows.cuh"
 
@@ -16,6 +17,9 @@ namespace attention_branch {
 }
 namespace attention_input {
 #include "attention_input.cu"
+}
+namespace attention_output {
+#include "attention_output.cu"
 }
 namespace convolution {
 #include "convolution.cu"

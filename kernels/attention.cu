@@ -63,12 +63,6 @@ KERNEL(QUERY_BOUNDS) attention_64(const bf16* q, const bf16* k, const bf16* v, i
     forward<64>(q, k, v, heads, head, queries, keys, span, scale, o, lse);
 }
 
-// Product of two pairs.
-__device__ __forceinline__ float dot(unsigned a, unsigned b) {
-    return __uint_as_float(a << 16) * __uint_as_float(b << 16) +
-           __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
-}
-
 // The gradient of a score is ds = p·(dp - delta), where p = exp(s·scale - lse) and delta = Σ o·do.
 template <int D>
 __device__ __forceinline__ void query_gradient(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
@@ -341,14 +335,6 @@ __device__ __forceinline__ void meet() {
 #endif
 }
 
-// The same number, which is then held in a register rather than made anew wherever it is wanted.
-__device__ __forceinline__ unsigned held(unsigned x) {
-#ifdef __CUDACC__
-    asm volatile("" : "+r"(x));
-#endif
-    return x;
-}
-
 // What the warps of a block share of a step.
 struct Step {
     // Keys' rows of queries' columns. First of all, keys in one step's, values in the other's.
@@ -446,9 +432,9 @@ __device__ __forceinline__ void own_keys(Step (&shared)[2], int steps, int keys,
 
 // The gradients of the block's queries begin.. end: each of four warps takes 16 queries of a step and 16 channels.
 // Tensors begin at the head's first channel and the image's first row.
-__device__ __forceinline__ void own_queries(Step (&shared)[2], const bf16* q, const bf16* o, const bf16* d_o,
-                                            const float* lse, int begin, int end, int steps, int keys, int channels,
-                                            bf16* dq) {
+__device__ __forceinline__ void own_queries(Step (&shared)[2], const bf16* q, const bf16* o, const float* deltas,
+                                            const bf16* d_o, const float* lse, int begin, int end, int steps, int keys,
+                                            int channels, bf16* dq) {
     int thread = threadIdx.x - KEY_WARPS * 32, lane = thread % 32, warp = thread / 32;
     unsigned kb[MOST_KEYS / 16][4];
 #pragma unroll
@@ -459,26 +445,29 @@ __device__ __forceinline__ void own_queries(Step (&shared)[2], const bf16* q, co
     // What this thread brings of a step's tokens: eight channels of a row.
     int line = thread / 4, part = thread % 4;
     uint4 out;
-    float less;
+    float less, delta;
     auto begin_step = [&](int first, int buffer) {
         int row = first + line, bytes = row < end ? 16 : 0;
         size_t at = size_t(row) * channels + part * 8;
         copy_async<16>(&shared[buffer].q[line].at[part * 8], q + at, bytes);
         copy_async<16>(&shared[buffer].d_o[line].at[part * 8], d_o + at, bytes);
-        out = row < end ? *reinterpret_cast<const uint4*>(o + at) : uint4{0, 0, 0, 0};
+        if (o) out = row < end ? *reinterpret_cast<const uint4*>(o + at) : uint4{0, 0, 0, 0};
+        else delta = row < end ? deltas[row] : 0.0f;
         if (row + STRIDE < end) {
             // A step is hardly longer than memory takes: the next one's come as far as the cache.
             at += size_t(STRIDE) * channels;
             prefetch(q + at);
             prefetch(d_o + at);
-            prefetch(o + at);
+            if (o) prefetch(o + at);
         }
         less = row < end ? -LOG2_E * lse[row] : 0.0f;
     };
     auto end_step = [&](int buffer) {
         copies_done();
-        uint4 d = *reinterpret_cast<const uint4*>(&shared[buffer].d_o[line].at[part * 8]);
-        float delta = group_sum(dot(out.x, d.x) + dot(out.y, d.y) + dot(out.z, d.z) + dot(out.w, d.w), 4);
+        if (o) {
+            uint4 d = *reinterpret_cast<const uint4*>(&shared[buffer].d_o[line].at[part * 8]);
+            delta = group_sum(dot(out.x, d.x) + dot(out.y, d.y) + dot(out.z, d.z) + dot(out.w, d.w), 4);
+        }
         if (part == 0) {
             shared[buffer].less[line] = less;
             shared[buffer].minus[line / 2 * 4 + line % 2] = -delta;
@@ -530,9 +519,10 @@ __device__ __forceinline__ void own_queries(Step (&shared)[2], const bf16* q, co
 // of STRIDE. Of several slices, `partial` receives dK and dV; a single one leaves them in dk and dv.
 KERNEL(ALL_BOUNDS) attention_backward_32(const bf16* q /* (images, queries, heads·32) */,
                                          const bf16* k /* (images, keys, heads·32) */, const bf16* v /* as k */,
-                                         const bf16* o /* as q */, const bf16* d_o /* as q */,
-                                         const float* lse /* (images, heads, queries) */, int images, int heads,
-                                         int queries, int keys, int slice, bf16* dq /* as q */,
+                                         const bf16* o /* as q; or null */,
+                                         const float* deltas /* (images, heads, queries): Σ o·do, if o is null */,
+                                         const bf16* d_o /* as q */, const float* lse /* (images, heads, queries) */,
+                                         int images, int heads, int queries, int keys, int slice, bf16* dq /* as q */,
                                          float* partial /* (slices, 2, images, keys, heads·32): dK, dV; or null */,
                                          bf16* dk /* as k */, bf16* dv /* as k */) {
     SHARED(Step, shared, [2]);
@@ -549,8 +539,9 @@ KERNEL(ALL_BOUNDS) attention_backward_32(const bf16* q /* (images, queries, head
     copies_done();
     __syncthreads();
     if (threadIdx.x >= KEY_WARPS * 32) {
-        own_queries(shared, q + query_start, o + query_start, d_o + query_start, lse + size_t(blockIdx.y) * queries,
-                    begin, end, steps, keys, channels, dq + query_start);
+        size_t row = size_t(blockIdx.y) * queries;
+        own_queries(shared, q + query_start, o ? o + query_start : nullptr, deltas + row, d_o + query_start, lse + row, begin,
+                    end, steps, keys, channels, dq + query_start);
         return;
     }
     // Transposed scores: rows are keys, columns queries.

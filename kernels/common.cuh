@@ -106,6 +106,14 @@ template <int V> __device__ __forceinline__ void store(bf16* to, const Pack<V>& 
     }
 }
 
+// The same number, which is then held in a register rather than made anew wherever it is wanted.
+__device__ __forceinline__ unsigned held(unsigned x) {
+#ifdef __CUDACC__
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
 // Number of this thread in a one-dimensional grid.
 __device__ __forceinline__ size_t thread_number() { return size_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 
@@ -115,6 +123,12 @@ __device__ __forceinline__ size_t thread_number() { return size_t(blockIdx.x) * 
 __device__ __forceinline__ void add(float2& sum, float2 a, float2 b) {
     sum.x += a.x * b.x;
     sum.y += a.y * b.y;
+}
+
+// Product of two pairs.
+__device__ __forceinline__ float dot(unsigned a, unsigned b) {
+    return __uint_as_float(a << 16) * __uint_as_float(b << 16) +
+           __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
 }
 
 // 2^x to a unit or two in the last place, in one instruction; what would be subnormal is 0.

@@ -3,8 +3,8 @@
 
 use segpeft_native::backend::cpu::{Buffer, Cpu};
 use segpeft_native::backend::{
-    Attention, AttentionShape, Base, BatchNormView, Classifier, Depthwise, Dropout, Grid, Head, LayerNorm, Linear,
-    Loss, Matrix, Patches, Product, Residual, Resize, Sample, SmallProduct, Transpose, Window,
+    Attention, AttentionShape, Base, BatchNormView, Classifier, Deltas, Depthwise, Dropout, Grid, Head, LayerNorm,
+    Linear, Loss, Matrix, Patches, Product, Residual, Resize, Sample, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -145,7 +145,7 @@ fn attention() {
         let (o, lse) = run(&inputs);
         let (mut dq, mut dk, mut dv) = (filled(9.0, nq), filled(9.0, nk), filled(9.0, nk));
         let [q, k, v] = &inputs;
-        cpu.attention_backward(q, k, v, &o, &lse, &weights, shape, &mut dq, &mut dk, &mut dv);
+        cpu.attention_backward(q, k, v, Deltas::Of(&o), &lse, &weights, shape, &mut dq, &mut dk, &mut dv);
         check("attention", &|x| dot(&run(x).0, &weights), &inputs, &[dq, dk, dv]);
     }
 }

@@ -14,6 +14,7 @@ pub trait Backend:
     + Attention
     + AttentionBranch
     + AttentionInput
+    + AttentionOutput
     + Convolution
     + Depthwise
     + MixFfn
@@ -36,6 +37,7 @@ impl<B> Backend for B where
         + Attention
         + AttentionBranch
         + AttentionInput
+        + AttentionOutput
         + Convolution
         + Depthwise
         + MixFfn
@@ -303,6 +305,23 @@ pub trait EmbedPixels: Memory {
     }
 }
 
+/// What the way back through a softmax takes off every score's gradient before it is multiplied with the probability: the sums
+/// of an output's products with its gradient, over the channels of each head.
+pub enum Deltas<'a, B: Memory> {
+    /// To be made of the output, laid out as queries are.
+    Of(&'a B::Act),
+    /// Made before, `(images, heads, queries)`.
+    Made(&'a B::Full),
+}
+
+impl<B: Memory> Clone for Deltas<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Memory> Copy for Deltas<'_, B> {}
+
 /// Scaled dot-product attention (Vaswani et al., 2017).
 pub trait Attention: Memory {
     /// `o = softmax(q·kᵀ/sqrt(head))·v` per head; `lse` receives the logarithm of each softmax denominator,
@@ -316,13 +335,14 @@ pub trait Attention: Memory {
         o: &mut Self::Act,
         lse: &mut Self::Full,
     );
-    /// Gradients of q, k and v; probabilities are recomputed from `lse`.
+    /// Gradients of q, k and v; probabilities are recomputed from `lse`. Made before are only sums of
+    /// [`AttentionOutput::attention_output_backward`].
     fn attention_backward(
         &self,
         q: &Self::Act,
         k: &Self::Act,
         v: &Self::Act,
-        o: &Self::Act,
+        deltas: Deltas<'_, Self>,
         lse: &Self::Full,
         d_o: &Self::Act,
         shape: AttentionShape,
@@ -592,6 +612,29 @@ pub trait Convolution: LayerNorm + Patches {
         _dx: &mut Self::Act,
     ) {
         unreachable!("this backend gathers patches")
+    }
+}
+
+/// The way back through the output product as one operation, on a device where moving tokens is what takes the time.
+pub trait AttentionOutput: Attention + Linear {
+    /// Whether [`AttentionOutput::attention_output_backward`] does this shape.
+    fn joins_attention_output(&self, _shape: AttentionShape) -> bool {
+        false
+    }
+    /// From `d`, the gradient of the product of `o` with `weight`, `(channels, channels)`, that of o, `d_o`; the
+    /// [sums](Deltas::Made) of both's products; and the weight's gradient, which is added to `dw`. The same as
+    /// [`Linear::linear_backward_weight`] and [`Linear::linear_backward_input`] but for the sums.
+    fn attention_output_backward(
+        &self,
+        _d: &Self::Act,
+        _o: &Self::Act,
+        _weight: &Self::Act,
+        _shape: AttentionShape,
+        _d_o: &mut Self::Act,
+        _deltas: &mut Self::Full,
+        _dw: &mut Self::Full,
+    ) {
+        unreachable!("a backend that joins operations has the joint one");
     }
 }
 

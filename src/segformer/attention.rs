@@ -6,7 +6,7 @@ use super::model::{Pass, Scratch};
 use super::norm::{Branch, Front, Norm, Normed};
 use super::tensors::Gradients;
 use crate::backend::{
-    AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Dropout, Grid, Window,
+    AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Deltas, Dropout, Grid, Window,
 };
 
 /// The layer.
@@ -86,6 +86,11 @@ impl AttentionLayer {
         let is_plain = |convolution: &Affine| convolution.side.is_none() && self.query.side.is_none();
         let reduces = self.reduction.as_ref().is_some_and(|(convolution, _)| is_plain(convolution));
         reduces && backend.joins_attention_input(grid, self.channels, self.window)
+    }
+
+    /// Whether the backend goes back through the output product in one operation, where its weight is trained.
+    pub fn joins_output<B: Backend>(&self, backend: &B, grid: Grid) -> bool {
+        self.output.side.is_none() && backend.joins_attention_output(self.shape(grid))
     }
 
     /// `y = x + drop·attention(norm(x))`, and the LayerNorm behind, unless what follows makes that; `normed` is norm(x).
@@ -178,14 +183,23 @@ impl AttentionLayer {
         }
         let backend = pass.backend;
         let (rows, key_rows) = (grid.rows(), self.keys(grid).rows());
-        let Scratch { tokens: [t0, t1, t2, t3, t4, t5], wide: [patches, room], side, stats, .. } = scratch;
+        let Scratch { tokens: [t0, t1, t2, t3, t4, t5], wide: [patches, room], deltas, side, stats } = scratch;
 
         // Output product. Afterwards t1 is the gradient of the attention output.
+        let shape = self.shape(grid);
         let branch = if drop.is_some() { &*t0 } else { &*d };
-        if self.output.trains(gradients) {
-            self.output.backward_weights(pass, &acts.o, branch, rows, gradients, side);
-        }
-        self.output.backward_input(pass, branch, rows, t1, false, side);
+        let joint = if self.joins_output(backend, grid) { gradients.get_mut(self.output.weight) } else { None };
+        let deltas = if let Some(dw) = joint {
+            let weight = pass.tensors.product(self.output.weight);
+            backend.attention_output_backward(branch, &acts.o, weight, shape, t1, deltas, dw);
+            Deltas::Made(deltas)
+        } else {
+            if self.output.trains(gradients) {
+                self.output.backward_weights(pass, &acts.o, branch, rows, gradients, side);
+            }
+            self.output.backward_input(pass, branch, rows, t1, false, side);
+            Deltas::Of(&acts.o)
+        };
 
         // What the products read: the normalised x, and, below, t1, the normalised reduced tokens.
         let x_stats = &normed.stats;
@@ -199,8 +213,7 @@ impl AttentionLayer {
         };
 
         // Attention. t2, t3, t4: gradients of q, k, v.
-        let shape = self.shape(grid);
-        backend.attention_backward(q, &acts.k, &acts.v, &acts.o, &acts.lse, t1, shape, t2, t3, t4);
+        backend.attention_backward(q, &acts.k, &acts.v, deltas, &acts.lse, t1, shape, t2, t3, t4);
 
         let below = self.input_gradient || gradients.get(self.norm.gamma).is_some();
         let source = match (&self.reduction, &acts.reduced) {

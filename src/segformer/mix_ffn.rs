@@ -107,7 +107,7 @@ impl MixFfn {
         }
         let backend = pass.backend;
         let rows = grid.rows();
-        let Scratch { tokens: [t0, t1, t2, ..], wide: [du, other], side, stats } = scratch;
+        let Scratch { tokens: [t0, t1, t2, ..], wide: [du, other], side, stats, .. } = scratch;
         let branch = if drop.is_some() { &*t0 } else { &*d };
 
         let contract_trains = self.contract.trains(gradients);

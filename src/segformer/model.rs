@@ -1,6 +1,7 @@
 //! A SegFormer on a device: its numbers, its memory, and the phases of a training step.
 
 use super::SegformerConfig;
+use super::attention::AttentionLayer;
 use super::decoder::DecoderActs;
 use super::encoder::{self, StageActs};
 use super::log::Log;
@@ -89,6 +90,9 @@ pub struct Scratch<B: Backend> {
     /// A matrix as wide as the decoder, the Mix-FFN or gathered patches, whichever is largest of those that the backend puts into
     /// memory; and one as wide as the tokens, the Mix-FFN or the decoder behind the first stage.
     pub wide: [B::Act; 2],
+    /// Sums of attention's outputs with their gradients, of all heads, where the backend makes them with the output product's
+    /// way back.
+    pub deltas: B::Full,
     /// LayerNorm statistics nobody keeps.
     pub stats: B::Full,
     /// Room of separate LoRA paths.
@@ -240,6 +244,12 @@ impl<B: Backend> Model<B> {
             grids[s].rows() * blocks.map(|b| b.ffn.hidden).max().unwrap_or(0)
         });
         let rows = largest(&|s| grids[s].rows());
+        let deltas = largest(&|s| {
+            let attention = plan.stages[s].blocks.iter().map(|block| &block.attention);
+            let makes =
+                |layer: &&AttentionLayer| plan.wanted[layer.output.weight.0] && layer.joins_output(&backend, grids[s]);
+            attention.filter(makes).map(|layer| layer.heads * grids[s].rows()).max().unwrap_or(0)
+        });
         let patches = largest(&|s| plan.stages[s].patch_len(&backend, if s == 0 { pixels } else { grids[s - 1] }));
         // What stands for a pass over z, unless evaluation makes none.
         let z = if trains || plan.decoder.writes_z(&backend, &grids) { rows * width } else { 0 };
@@ -255,6 +265,7 @@ impl<B: Backend> Model<B> {
                 scratch: Scratch {
                     tokens: std::array::from_fn(|_| backend.act(tokens)),
                     wide: wide.map(|n| backend.act(n)),
+                    deltas: backend.full(deltas),
                     stats: backend.full(2 * rows),
                     side: SideScratch {
                         input: backend.act(side_len),

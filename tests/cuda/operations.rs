@@ -12,9 +12,9 @@ use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
     AdamW, AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Base, BatchNormView,
-    Classifier, ConvolutionNorm, Dropout, FfnOutputs, FfnWeights, FirstGradient, FirstStage, Grid, Head as _, HeadPass,
-    InFront, Loss as _, Memory, MixFfnParts, MixFfnProducts, MixFfnWeights, Moving, Patches as _, Product, Sample,
-    Scaled, SmallProduct, Transpose, Window,
+    Classifier, ConvolutionNorm, Deltas, Dropout, FfnOutputs, FfnWeights, FirstGradient, FirstStage, Grid, Head as _,
+    HeadPass, InFront, Loss as _, Memory, MixFfnParts, MixFfnProducts, MixFfnWeights, Moving, Patches as _, Product, Sample, Scaled,
+    SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -353,7 +353,7 @@ case!(
         let (mut o, mut lse) = (lab.act(nq, 5), lab.full(n_lse, 6));
         lab.0.attention(&q, &k, &v, shape, &mut o, &mut lse);
         let (mut dq, mut dk, mut dv) = (lab.act(nq, 7), lab.act(nk, 8), lab.act(nk, 9));
-        lab.0.attention_backward(&q, &k, &v, &o, &lse, &d_o, shape, &mut dq, &mut dk, &mut dv);
+        lab.0.attention_backward(&q, &k, &v, Deltas::Of(&o), &lse, &d_o, shape, &mut dq, &mut dk, &mut dv);
         // o: probabilities are rounded. dq, dk: scores' gradients are, and o, which they read.
         vec![
             lab.read("o", &o, nq, 1.0, 1.0),
@@ -382,6 +382,87 @@ case!(
         (3, 1, 32, 290, 256),
         (2, 2, 32, 64, 224)
     ]
+);
+
+/// By the joint operation where there is one, else by those that it joins.
+fn attention_output_backward<B: Backend>(
+    backend: &B,
+    (d, o): (&B::Act, &B::Act),
+    weight: &B::Act,
+    shape: AttentionShape,
+    (d_o, deltas): (&mut B::Act, &mut B::Full),
+    dw: &mut B::Full,
+) {
+    if backend.joins_attention_output(shape) {
+        return backend.attention_output_backward(d, o, weight, shape, d_o, deltas, dw);
+    }
+    let AttentionShape { images, heads, head, queries, .. } = shape;
+    let (rows, channels) = (images * queries, heads * head);
+    let product = Product { rows, inputs: channels, outputs: channels };
+    backend.linear_backward_weight(d, o, product, dw);
+    backend.linear_backward_input(d, weight, product, d_o, false);
+    let [o, d_o] = [o, &*d_o].map(|x| backend.download_act(x, rows * channels));
+    let products: Vec<f64> = o.iter().zip(&d_o).map(|(&o, &d_o)| f64::from(o) * f64::from(d_o)).collect();
+    let mut sums = vec![0.0f32; rows * heads];
+    for (i, products) in products.chunks(head).enumerate() {
+        let (token, head) = (i / heads, i % heads);
+        sums[(token / queries * heads + head) * queries + token % queries] = products.iter().sum::<f64>() as f32;
+    }
+    backend.upload(&sums, deltas);
+}
+
+case!(
+    attention_output,
+    AttentionOutput { images: usize, heads: usize, queries: usize },
+    |self, lab| {
+        let &Self { images, heads, queries } = self;
+        let shape = AttentionShape { images, heads, head: 32, queries, keys: 256 };
+        let (channels, n_lse) = (heads * 32, images * heads * queries);
+        let (n, square) = (images * queries * channels, channels * channels);
+        let (d, o, weight) = (lab.act(n, 1), lab.act(n, 2), lab.act(square, 3));
+        let (mut d_o, mut deltas, mut dw) = (lab.act(n, 4), lab.full(n_lse, 5), lab.full(square, 6));
+        attention_output_backward(lab.0, (&d, &o), &weight, shape, (&mut d_o, &mut deltas), &mut dw);
+        vec![
+            lab.read("d_o", &d_o, n, 1.0, 0.0),
+            // d_o is rounded, and its products with o may cancel.
+            Output { summed: 2.0, ..lab.read_full("deltas", &deltas, n_lse) },
+            lab.read_full("dw", &dw, square),
+        ]
+    },
+    [
+        (1, 1, 1),
+        (1, 1, 100),
+        (3, 1, 129),
+        // More tiles than blocks have room for at a time, the last one short.
+        (5, 1, 21001),
+        (1, 2, 1),
+        (3, 2, 65),
+        (7, 2, 33),
+        (5, 2, 10501),
+        // Not joined.
+        (2, 3, 40)
+    ]
+);
+
+case!(
+    attention_with_sums_made,
+    SumsMade { images: usize, heads: usize, queries: usize, keys: usize },
+    |self, lab| {
+        let &Self { images, heads, queries, keys } = self;
+        let shape = AttentionShape { images, heads, head: 32, queries, keys };
+        let (channels, n_lse) = (heads * 32, images * heads * queries);
+        let (nq, nk) = (images * queries * channels, images * keys * channels);
+        let q = lab.act_of(&numbers(nq, 1).iter().map(|x| 4.0 * x).collect::<Vec<_>>());
+        let (k, v, d_o, deltas) = (lab.act(nk, 2), lab.act(nk, 3), lab.act(nq, 4), lab.full(n_lse, 5));
+        let (mut o, mut lse) = (lab.act(nq, 6), lab.full(n_lse, 7));
+        lab.0.attention(&q, &k, &v, shape, &mut o, &mut lse);
+        let (mut dq, mut dk, mut dv) = (lab.act(nq, 8), lab.act(nk, 9), lab.act(nk, 10));
+        let made = Deltas::Made(&deltas);
+        lab.0.attention_backward(&q, &k, &v, made, &lse, &d_o, shape, &mut dq, &mut dk, &mut dv);
+        // As where o is read.
+        vec![lab.read("dq", &dq, nq, 1.0, 2.0), lab.read("dk", &dk, nk, 1.0, 2.0), lab.read("dv", &dv, nk, 1.0, 1.0)]
+    },
+    [(1, 1, 1, 66), (2, 3, 33, 255), (1, 2, 600, 97), (3, 1, 290, 256)]
 );
 
 // A key whose scores are out of all proportion to those of the keys before it.

@@ -6,7 +6,7 @@ use super::room::{take, with_room};
 use super::simd::{LANES, Level, vectorised};
 use super::tiles::{self as units, Start, Step};
 use super::{Buffer, Cpu, Real};
-use crate::backend::{Attention, AttentionShape};
+use crate::backend::{Attention, AttentionShape, Deltas};
 
 /// Queries of a tile.
 pub(super) const TILE: usize = 256;
@@ -221,7 +221,7 @@ impl<T: Real> Attention for Cpu<T> {
         q: &Buffer<T>,
         k: &Buffer<T>,
         v: &Buffer<T>,
-        o: &Buffer<T>,
+        deltas: Deltas<'_, Self>,
         lse: &Buffer<T>,
         d_o: &Buffer<T>,
         shape: AttentionShape,
@@ -254,14 +254,20 @@ impl<T: Real> Attention for Cpu<T> {
                             let (token, count, (qt, dot)) = tile(i);
                             product((count, keys, width), scale, qt, kt.t(), p, 0, keys, false);
                             product((count, keys, width), T::ONE, dot, vt.t(), ds, 0, keys, false);
-                            let lse = &lse[(image * heads + head) * queries + token - image * queries..][..count];
+                            let first = (image * heads + head) * queries + token - image * queries;
+                            let lse = &lse[first..][..count];
                             vectorised(
                                 #[inline(always)]
                                 |level| {
                                     for (row, lse) in lse.iter().enumerate() {
                                         let at = (token + row) * channels + head * width;
                                         // Σ_j p_j·dp_j = o·do (Dao et al., "FlashAttention", 2022).
-                                        let mean = sum([&o[at..][..width], &d_o[at..][..width]], |[o, d_o]| o * d_o);
+                                        let mean = match deltas {
+                                            Deltas::Of(o) => {
+                                                sum([&o[at..][..width], &d_o[at..][..width]], |[o, d_o]| o * d_o)
+                                            }
+                                            Deltas::Made(deltas) => deltas[first + row],
+                                        };
                                         let p = &mut p[row * keys..][..keys];
                                         let ds = &mut ds[row * keys..][..keys];
                                         for (p, ds) in p.iter_mut().zip(ds) {

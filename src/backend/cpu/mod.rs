@@ -8,6 +8,7 @@
 mod attention;
 mod attention_branch;
 mod attention_input;
+mod attention_output;
 mod buffer;
 mod convolution;
 mod depthwise;

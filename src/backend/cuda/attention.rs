@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 
 use super::memory::width;
 use super::{Argument, Cuda, Device};
-use crate::backend::{Attention, AttentionShape};
+use crate::backend::{Attention, AttentionShape, Deltas};
 
 /// Threads of a block whose warps own queries.
 pub(super) const QUERY_BLOCK: usize = 256;
@@ -67,7 +67,7 @@ fn key_blocks(shape: AttentionShape) -> (usize, [usize; 3]) {
 }
 
 /// Queries per slice where all gradients are made at once, and the grid; None where they are not.
-fn all_blocks(shape: AttentionShape) -> Option<(usize, [usize; 3])> {
+pub(super) fn all_blocks(shape: AttentionShape) -> Option<(usize, [usize; 3])> {
     let AttentionShape { images, heads, head, queries, keys } = shape;
     let slices = ALL_BLOCKS.div_ceil(images * heads).min(queries.div_ceil(SMALLEST_SLICE));
     let slice = queries.div_ceil(slices).next_multiple_of(STRIDE);
@@ -110,7 +110,7 @@ impl<D: Device> Attention for Cuda<D> {
         q: &Self::Act,
         k: &Self::Act,
         v: &Self::Act,
-        o: &Self::Act,
+        deltas: Deltas<'_, Self>,
         lse: &Self::Full,
         d_o: &Self::Act,
         shape: AttentionShape,
@@ -125,10 +125,15 @@ impl<D: Device> Attention for Cuda<D> {
             self.launch("attention_backward_join", key_len / width(key_len), &arguments);
         };
         let mut arguments = vec![q.at(query_len), k.at(key_len), v.at(key_len)];
-        arguments.extend([o.at(query_len), d_o.at(query_len), lse.at(lse_len)]);
+        let behind = [d_o.at(query_len), lse.at(lse_len)];
+        let none = Argument::pointer(0);
         if let Some((slice, grid)) = all_blocks(shape) {
+            arguments.extend(match deltas {
+                Deltas::Of(o) => [o.at(query_len), none],
+                Deltas::Made(deltas) => [none, deltas.at(lse_len)],
+            });
+            arguments.extend(behind);
             let slices = grid[0];
-            let none = Argument::pointer(0);
             let (partial, dk_here, dv_here) = match slices {
                 1 => (none, dk.to(key_len), dv.to(key_len)),
                 _ => (Argument::pointer(self.scratch(slices * 2 * key_len)), none, none),
@@ -143,6 +148,9 @@ impl<D: Device> Attention for Cuda<D> {
             return;
         }
 
+        let Deltas::Of(o) = deltas else { panic!("sums are made before where all gradients are made at once") };
+        arguments.push(o.at(query_len));
+        arguments.extend(behind);
         let (span, query_grid) = query_blocks(shape);
         let (slice, key_grid) = key_blocks(shape);
         let slices = key_grid[2];

@@ -4,6 +4,20 @@ use super::memory::ColumnSums;
 use super::{Cuda, Device, Element, MatrixProduct};
 use crate::backend::{Linear, Memory, Product};
 
+/// Threads of a block that sums the gradient of a square weight, and numbers of a tile of tokens that it takes at a time, as in
+/// the kernels.
+pub(super) const SQUARE_BLOCK: usize = 256;
+const SQUARE_TILE: usize = 4096;
+/// Such blocks at most: two for each multiprocessor of an H100. A fixed number, so that sums do not depend on the device.
+const SQUARE_BLOCKS: usize = 264;
+
+/// Blocks for the gradient of a square weight over so many tokens, if there are kernels for it.
+pub(super) fn square_blocks(rows: usize, channels: usize) -> Option<usize> {
+    // Kernels count tokens in 32 bits, and some past the last.
+    let fits = matches!(channels, 32 | 64) && (1..1 << 30).contains(&rows);
+    fits.then(|| (rows * channels).div_ceil(SQUARE_TILE).min(SQUARE_BLOCKS))
+}
+
 impl<D: Device> Cuda<D> {
     /// Runs a product whose operands were checked.
     pub(super) fn multiply(&self, product: MatrixProduct) {

@@ -11,6 +11,7 @@ mod arena;
 mod attention;
 mod attention_branch;
 mod attention_input;
+mod attention_output;
 mod convolution;
 mod depthwise;
 mod device;
