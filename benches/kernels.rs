@@ -185,6 +185,13 @@ fn products(batch: usize) -> Vec<Case> {
         cases.push(plain(name("_backward_bias"), move |Lab { cuda, x: [d, ..], s: [s, _], .. }| {
             cuda.linear_backward_bias(d, rows, outputs, s);
         }));
+        if matches!((inputs, outputs), (32, 32) | (64, 64)) {
+            cases.push(case(
+                format!("linear_backward_square {what} {rows}x{inputs}->{outputs}"),
+                operations,
+                move |Lab { cuda, x: [d, x, _], s: [s, t], .. }| cuda.linear_backward_params(d, x, p, s, t),
+            ));
+        }
     };
     for (i, (side, channels, hidden, _, reduction)) in STAGES.into_iter().enumerate() {
         let (rows, stage) = (batch * side * side, i + 1);

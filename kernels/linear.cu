@@ -1,8 +1,9 @@
-// Beside the products themselves: the gradient of a bias, which is the column sums of dy.
+// Beside the products themselves: the gradient of a bias, which is the column sums of dy, and that of a square weight with it.
 //
 // Slabs of rows are summed by many blocks at once (linear_backward_bias), then the slabs in order (sum_partials, which
 // every column-wise reduction ends with): one pass over dy, no atomics, the same bits every time.
 #include "common.cuh"
+#include "square_gradient.cuh"
 
 template <int V>
 __device__ void bias_partials(const bf16* dy, int rows, int outputs, int slab, float* partial) {
@@ -14,6 +15,26 @@ __device__ void bias_partials(const bf16* dy, int rows, int outputs, int slab, f
 KERNEL(THREADS) linear_backward_bias(const bf16* dy /* (rows, outputs) */, int rows, int outputs, int slab,
                                      float* partial /* (slabs, 1, outputs) */) {
     BY_WIDTH(outputs, bias_partials, dy, rows, outputs, slab, partial);
+}
+
+// The weight's gradient and the bias's in one pass over both operands: dyᵀ·x, and the column sums of dy.
+template <int C>
+__device__ __forceinline__ void square_gradient(const bf16* dy, const bf16* x, int rows, float* partial) {
+    SHARED(Pieces<C>, tiles, [TILES_AHEAD]);
+    SquareGradient<C, true> gradient;
+    gradient.walk(dy, x, rows, tiles, [](Pieces<C>&, int) {});
+    gradient.store(tiles, partial);
+}
+
+// Grid: any number of blocks of WALK_BLOCK, no more than there are tiles.
+KERNEL(WALK_BOUNDS) linear_backward_square_32(const bf16* dy /* (rows, 32) */, const bf16* x /* (rows, 32) */, int rows,
+                                              float* partial /* (blocks, 32·32 + 32) */) {
+    square_gradient<32>(dy, x, rows, partial);
+}
+
+KERNEL(WALK_BOUNDS) linear_backward_square_64(const bf16* dy /* (rows, 64) */, const bf16* x /* (rows, 64) */, int rows,
+                                              float* partial /* (blocks, 64·64 + 64) */) {
+    square_gradient<64>(dy, x, rows, partial);
 }
 
 // Σ_s partial[s] to up to three outputs, one behind the other in a row of `partial`, each added to if so told, or null. Rows are

@@ -153,6 +153,18 @@ pub trait Linear: Memory {
     fn linear_backward_weight(&self, dy: &Self::Act, x: &Self::Act, p: Product, dw: &mut Self::Full);
     /// Adds the column sums of dy `(rows, outputs)` to db.
     fn linear_backward_bias(&self, dy: &Self::Act, rows: usize, outputs: usize, db: &mut Self::Full);
+    /// Both [`Linear::linear_backward_weight`] and [`Linear::linear_backward_bias`].
+    fn linear_backward_params(
+        &self,
+        dy: &Self::Act,
+        x: &Self::Act,
+        p: Product,
+        dw: &mut Self::Full,
+        db: &mut Self::Full,
+    ) {
+        self.linear_backward_weight(dy, x, p, dw);
+        self.linear_backward_bias(dy, p.rows, p.outputs, db);
+    }
 }
 
 /// Gathering convolution windows into the rows of a matrix, so that a convolution becomes a product. A row is

@@ -167,6 +167,11 @@ impl Affine {
         gradients: &mut Gradients<B>,
         scratch: &mut SideScratch<B>,
     ) {
+        if self.side.is_none()
+            && let Some((dw, db)) = self.bias.and_then(|bias| gradients.pair_mut(self.weight, bias))
+        {
+            return pass.backend.linear_backward_params(dy, x, product(self, rows), dw, db);
+        }
         self.backward_weights(pass, x, dy, rows, gradients, scratch);
         if let Some(db) = self.bias.and_then(|id| gradients.get_mut(id)) {
             pass.backend.linear_backward_bias(dy, rows, self.outputs, db);

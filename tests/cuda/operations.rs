@@ -179,6 +179,29 @@ case!(
 );
 
 case!(
+    linear_parameters,
+    LinearParameters { rows: usize, inputs: usize, outputs: usize },
+    |self, lab| {
+        let &Self { rows, inputs, outputs } = self;
+        let (dy, x) = (lab.act(rows * outputs, 1), lab.act(rows * inputs, 2));
+        let (mut dw, mut db) = (lab.full(outputs * inputs, 3), lab.full(outputs, 4));
+        lab.0.linear_backward_params(&dy, &x, Product { rows, inputs, outputs }, &mut dw, &mut db);
+        vec![lab.read_full("dw", &dw, outputs * inputs), lab.read_full("db", &db, outputs)]
+    },
+    [
+        (300, 24, 40),
+        (300, 32, 64),
+        // Both at once: of one tile, of a few, and of more than blocks have room for at a time.
+        (1, 32, 32),
+        (300, 32, 32),
+        (110_000, 32, 32),
+        (1, 64, 64),
+        (200, 64, 64),
+        (55_000, 64, 64)
+    ]
+);
+
+case!(
     pixel_patches,
     PixelPatches { images: usize, size: usize, side: usize, stride: usize, padding: usize },
     |self, lab| {

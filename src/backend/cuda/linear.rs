@@ -1,7 +1,7 @@
 //! Products of tokens with weights.
 
 use super::memory::ColumnSums;
-use super::{Cuda, Device, Element, MatrixProduct};
+use super::{Argument, Cuda, Device, Element, MatrixProduct};
 use crate::backend::{Linear, Memory, Product};
 
 /// Threads of a block that sums the gradient of a square weight, and numbers of a tile of tokens that it takes at a time, as in
@@ -96,5 +96,29 @@ impl<D: Device> Linear for Cuda<D> {
             |slab, partial| vec![dy.at(rows * outputs), rows.into(), outputs.into(), slab, partial],
             &[ColumnSums { kinds: 1, to: db.both(outputs), add: true }],
         );
+    }
+
+    /// In one pass over dy, where the weight is square and as wide as tokens are in the first two stages of SegFormer-B0.
+    fn linear_backward_params(
+        &self,
+        dy: &Self::Act,
+        x: &Self::Act,
+        p: Product,
+        dw: &mut Self::Full,
+        db: &mut Self::Full,
+    ) {
+        let Product { rows, inputs, outputs } = p;
+        let Some(blocks) = square_blocks(rows, inputs).filter(|_| inputs == outputs) else {
+            self.linear_backward_weight(dy, x, p, dw);
+            return self.linear_backward_bias(dy, rows, outputs, db);
+        };
+        let (n, square) = (rows * inputs, inputs * inputs);
+        let partial = self.scratch(blocks * (square + inputs));
+        let kernel = if inputs == 32 { "linear_backward_square_32" } else { "linear_backward_square_64" };
+        let arguments = [dy.at(n), x.at(n), rows.into(), Argument::pointer(partial)];
+        self.launch_blocks(kernel, [blocks, 1, 1], SQUARE_BLOCK, &arguments);
+        let sums = |kinds, to| ColumnSums { kinds, to, add: true };
+        let outputs = [sums(inputs, dw.both(square)), sums(1, db.both(inputs))];
+        self.sum_partials((partial, blocks, inputs), inputs + 1, &outputs);
     }
 }
