@@ -359,8 +359,8 @@ __device__ __forceinline__ void own_keys(Step (&shared)[2], int steps, int keys,
         }
     }
     // In numbers from a tile's first: what this lane names of an operand across, and along.
-    unsigned across_at = held((lane / 16 * 8 + lane % 8) * ROW + lane / 8 % 2 * 8);
-    unsigned along_at = held(lane % 16 * ROW + lane / 16 * 8);
+    unsigned across_at = opaque((lane / 16 * 8 + lane % 8) * ROW + lane / 8 % 2 * 8);
+    unsigned along_at = opaque(lane % 16 * ROW + lane / 16 * 8);
     // In words from the first row: where this lane leaves the scores' gradients of its first row. Rows eight apart turn
     // alike.
     unsigned to = (own + g) * 16 + g / 2 * 4 + t;

@@ -106,8 +106,9 @@ template <int V> __device__ __forceinline__ void store(bf16* to, const Pack<V>& 
     }
 }
 
-// The same number, which is then held in a register rather than made anew wherever it is wanted.
-__device__ __forceinline__ unsigned held(unsigned x) {
+// x, of which the compiler no longer knows where it comes from: it is held in a register rather than made anew wherever it is wanted,
+// or, made of what a thread is by itself, makes anew what would else be held.
+__device__ __forceinline__ unsigned opaque(unsigned x) {
 #ifdef __CUDACC__
     asm volatile("" : "+r"(x));
 #endif
@@ -139,15 +140,6 @@ __device__ __forceinline__ float power_of_two(float x) {
     return y;
 #else
     return exp2f(x);
-#endif
-}
-
-// Hides from the compiler what x is: what follows from it is computed again, rather than kept in registers meanwhile.
-__device__ __forceinline__ void forget(int& x) {
-#ifdef __CUDACC__
-    asm volatile("" : "+r"(x));
-#else
-    (void)x;
 #endif
 }
 

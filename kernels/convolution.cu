@@ -403,9 +403,7 @@ __device__ __forceinline__ void embed_back(const bf16* __restrict__ draw, const 
         else spread<false>(gradients[slot], weights[slot], own.line, d);
     }
     // Found again, so that where they are took no registers meanwhile.
-    int thread = threadIdx.x;
-    forget(thread);
-    OwnTokens again(thread, top, left, height, width);
+    OwnTokens again(int(opaque(threadIdx.x)), top, left, height, width);
 #pragma unroll
     for (int i = 0; i < OwnTokens::COUNT; i++) {
         Pack<8> sum;

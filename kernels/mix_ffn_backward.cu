@@ -33,14 +33,6 @@ __device__ __forceinline__ unsigned& pair_at(Piece& piece, int channel) {
 
 __device__ __forceinline__ float2 two(const float* from) { return *reinterpret_cast<const float2*>(from); }
 
-// x, of which the compiler no longer knows where it comes from.
-__device__ __forceinline__ unsigned settled(unsigned x) {
-#ifdef __CUDACC__
-    asm volatile("" : "+r"(x));
-#endif
-    return x;
-}
-
 // Number, in row 0, of the token in a column of all images' columns; -1 where there is none.
 __device__ __forceinline__ int token_of(int column, int images, int height, int width) {
     int image = column / (width + 1), x = column - image * (width + 1);
@@ -52,7 +44,7 @@ struct Place {
     unsigned at;
 
     __device__ __forceinline__ Place(int token, int row, int width, int channels, int c)
-        : at(settled(token < 0 ? ~0u : unsigned(token + row * width) * channels + c)) {}
+        : at(opaque(token < 0 ? ~0u : unsigned(token + row * width) * channels + c)) {}
     __device__ __forceinline__ bool exists() const { return int(at) >= 0; }
 };
 
@@ -77,7 +69,7 @@ __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w
 
     for (int base = 0; base < HIDDEN; base += CHUNK) {
         // Made anew for each chunk, which is cheaper than to keep it.
-        unsigned thread = settled(threadIdx.x);
+        unsigned thread = opaque(threadIdx.x);
         int lane = thread % 32, warp = thread / 32, line = lane / 4, channel = lane % 4 * 2;
         int block = blockIdx.y * gridDim.x + blockIdx.x, column = blockIdx.x * OUTPUTS - 1;
         int y0 = blockIdx.y * rows, y1 = min(y0 + rows, height), h_rows = min(y1 + 2, height);
@@ -93,7 +85,7 @@ __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w
         Place h_place(token_at(h_column), h_row, width, HIDDEN, base + h_chunk * 8);
         Place d_place(token_at(column_of(d_slot)), d_row, width, C, d_chunk * 8);
         unsigned h_piece = h_chunk * SLOTS + h_slot, d_piece = d_chunk * SLOTS + d_slot + (of_d ? 0 : D_PIECES);
-        if (WEIGHTS && !PRODUCTS) h_piece = settled(h_piece);  // used more than once
+        if (WEIGHTS && !PRODUCTS) h_piece = opaque(h_piece);  // used more than once
 
         // The columns of h beside the strip, of the lanes there.
         bool at_left = line == 0, at_right = line == 7;

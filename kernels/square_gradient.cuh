@@ -27,7 +27,7 @@ template <int C> struct Pieces {
 // place of p, ^ 16·n.
 template <int C> __device__ __forceinline__ unsigned place_of(int token, int part) {
     int turn = token / 2 % 4 | (C > 32 ? token % 2 * 4 : 0);
-    return held(token * (C / 8) + (part ^ turn)) * 16;
+    return opaque(token * (C / 8) + (part ^ turn)) * 16;
 }
 
 __device__ __forceinline__ bf16* at_place(uint4* tokens, unsigned place) {

@@ -13,8 +13,8 @@ use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
     AdamW, AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Base, BatchNormView,
     Classifier, ConvolutionNorm, Deltas, Dropout, FfnOutputs, FfnWeights, FirstGradient, FirstStage, Grid, Head as _,
-    HeadPass, InFront, Loss as _, Memory, MixFfnParts, MixFfnProducts, MixFfnWeights, Moving, Patches as _, Product, Sample, Scaled,
-    SmallProduct, Transpose, Window,
+    HeadPass, InFront, Loss as _, Memory, MixFfnParts, MixFfnProducts, MixFfnWeights, Moving, Patches as _, Product,
+    Sample, Scaled, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};

@@ -87,6 +87,7 @@ impl<D: Device> Convolution for Cuda<D> {
         arguments.extend([raw, y.to(n), stats]);
         self.launch_blocks(kernel, [rows.div_ceil(windows), 1, 1], threads, &arguments);
     }
+
     /// The embeddings of tokens of SegFormer-B0.
     fn fuses_convolution_backward(&self, grid: Grid, window: Window, inputs: usize, outputs: usize) -> bool {
         // The kernels count tokens in 32 bits.
