@@ -114,6 +114,9 @@ pub trait Memory: Send + Sync + Sized {
     /// the key if it may change), and on `inputs`; nothing in it may read from the device. It may be called twice, of which
     /// one call only records, so that it must leave on the host what it finds there.
     fn repeat(&self, key: &[u64], inputs: &Inputs<'_>, work: impl FnMut());
+    /// Says that another run begins on the same storage, which may do the work of the run before ([`Memory::repeat`]) again: a
+    /// device forgets what it recorded of older work, so that it does not pile up.
+    fn renew(&self) {}
     /// What a user who looks closer should know of how this device works.
     fn remark(&self) -> Option<String>;
     /// Where storage lies: a number that no other living storage of this backend shares, unless it is empty.

@@ -6,7 +6,7 @@ use crate::segformer::{Module, ModuleKind};
 use crate::{Error, Result};
 
 /// A module that carries an adapter.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Match {
     /// The module.
     pub module: Module,

@@ -16,7 +16,7 @@ const SLOTS: usize = 8;
 const MOMENTUM: f64 = 0.1;
 
 /// Sizes that memory is planned for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ModelOptions {
     /// Side of the square input pictures, a multiple of 32.
     pub size: usize,
@@ -150,6 +150,7 @@ pub struct Model<B: Backend> {
     plan: Plan,
     config: SegformerConfig,
     options: ModelOptions,
+    trainable: Trainable,
     tensors: Tensors<B>,
     slots: Vec<Gradients<B>>,
     units: Vec<Unit<B>>,
@@ -319,12 +320,44 @@ impl<B: Backend> Model<B> {
             batches_tracked: 0,
             config: config.clone(),
             options,
+            trainable: trainable.clone(),
             slots,
             units,
             workers,
             plan,
             backend,
         }
+    }
+
+    /// Makes of this model, and of its moments, what [`Model::new`] and [`Model::moments`] would make of these arguments, if that
+    /// would take the same memory and do the same work, of which the device may keep recordings. Returns whether it would;
+    /// if not, nothing is done.
+    pub fn renew(
+        &mut self,
+        moments: &mut Moments<B>,
+        config: &SegformerConfig,
+        options: ModelOptions,
+        trainable: &Trainable,
+    ) -> bool {
+        if self.config != *config || self.options != options || !self.trainable.same_shape(trainable) {
+            return false;
+        }
+        self.trainable = trainable.clone();
+        self.plan.scale = trainable.scale();
+        self.backend.renew();
+        for i in 0..self.plan.specs.len() {
+            self.backend.zero(self.tensors.value_mut(Id(i)));
+        }
+        for moment in moments.first.iter_mut().chain(&mut moments.second) {
+            self.backend.zero(moment);
+        }
+        for unit in &mut self.units {
+            self.backend.zero(&mut unit.loss);
+        }
+        self.clear_gradients();
+        self.log.clear();
+        self.batches_tracked = 0;
+        true
     }
 
     /// The configuration.
@@ -464,7 +497,7 @@ impl<B: Backend> Model<B> {
     pub fn finish_gradients(&mut self) {
         let Self { backend, plan, tensors, slots, fuse_blocks, fuse_gradients, norm, .. } = self;
         let backend = &*backend;
-        backend.repeat(&[Phase::Gradients as u64], &Inputs::default(), || {
+        backend.repeat(&[Phase::Gradients as u64, plan.scale.to_bits()], &Inputs::default(), || {
             let Some((gradients, others)) = slots.split_first_mut() else { return };
             gradients.add(backend, others);
             let decoder = &plan.decoder;
@@ -516,7 +549,7 @@ impl<B: Backend> Model<B> {
         let Self { backend, plan, tensors, slots, fuse_blocks, norm, .. } = self;
         let (backend, plan) = (&*backend, &*plan);
         let AdamW { betas: [beta1, beta2], epsilon, max_norm, .. } = *adamw;
-        let mut key = vec![Phase::Update as u64];
+        let mut key = vec![Phase::Update as u64, plan.scale.to_bits()];
         key.extend([beta1, beta2, epsilon, max_norm].map(f64::to_bits));
         key.extend(decays.iter().map(|&decays| u64::from(decays)));
         key.extend(moments.first.iter().chain(&moments.second).map(|x| backend.place(x)));

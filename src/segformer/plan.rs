@@ -17,7 +17,7 @@ use crate::backend::{Product, Window};
 use crate::lora::Match;
 
 /// What is trained.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub enum Trainable {
     /// Nothing: a model for evaluation.
     #[default]
@@ -37,6 +37,26 @@ pub enum Trainable {
         /// Whether the decode head is trained too.
         head: bool,
     },
+}
+
+impl Trainable {
+    /// Factor of the product of adapters' factors; 0 without any.
+    pub fn scale(&self) -> f64 {
+        if let Self::Adapters { scale, .. } = self { *scale } else { 0.0 }
+    }
+
+    /// The same with another scale, if there are adapters.
+    fn scaled(mut self, by: f64) -> Self {
+        if let Self::Adapters { scale, .. } = &mut self {
+            *scale = by;
+        }
+        self
+    }
+
+    /// Whether models take the same memory and do the same work: all is equal but for the scale.
+    pub fn same_shape(&self, other: &Self) -> bool {
+        *self == other.clone().scaled(self.scale())
+    }
 }
 
 /// An adapter's tensors and how it joins the model.
@@ -145,10 +165,10 @@ impl Plan {
         }
         let stored = b.specs.len();
 
-        let (mut rank, mut scale, mut rate) = (0, 0.0, 0.0);
+        let (mut rank, mut rate) = (0, 0.0);
         let mut adapters = Vec::new();
-        if let Trainable::Adapters { matches, rank: r, scale: s, dropout, .. } = trainable {
-            (rank, scale, rate) = (*r, *s, *dropout);
+        if let Trainable::Adapters { matches, rank: r, dropout, .. } = trainable {
+            (rank, rate) = (*r, *dropout);
             for m in matches {
                 let (module, side) = (&m.module, m.module.side());
                 let name = &module.name;
@@ -227,6 +247,7 @@ impl Plan {
                 products[id.0] = true;
             }
         }
+        let scale = trainable.scale();
         Self { stored, adapters, rank, scale, trained, wanted: b.wanted, products, stages, decoder, specs: b.specs }
     }
 

@@ -4,17 +4,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use host_kernels::Order;
-use segpeft_native::backend::cuda::{self, Cuda, Device};
+use segpeft_native::backend::cuda::{self, Arena, Cuda, Device, Dry};
 use segpeft_native::backend::{AdamW, Dropout, Inputs, Matrix, Memory, Patches, Residual, Sample, Window};
 use segpeft_native::dataset::Augment;
 use segpeft_native::error::Kind;
 use segpeft_native::random::{Philox, Purpose};
-use segpeft_native::segformer::{Id, Model, ModelOptions, SegformerConfig, StepRandom, Trainable};
+use segpeft_native::segformer::{Id, Model, ModelOptions, Moments, SegformerConfig, StepRandom, Trainable};
 
 use crate::common::Pictures;
 use crate::gpu;
 use crate::host::{Host, Lost};
-use crate::step::{adapters, config, model};
+use crate::step::{adapters, config, fill, model, scaled_adapters};
 
 /// Epochs of a history: in the first, work is done as it comes, in the second it is recorded, then replayed.
 const EPOCHS: u32 = 4;
@@ -26,13 +26,31 @@ fn bits(numbers: impl IntoIterator<Item = f32>) -> impl Iterator<Item = u64> {
     numbers.into_iter().map(|x| u64::from(x.to_bits()))
 }
 
-/// Everything that some epochs leave, as bits: losses, norms and evaluations, then weights and moments.
-fn history<D: Device>(backend: Cuda<D>, trainable: &Trainable, pictures: &Pictures) -> (Vec<u64>, Model<Cuda<D>>) {
+/// The tiny model with everything that is drawn at random, and its sizes.
+fn drawing() -> (SegformerConfig, ModelOptions) {
     let (config, size) = config();
     let config = SegformerConfig { drop_path_rate: 0.2, classifier_dropout_prob: 0.1, ..config };
-    let mut model = model(backend, &config, ModelOptions { size, batch: BATCH }, trainable, None);
-    let (mut moments, mut others) = (model.moments(), model.moments());
-    let decays: Vec<bool> = (0..moments.first.len()).map(|i| i % 2 == 0).collect();
+    (config, ModelOptions { size, batch: BATCH })
+}
+
+/// What some epochs of a model of its own leave, smaller batches being updated with other moments.
+fn history<D: Device>(backend: Cuda<D>, trainable: &Trainable, pictures: &Pictures) -> (Vec<u64>, Model<Cuda<D>>) {
+    let (config, options) = drawing();
+    let mut model = model(backend, &config, options, trainable, None);
+    let mut moments = [model.moments(), model.moments()];
+    (epochs(&mut model, &mut moments, 1e-3, pictures), model)
+}
+
+/// Everything that some epochs leave, as bits: losses, norms and evaluations, then weights and moments. The last moments are
+/// those of smaller batches.
+fn epochs<D: Device>(
+    model: &mut Model<Cuda<D>>,
+    moments: &mut [Moments<Cuda<D>>],
+    rate: f64,
+    pictures: &Pictures,
+) -> Vec<u64> {
+    let size = model.size();
+    let decays: Vec<bool> = (0..moments[0].first.len()).map(|i| i % 2 == 0).collect();
     let (mut found, mut step) = (Vec::new(), 0);
     for epoch in 0..EPOCHS {
         let all = pictures.samples();
@@ -46,14 +64,15 @@ fn history<D: Device>(backend: Cuda<D>, trainable: &Trainable, pictures: &Pictur
             model.finish_gradients();
             step += 1;
             let update = AdamW {
-                lr: 1e-3 / f64::from(step),
+                lr: rate / f64::from(step),
                 betas: [0.9, 0.999],
                 epsilon: 1e-8,
                 weight_decay: 0.1,
                 step: step.into(),
                 max_norm: 1.0,
             };
-            model.update(&update, &decays, if batch.len() == BATCH { &mut moments } else { &mut others });
+            let which = if batch.len() == BATCH { 0 } else { moments.len() - 1 };
+            model.update(&update, &decays, &mut moments[which]);
             found.push(model.gradient_norm().to_bits());
         }
         found.push(model.take_loss().to_bits());
@@ -71,10 +90,120 @@ fn history<D: Device>(backend: Cuda<D>, trainable: &Trainable, pictures: &Pictur
     for i in 0..model.plan().specs.len() {
         found.extend(bits(model.get(Id(i))));
     }
-    for moment in moments.first.iter().chain(&moments.second).chain(&others.first) {
+    for moment in moments.iter().flat_map(|moments| moments.first.iter().chain(&moments.second)) {
         found.extend(bits(backend.download(moment)));
     }
-    (found, model)
+    found.push(model.batches_tracked());
+    found
+}
+
+/// Runs one after the other on one model leave the bits of runs with models of their own, within the memory of one. Of their
+/// work only what reads tables, the end of the gradients and the update, is recorded anew.
+fn take_over(what: &str, first: &Trainable, second: &Trainable) {
+    let (config, options) = drawing();
+    let pictures = &Pictures::new(0..PICTURES as u64, options.size, config.num_labels() == 3);
+    // The memory of one run.
+    let run = |backend: Cuda<Dry>| {
+        let mut model = model(backend, &config, options, first, None);
+        let moments = model.moments();
+        epochs(&mut model, &mut [moments], 1e-3, pictures);
+        model.backend().device().bytes()
+    };
+    let bytes = run(Cuda::new(Dry::default()));
+    match gpu() {
+        Some(driver) => {
+            let new = || Cuda::new(Arena::new(driver.clone(), bytes).expect("memory"));
+            take_over_on(what, [first, second], pictures, new, |_| None);
+        }
+        None => {
+            let new = || Cuda::new(Arena::new(Host::new(Order::Forward), bytes).expect("memory"));
+            let recordings = |arena: &Arena<Host>| Some(arena.device().recordings.load(Ordering::Relaxed));
+            take_over_on(what, [first, second], pictures, new, recordings);
+        }
+    }
+}
+
+fn take_over_on<D: Device>(
+    what: &str,
+    [first, second]: [&Trainable; 2],
+    pictures: &Pictures,
+    new: impl Fn() -> Cuda<D>,
+    recordings: impl Fn(&D) -> Option<usize>,
+) {
+    let (config, options) = drawing();
+    let alone = |trainable: &Trainable, rate: f64| {
+        let mut model = model(new(), &config, options, trainable, None);
+        let mut moments = [model.moments()];
+        let found = epochs(&mut model, &mut moments, rate, pictures);
+        (found, model, moments)
+    };
+    // Two sizes of micro-batches and of evaluations, logits, the end of the gradients, the update.
+    let (mut all, each) = (7, 2);
+    let (expected, mut model, mut moments) = alone(first, 1e-3);
+    let other = alone(second, 2e-3).0;
+    assert!(expected != other, "{what}");
+    for (trainable, rate, expected) in [(second, 2e-3, &other), (first, 1e-3, &expected), (first, 1e-3, &expected)] {
+        assert!(model.renew(&mut moments[0], &config, options, trainable), "{what}: of equal shape");
+        fill(&mut model, None);
+        let found = epochs(&mut model, &mut moments, rate, pictures);
+        assert!(found == *expected, "{what}: other bits than with a model of its own");
+        all += each;
+        if let Some(recordings) = recordings(model.backend().device()) {
+            assert_eq!(recordings, all, "{what}");
+        }
+    }
+
+    let mut larger = first.clone();
+    match &mut larger {
+        Trainable::Adapters { rank, .. } => *rank += 1,
+        _ => larger = Trainable::Nothing,
+    }
+    let dropping = SegformerConfig { drop_path_rate: 0.3, ..config.clone() };
+    let fewer = ModelOptions { batch: BATCH - 1, ..options };
+    for (config, options, trainable) in
+        [(&config, options, &larger), (&dropping, options, first), (&config, fewer, first)]
+    {
+        assert!(!model.renew(&mut moments[0], config, options, trainable), "{what}: of another shape");
+    }
+}
+
+#[test]
+fn a_run_on_the_model_of_another_leaves_the_same_bits_full() {
+    take_over("full", &Trainable::Everything, &Trainable::Everything);
+}
+
+#[test]
+fn a_run_on_the_model_of_another_leaves_the_same_bits_merged() {
+    let config = config().0;
+    take_over("merged", &adapters(&config, 0.0), &scaled_adapters(&config, 0.0, 0.5));
+}
+
+#[test]
+fn a_run_on_the_model_of_another_leaves_the_same_bits_with_dropout() {
+    let config = config().0;
+    take_over("separate", &adapters(&config, 0.1), &scaled_adapters(&config, 0.1, 0.5));
+}
+
+/// A run keeps of the one before what that one did, and nothing of those before it.
+#[test]
+fn recordings_of_long_ago_are_forgotten() {
+    let cuda = Cuda::new(Host::new(Order::Forward));
+    let mut x = cuda.full(3);
+    let replays = || cuda.device().replays.load(Ordering::Relaxed);
+    let mut repeat = |key| cuda.repeat(&[key], &Inputs::default(), || cuda.zero(&mut x));
+    (0..3).for_each(|_| repeat(1));
+    assert_eq!(replays(), 2);
+    cuda.renew();
+    (0..3).for_each(|_| repeat(2));
+    repeat(1);
+    assert_eq!(replays(), 5);
+    cuda.renew();
+    repeat(1);
+    assert_eq!(replays(), 6);
+    cuda.renew();
+    repeat(2);
+    assert_eq!(replays(), 6, "the run before did without it");
+    cuda.check().expect("the device works");
 }
 
 fn compare(what: &str, trainable: &Trainable) {

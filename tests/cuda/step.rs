@@ -35,6 +35,12 @@ pub fn model<B: Backend>(
     rounded: Option<usize>,
 ) -> Model<B> {
     let mut model = Model::new(backend, config, size, trainable);
+    fill(&mut model, rounded);
+    model
+}
+
+/// Sets weights by formula; with `rounded`, rounded to bf16 in that way.
+pub fn fill<B: Backend>(model: &mut Model<B>, rounded: Option<usize>) {
     let specs = model.plan().specs.clone();
     for (i, spec) in specs.iter().enumerate() {
         if !spec.name.contains(".folded.") && !spec.name.ends_with(".scaled") {
@@ -47,7 +53,6 @@ pub fn model<B: Backend>(
         }
     }
     model.refresh();
-    model
 }
 
 /// The cosine that gradients reach, unless they are so sensitive that rounding the weights alone turns them nearly as far.
@@ -96,9 +101,14 @@ pub fn joint_config() -> (SegformerConfig, usize) {
 
 /// Adapters on the attention of a model, whose head is trained too.
 pub fn adapters(config: &SegformerConfig, dropout: f32) -> Trainable {
+    scaled_adapters(config, dropout, 2.0)
+}
+
+/// The same at a scale, alpha / r.
+pub fn scaled_adapters(config: &SegformerConfig, dropout: f32, scale: f64) -> Trainable {
     let patterns = lora::preset("attention").expect("preset");
     let (matches, _) = lora::select(&modules(config), &patterns, |_| false).expect("targets");
-    Trainable::Adapters { matches, rank: 4, scale: 2.0, dropout, head: true }
+    Trainable::Adapters { matches, rank: 4, scale, dropout, head: true }
 }
 
 fn compare(what: &str, model: (SegformerConfig, usize), trainable: &Trainable) {

@@ -14,9 +14,19 @@ use crate::{Error, Result};
 /// What the caller says that a piece of work depends on, and where its inputs lie.
 type Key = (Vec<u64>, Addresses);
 
-/// Pieces of work met so far: done once, so that all they need is there, or recorded too.
+/// A piece of work that was done once, so that all it needs is there.
+struct Work<D: Device> {
+    /// Its recording, if there is one.
+    graph: Option<D::Graph>,
+    /// Whether it reads tables.
+    tables: bool,
+    /// Whether the run at hand has asked for it.
+    used: bool,
+}
+
+/// Pieces of work met so far.
 struct Known<D: Device> {
-    graphs: HashMap<Key, Option<D::Graph>>,
+    works: HashMap<Key, Work<D>>,
     /// Arrays that were gone when the recordings were last used.
     gone: usize,
 }
@@ -26,18 +36,24 @@ pub(super) struct Graphs<D: Device>(Mutex<Known<D>>);
 
 impl<D: Device> Known<D> {
     fn forget(&mut self) {
-        self.graphs.values_mut().for_each(|graph| *graph = None);
+        self.works.values_mut().for_each(|work| work.graph = None);
     }
 }
 
 impl<D: Device> Graphs<D> {
     pub(super) fn new() -> Self {
-        Self(Mutex::new(Known { graphs: HashMap::new(), gone: 0 }))
+        Self(Mutex::new(Known { works: HashMap::new(), gone: 0 }))
     }
 
     /// Forgets the recordings, which name memory that is about to go.
     pub(super) fn forget(&self) {
         locked(&self.0).forget();
+    }
+
+    /// Forgets work that reads tables, which are about to go, and what the run at hand has not asked for, so that runs leave no
+    /// more and more of it.
+    pub(super) fn renew(&self) {
+        locked(&self.0).works.retain(|_, work| std::mem::take(&mut work.used) && !work.tables);
     }
 }
 
@@ -49,6 +65,8 @@ pub(super) struct Announced {
     step: u32,
     rates: Option<[f32; 3]>,
     at: Addresses,
+    /// Whether the work has asked for a table.
+    pub(super) tables: bool,
 }
 
 // SAFETY: the pointer is only compared.
@@ -80,8 +98,14 @@ impl<D: Device> Cuda<D> {
             ([], None) => Addresses::default(),
             _ => self.bring(inputs.step, rates.unwrap_or_default(), inputs.samples, inputs.size, parts),
         };
-        let announced =
-            Announced { samples: identity(inputs.samples), size: inputs.size, step: inputs.step, rates, at };
+        let announced = Announced {
+            samples: identity(inputs.samples),
+            size: inputs.size,
+            step: inputs.step,
+            rates,
+            at,
+            tables: false,
+        };
         let before = locked(&self.announced).replace(announced);
         assert!(before.is_none(), "work repeats other work");
         self.repeat_announced((key.to_vec(), at), work);
@@ -99,16 +123,18 @@ impl<D: Device> Cuda<D> {
                 known.gone = gone;
                 known.forget();
             }
-            match known.graphs.get(&key) {
-                None => {
-                    known.graphs.insert(key, None);
-                    drop(known);
-                    return work();
-                }
+            let Some(found) = known.works.get_mut(&key) else {
+                drop(known);
+                work();
+                let tables = locked(&self.announced).as_ref().is_some_and(|announced| announced.tables);
+                locked(&self.graphs.0).works.insert(key, Work { graph: None, tables, used: true });
+                return;
+            };
+            found.used = true;
+            if let Some(graph) = &found.graph {
                 // SAFETY: what was recorded names rooms and tables, which live as long as this unless recordings are
                 // forgotten, pictures likewise, and arrays, of which none has gone since.
-                Some(Some(graph)) => return self.attempt(|device| unsafe { device.replay(graph) }).unwrap_or_default(),
-                Some(None) => {}
+                return self.attempt(|device| unsafe { device.replay(graph) }).unwrap_or_default();
             }
         }
         if locked(&self.failure).is_some() {
@@ -120,7 +146,9 @@ impl<D: Device> Cuda<D> {
             Ok(graph) => {
                 // SAFETY: as above.
                 self.attempt(|device| unsafe { device.replay(&graph) });
-                locked(&self.graphs.0).graphs.insert(key, Some(graph));
+                if let Some(found) = locked(&self.graphs.0).works.get_mut(&key) {
+                    found.graph = Some(graph);
+                }
             }
             Err(defect) if defect.kind == Kind::Internal => *locked(&self.failure) = Some(defect),
             // Nothing has been done yet, and what cannot be recorded may well be done.

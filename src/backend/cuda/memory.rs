@@ -378,6 +378,11 @@ impl<D: Device> Memory for Cuda<D> {
         self.repeat_work(key, inputs, &mut work);
     }
 
+    fn renew(&self) {
+        self.graphs.renew();
+        self.tables.renew();
+    }
+
     fn remark(&self) -> Option<String> {
         let refusal = locked(&self.refusal);
         refusal.as_ref().map(|refusal| format!("steps are launched kernel by kernel, not as graphs: {refusal}"))
