@@ -10,6 +10,7 @@ use common::{distance, json, picture, strided, tensors};
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::{Place, Sample};
 use segpeft_native::dataset::{Augment, PackedDataset, Split, prepare};
+use segpeft_native::error::Kind;
 use segpeft_native::formats::{Adapter, AdapterConfig, Checkpoint, HostData, HostTensor, StateDict, read_safetensors};
 use segpeft_native::lora;
 use segpeft_native::progress::Progress;
@@ -17,7 +18,7 @@ use segpeft_native::random::{Philox, Purpose};
 use segpeft_native::segformer::{Id, Model, ModelOptions, Module, SegformerConfig, StepRandom, Trainable, modules};
 use segpeft_native::train::options::{LoraOptions, Method, TrainOptions};
 use segpeft_native::train::record::{HistoryRow, RunRecord};
-use segpeft_native::train::{Inputs, Start, Weights, run};
+use segpeft_native::train::{Inputs, Seat, Start, Weights, run};
 use serde_json::Value;
 
 /// Packs pictures made by formula; they are stored without loss, and not resized.
@@ -123,8 +124,8 @@ fn three_epochs(case: &str) -> Trained {
     };
     let split = Split { train: (0..13).collect(), val: (13..18).collect() };
     let out = scratch.path().join("run");
-    let inputs = Inputs { data: &data, split: &split, model: &start, place: &Place::Cpu };
-    let record = run("run", &options, &inputs, &out, &Progress::quiet()).expect("trained");
+    let inputs = Inputs { data: &data, split: &split, model: &start };
+    let record = run("run", &options, &inputs, &mut Seat::new(&Place::Cpu), &out, &Progress::quiet()).expect("trained");
     Trained { record, reference: reference["numbers"][case].clone(), out, _scratch: scratch }
 }
 
@@ -286,14 +287,16 @@ fn a_resumed_run_is_bit_equal() {
             adapter: None,
             adapter_name: String::new(),
         };
-        let inputs = Inputs { data: &data, split: &split, model: &start, place: &Place::Cpu };
+        let inputs = Inputs { data: &data, split: &split, model: &start };
+        // Each on the model of the one before.
+        let mut seat = Seat::new(&Place::Cpu);
         let whole = scratch.path().join(format!("{name}-whole"));
-        let record = run(name, &options, &inputs, &whole, &Progress::quiet()).expect("trained");
+        let record = run(name, &options, &inputs, &mut seat, &whole, &Progress::quiet()).expect("trained");
 
         // What a kill after epoch 2 leaves: that epoch's checkpoint, and a later one half written.
         let cut = scratch.path().join(format!("{name}-cut"));
         let all = TrainOptions { keep_checkpoints: 99, ..options.clone() };
-        run(name, &all, &inputs, &cut, &Progress::quiet()).expect("trained");
+        run(name, &all, &inputs, &mut seat, &cut, &Progress::quiet()).expect("trained");
         let per_epoch = record.training_history[0].step;
         for entry in std::fs::read_dir(&cut).expect("folder") {
             let path = entry.expect("entry").path();
@@ -309,9 +312,48 @@ fn a_resumed_run_is_bit_equal() {
         std::fs::create_dir(&half).expect("folder");
         std::fs::write(half.join("model.safetensors"), b"half").expect("file");
 
-        let resumed = run(name, &options, &inputs, &cut, &Progress::quiet()).expect("resumed");
+        let resumed = run(name, &options, &inputs, &mut seat, &cut, &Progress::quiet()).expect("resumed");
         assert_eq!(timeless(&resumed.training_history), timeless(&record.training_history), "{name}");
         assert_eq!(files(&cut.join("final")), files(&whole.join("final")), "{name}");
+    }
+}
+
+/// Runs one after the other in one seat, some of equal shape and some not, one of which diverges, end as runs in seats of their own.
+#[test]
+fn runs_on_the_model_of_the_run_before_are_bit_equal() {
+    let scratch = tempfile::tempdir().expect("scratch");
+    let data = packed(scratch.path(), 10, 64);
+    let split = Split::seeded(data.len(), 0.8, 3);
+    let (config, small) = small();
+    let start =
+        Start { name: "random".into(), weights: Weights::Random(config), adapter: None, adapter_name: String::new() };
+    let inputs = Inputs { data: &data, split: &split, model: &start };
+    let lora = |rank, alpha, dropout| Method::Lora(LoraOptions { dropout, ..lora_options(rank, alpha) });
+    let wild = TrainOptions { method: lora(4, 4.0, 0.0), lr: 1e30, warmup_ratio: 0.0, ..small.clone() };
+    let seeded = TrainOptions { method: Method::Fft, seed: 5, ..small.clone() };
+    let with = |method| TrainOptions { method, epochs: 2, ..small.clone() };
+    let cases = [
+        with(Method::Fft),
+        seeded,
+        with(lora(4, 4.0, 0.0)),
+        with(lora(4, 16.0, 0.0)),
+        wild,
+        with(lora(4, 4.0, 0.0)),
+        with(lora(8, 8.0, 0.0)),
+        with(lora(8, 8.0, 0.1)),
+        with(lora(8, 32.0, 0.1)),
+    ];
+    let mut seat = Seat::new(&Place::Cpu);
+    for (i, options) in cases.iter().enumerate() {
+        let out = |seat: &str| scratch.path().join(format!("{seat}-{i}"));
+        let train = |seat: &mut Seat<'_>, out: PathBuf| {
+            let record = run("run", options, &inputs, seat, &out, &Progress::quiet()).map_err(|e| e.kind)?;
+            Ok::<_, Kind>((timeless(&record.training_history), files(&out.join("final"))))
+        };
+        let shared = train(&mut seat, out("shared"));
+        let own = train(&mut Seat::new(&Place::Cpu), out("own"));
+        assert_eq!(shared.as_ref().err(), (options.lr > 1.0).then_some(&Kind::Diverged), "run {i}");
+        assert!(shared == own, "run {i}");
     }
 }
 
@@ -324,12 +366,14 @@ fn threads_do_not_change_a_bit() {
     let (config, options) = small();
     let start =
         Start { name: "random".into(), weights: Weights::Random(config), adapter: None, adapter_name: String::new() };
-    let inputs = Inputs { data: &data, split: &split, model: &start, place: &Place::Cpu };
+    let inputs = Inputs { data: &data, split: &split, model: &start };
     let results: Vec<_> = (1..=3)
         .map(|threads| {
             let out = scratch.path().join(format!("run-{threads}"));
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("pool");
-            let record = pool.install(|| run("run", &options, &inputs, &out, &Progress::quiet())).expect("trained");
+            let record = pool
+                .install(|| run("run", &options, &inputs, &mut Seat::new(&Place::Cpu), &out, &Progress::quiet()))
+                .expect("trained");
             (timeless(&record.training_history), files(&out.join("final")))
         })
         .collect();
@@ -449,8 +493,8 @@ fn a_start_that_does_not_fit_is_refused() {
         let Weights::Checkpoint(checkpoint) = &mut start.weights else { unreachable!("made from a checkpoint") };
         change(&mut checkpoint.tensors);
         let options = TrainOptions { method, epochs: 1, ..options.clone() };
-        let inputs = Inputs { data: &data, split: &split, model: &start, place: &Place::Cpu };
-        run("run", &options, &inputs, &scratch.path().join("out"), &Progress::quiet())
+        let inputs = Inputs { data: &data, split: &split, model: &start };
+        run("run", &options, &inputs, &mut Seat::new(&Place::Cpu), &scratch.path().join("out"), &Progress::quiet())
     };
     let query = "segformer.encoder.block.0.0.attention.self.query.weight";
     let missing = attempt(&|t| drop(t.remove(query)), Method::Fft).expect_err("missing tensor");
@@ -479,7 +523,9 @@ fn divergence_is_an_error() {
     let options = TrainOptions { lr: 1e30, warmup_ratio: 0.0, ..options };
     let start =
         Start { name: "random".into(), weights: Weights::Random(config), adapter: None, adapter_name: String::new() };
-    let inputs = Inputs { data: &data, split: &split, model: &start, place: &Place::Cpu };
-    let error = run("run", &options, &inputs, &scratch.path().join("out"), &Progress::quiet()).expect_err("diverged");
-    assert_eq!(error.kind, segpeft_native::error::Kind::Diverged, "{error}");
+    let inputs = Inputs { data: &data, split: &split, model: &start };
+    let error =
+        run("run", &options, &inputs, &mut Seat::new(&Place::Cpu), &scratch.path().join("out"), &Progress::quiet())
+            .expect_err("diverged");
+    assert_eq!(error.kind, Kind::Diverged, "{error}");
 }

@@ -18,7 +18,7 @@ use crate::progress::{Progress, count, duration, interrupted};
 use crate::report;
 use crate::train::options::{Method, Protocol, TrainOptions};
 use crate::train::record::RunRecord;
-use crate::train::{self, Inputs};
+use crate::train::{self, Inputs, Seat};
 
 /// Share of the images that trains, where no split is given.
 const TRAIN_FRACTION: f64 = 0.8;
@@ -187,15 +187,17 @@ pub fn run_one(
     folder: &Path,
     progress: &Progress,
 ) -> Result<RunRecord> {
-    run_on(setup, setup.first_place(), name, options, split, index, folder, progress).map_err(|e| match e.kind {
-        Kind::Busy => Error::new(e.kind, format!("{e}; wait for it or choose another --out")),
-        _ => e,
+    run_on(setup, &mut Seat::new(setup.first_place()), name, options, split, index, folder, progress).map_err(|e| {
+        match e.kind {
+            Kind::Busy => Error::new(e.kind, format!("{e}; wait for it or choose another --out")),
+            _ => e,
+        }
     })
 }
 
 fn run_on(
     setup: &Setup,
-    place: &Place,
+    seat: &mut Seat<'_>,
     name: &str,
     options: &TrainOptions,
     split: &SplitPlan,
@@ -207,7 +209,7 @@ fn run_on(
     files::remove_unfinished(folder);
     files::remove_unfinished(&folder.join("final"));
     let split = split.split(options, index, &setup.data)?;
-    let config = setup.config(name, options, &split, place);
+    let config = setup.config(name, options, &split, seat.place());
     config.check(folder)?;
     let result = folder.join(RESULT);
     if result.exists() {
@@ -220,8 +222,8 @@ fn run_on(
     }
     config.write(folder)?;
     split.write(folder, &setup.data)?;
-    let inputs = Inputs { data: &setup.data, split: &split, model: &setup.source.start, place };
-    let outcome = train::run(name, options, &inputs, folder, progress);
+    let inputs = Inputs { data: &setup.data, split: &split, model: &setup.source.start };
+    let outcome = train::run(name, options, &inputs, seat, folder, progress);
     let failure = folder.join(FAILURE);
     match &outcome {
         Err(error) if error.kind == Kind::Diverged => {
@@ -312,6 +314,7 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
     let outcome_now = || outcome.lock().unwrap_or_else(PoisonError::into_inner);
     // One worker per device, each taking the next run when it is done with one. A failure that is not a run's own ends all.
     let work = |place: &Place, finished: mpsc::Sender<()>| {
+        let mut seat = Seat::new(place);
         while let Some((position, &index)) = next(&queue, &plan.selected) {
             if outcome_now().2.is_some() {
                 return;
@@ -320,7 +323,7 @@ pub fn run_grid(setup: &Setup, plan: &GridPlan, progress: &Progress) -> Result<G
             let label = format!("[{}/{}] {name}", position + 1, plan.selected.len());
             let before = if out.join(name).join(RESULT).exists() { "finished before, kept: " } else { "" };
             let part = progress.part(format!("[{}/{}]", position + 1, plan.selected.len()));
-            match run_on(setup, place, name, &options(index), &plan.split, index, &out.join(name), &part) {
+            match run_on(setup, &mut seat, name, &options(index), &plan.split, index, &out.join(name), &part) {
                 Ok(record) => {
                     let dice = record.final_evaluation.eval_mean_dice.map_or("-".into(), |dice| format!("{dice:.4}"));
                     let (epoch, time) = (record.best_epoch, duration(record.training_time));

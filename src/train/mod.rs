@@ -16,6 +16,6 @@ pub use evaluate::{Predictor, evaluate, sample};
 pub use measure::{Demand, Measured, StepKind, demand, measure_step};
 pub use memory::{MemoryPlan, Part};
 pub use metrics::Confusion;
-pub use run::{Inputs, run};
+pub use run::{Inputs, Seat, run};
 pub use schedule::Schedule;
 pub use start::{Start, Weights, fresh_checkpoint, merged};

@@ -8,11 +8,13 @@ use half::bf16;
 use super::checkpoint::{self, Snapshot, State, Trained};
 use super::evaluate::{measure, sample};
 use super::keeper::Keeper;
+use super::memory::MemoryPlan;
 use super::options::{Method, Protocol, TrainOptions};
 use super::record::{HistoryRow, RunRecord};
 use super::schedule::Schedule;
 use super::start::{Prepared, Start, load, on_cpu, on_gpu};
-use crate::backend::{AdamW, Backend, Place, Sample};
+use crate::backend::cpu::Cpu;
+use crate::backend::{AdamW, Backend, Gpu, Place, Sample};
 use crate::dataset::{Augment, PackedDataset, Split};
 use crate::error::Kind;
 use crate::formats::{HostData, StateDict};
@@ -30,8 +32,32 @@ pub struct Inputs<'a> {
     pub split: &'a Split,
     /// The starting point.
     pub model: &'a Start,
+}
+
+/// A device, with the model that the run before has left there. The next run takes it over if it differs in nothing that
+/// shapes memory and work, and then ends as with a model of its own, to the bit; any other drops it before it makes its own.
+pub struct Seat<'a> {
+    place: &'a Place,
+    cpu: Option<Held<Cpu<f32>>>,
+    gpu: Option<Held<Gpu>>,
+}
+
+impl<'a> Seat<'a> {
+    /// A device without a model.
+    pub fn new(place: &'a Place) -> Self {
+        Self { place, cpu: None, gpu: None }
+    }
+
     /// The device.
-    pub place: &'a Place,
+    pub fn place(&self) -> &'a Place {
+        self.place
+    }
+}
+
+/// A model and its optimizer's state.
+struct Held<B: Backend> {
+    model: Model<B>,
+    moments: Moments<B>,
 }
 
 /// The update number `step` (from 1) at learning rate `lr`.
@@ -62,6 +88,7 @@ pub fn run(
     name: &str,
     options: &TrainOptions,
     inputs: &Inputs<'_>,
+    seat: &mut Seat<'_>,
     out: &Path,
     progress: &Progress,
 ) -> Result<RunRecord> {
@@ -72,16 +99,10 @@ pub fn run(
     let Prepared { config, tensors, trainable } = &prepared;
     let task = Task { name, options, inputs, out, progress };
     let lower = |n| format!("--batch-size {n}, and raise --grad-accum");
-    match inputs.place {
-        Place::Cpu => {
-            let (model, plan) = on_cpu(config, sizes, trainable, tensors)?;
-            progress.details(plan.lines());
-            task.run(model, tensors)
-        }
+    match seat.place {
+        Place::Cpu => task.run(&mut seat.cpu, &prepared, sizes, || on_cpu(config, sizes, trainable, tensors)),
         Place::Gpu(gpu) => {
-            let (model, plan) = on_gpu(gpu, config, sizes, trainable, tensors, &lower)?;
-            progress.details(plan.lines());
-            task.run(model, tensors)
+            task.run(&mut seat.gpu, &prepared, sizes, || on_gpu(gpu, config, sizes, trainable, tensors, &lower))
         }
     }
 }
@@ -97,15 +118,40 @@ struct Task<'a> {
 }
 
 impl Task<'_> {
-    fn run<B: Backend>(self, model: Model<B>, start: &StateDict) -> Result<RunRecord> {
+    /// Runs on the model that was left, or on one that `make` makes, and leaves it if all goes well.
+    fn run<B: Backend>(
+        self,
+        left: &mut Option<Held<B>>,
+        Prepared { config, tensors, trainable }: &Prepared,
+        sizes: ModelOptions,
+        make: impl FnOnce() -> Result<(Model<B>, MemoryPlan)>,
+    ) -> Result<RunRecord> {
         let Self { name, options, inputs, out, progress } = self;
-        let moments = model.moments();
+        let taken = left.take_if(|Held { model, moments }| model.renew(moments, config, sizes, trainable));
+        let mut held = match taken {
+            Some(mut held) => {
+                load(&mut held.model, tensors);
+                held.model.backend().check()?;
+                progress.detail(format!("{name}: takes over the memory of the run before"));
+                held
+            }
+            None => {
+                // First, so that both need not fit.
+                *left = None;
+                let (model, plan) = make()?;
+                progress.details(plan.lines());
+                Held { moments: model.moments(), model }
+            }
+        };
+        let Held { model, moments } = &mut held;
         let mut run = Run { name, options, inputs, out, progress, model, moments, state: State::default() };
-        run.resume(start)?;
+        run.resume(tensors)?;
         run.epochs()?;
         // Every epoch has been written by now.
         let kept = run.state.epoch;
-        run.finish().map_err(|error| with_what_is_kept(error, kept))
+        let record = run.finish().map_err(|error| with_what_is_kept(error, kept))?;
+        *left = Some(held);
+        Ok(record)
     }
 }
 
@@ -128,8 +174,8 @@ struct Run<'a, B: Backend> {
     inputs: &'a Inputs<'a>,
     out: &'a Path,
     progress: &'a Progress,
-    model: Model<B>,
-    moments: Moments<B>,
+    model: &'a mut Model<B>,
+    moments: &'a mut Moments<B>,
     state: State,
 }
 
@@ -144,8 +190,8 @@ impl<B: Backend> Run<'_, B> {
         let Some(state) = checkpoint::latest(self.out)? else { return Ok(()) };
         let mut tensors = start.clone();
         tensors.extend(checkpoint::read_tensors(self.out, state.global_step, self.options)?);
-        load(&mut self.model, &tensors);
-        checkpoint::read_moments(&self.model, self.out, state.global_step, &mut self.moments)?;
+        load(self.model, &tensors);
+        checkpoint::read_moments(self.model, self.out, state.global_step, self.moments)?;
         self.progress.info(format!("{}: continues after epoch {}", self.name, state.epoch));
         self.state = state;
         Ok(())
@@ -211,7 +257,7 @@ impl<B: Backend> Run<'_, B> {
             }
             self.state.seconds += started.elapsed().as_secs_f64();
             let base = self.base_model();
-            keeper.keep(Snapshot::take(&self.model, &self.moments, &self.state, self.options, &base)?)?;
+            keeper.keep(Snapshot::take(self.model, self.moments, &self.state, self.options, &base)?)?;
             if self.stopped_early() {
                 self.progress.info(format!(
                     "{}: stops after epoch {epoch}, {} without improvement",
@@ -260,7 +306,7 @@ impl<B: Backend> Run<'_, B> {
             self.model.finish_gradients();
             rate = schedule.rate(self.state.global_step);
             let update = adamw(options, rate, self.state.global_step + 1);
-            self.model.update(&update, &decays, &mut self.moments);
+            self.model.update(&update, &decays, self.moments);
             self.model.backend().check()?;
             self.state.global_step += 1;
         }
@@ -291,7 +337,7 @@ impl<B: Backend> Run<'_, B> {
         let seed = self.options.seed ^ 0x6576_616c;
         let augment = |i| if augmented { Augment::draw(seed, round, i) } else { Augment::IDENTITY };
         let batch = self.options.eval_batch_size;
-        let row = measure(&mut self.model, self.inputs.data, indices, batch, augment, |n| bar.inc(n))?;
+        let row = measure(self.model, self.inputs.data, indices, batch, augment, |n| bar.inc(n))?;
         self.finite(what, row.eval_loss)?;
         Ok(HistoryRow { epoch: f64::from(round), step: self.state.global_step, ..row })
     }
@@ -352,7 +398,7 @@ impl<B: Backend> Run<'_, B> {
         });
         history.push(final_evaluation.clone());
         let final_dir = self.out.join("final");
-        Trained::of(&self.model, self.options, &self.base_model())?.write(&final_dir)?;
+        Trained::of(self.model, self.options, &self.base_model())?.write(&final_dir)?;
         let record = RunRecord {
             name: self.name.into(),
             method: self.options.method.clone(),
@@ -371,7 +417,7 @@ impl<B: Backend> Run<'_, B> {
     /// Puts the best checkpoint's tensors back. The notebook's protocol repeats the original's flaw: an adapter comes back
     /// without BatchNorm's statistics, and all weights are rounded to bf16.
     fn restore_best(&mut self) -> Result<()> {
-        let mut tensors = checkpoint::stored(&self.model);
+        let mut tensors = checkpoint::stored(self.model);
         let mut best = checkpoint::read_tensors(self.out, self.state.best_step, self.options)?;
         if self.options.protocol == Protocol::Notebook {
             if matches!(&self.options.method, Method::Lora(lora) if !lora.train_head) {
@@ -388,7 +434,7 @@ impl<B: Backend> Run<'_, B> {
         } else {
             tensors.extend(best);
         }
-        load(&mut self.model, &tensors);
+        load(self.model, &tensors);
         Ok(())
     }
 
@@ -408,13 +454,15 @@ mod tests {
     use crate::backend::cuda::{Argument, Cuda, Device, Dry, MatrixProduct};
     use crate::dataset::demo::{self, Domain};
     use crate::dataset::prepare;
+    use crate::lora;
     use crate::segformer::SegformerConfig;
+    use crate::train::options::LoraOptions;
     use crate::train::start::Weights;
 
     /// A device that counts, lost after so many calls.
-    #[derive(Default)]
+    #[derive(Clone, Default)]
     struct Lost {
-        dry: Dry,
+        dry: Arc<Dry>,
         calls: Arc<AtomicUsize>,
         last: usize,
         /// Which of the calls read.
@@ -483,9 +531,30 @@ mod tests {
         }
     }
 
+    /// A folder with a dataset of four pictures.
+    fn folder() -> tempfile::TempDir {
+        let scratch = tempfile::tempdir().expect("scratch folder");
+        let (pictures, file) = (scratch.path().join("pictures"), scratch.path().join("data.pack"));
+        demo::write_folder(&pictures, Domain::Source, 4, 32, &Progress::silent()).expect("drawn");
+        prepare(&pictures, &file, 32, &Progress::silent()).expect("packed");
+        scratch
+    }
+
     /// Trains two epochs in a folder of `scratch`, on a device that is lost at call `last`.
     fn train(scratch: &Path, device: Lost) -> (PathBuf, Result<RunRecord>) {
         let out = scratch.join(format!("run-{}", device.last));
+        let outcome = train_on(&mut None, scratch, &out, Method::Fft, || device);
+        (out, outcome)
+    }
+
+    /// Trains two epochs in the folder `out`, on the model that was left or one on the device that `make` makes.
+    fn train_on(
+        left: &mut Option<Held<Cuda<Lost>>>,
+        scratch: &Path,
+        out: &Path,
+        method: Method,
+        make: impl FnOnce() -> Lost,
+    ) -> Result<RunRecord> {
         let data = PackedDataset::open(&scratch.join("data.pack")).expect("packed");
         let hidden_sizes = vec![8, 16, 40, 64];
         let config =
@@ -497,24 +566,61 @@ mod tests {
             adapter_name: String::new(),
         };
         let split = Split { train: vec![0, 1, 2], val: vec![3] };
-        let inputs = Inputs { data: &data, split: &split, model: &model, place: &Place::Cpu };
-        let options = TrainOptions { epochs: 2, batch_size: 2, grad_accum: 1, ..TrainOptions::default() };
+        let inputs = Inputs { data: &data, split: &split, model: &model };
+        let options = TrainOptions { method, epochs: 2, batch_size: 2, grad_accum: 1, ..TrainOptions::default() };
         let progress = Progress::silent();
-        let Prepared { config, tensors, trainable } = model.prepare(&options, &progress).expect("fresh weights fit");
-        let mut model = Model::new(Cuda::new(device), &config, ModelOptions { size: 32, batch: 2 }, &trainable);
-        load(&mut model, &tensors);
-        let task = Task { name: "run", options: &options, inputs: &inputs, out: &out, progress: &progress };
-        let outcome = task.run(model, &tensors);
-        (out, outcome)
+        let prepared = model.prepare(&options, &progress).expect("fresh weights fit");
+        let sizes = ModelOptions { size: 32, batch: 2 };
+        let task = Task { name: "run", options: &options, inputs: &inputs, out, progress: &progress };
+        task.run(left, &prepared, sizes, || {
+            let mut model = Model::new(Cuda::new(make()), &prepared.config, sizes, &prepared.trainable);
+            load(&mut model, &prepared.tensors);
+            let plan = MemoryPlan::on_cpu(&model);
+            Ok((model, plan))
+        })
+    }
+
+    /// Adapters of a rank.
+    fn lora(rank: usize, alpha: f64) -> Method {
+        let targets = lora::preset("attention").expect("preset");
+        Method::Lora(LoraOptions { rank, alpha, dropout: 0.0, targets, train_head: false })
+    }
+
+    /// A run of equal shape takes over the model that was left, and asks for no more memory; one of another shape drops it before it
+    /// makes its own; one that fails leaves none.
+    #[test]
+    fn a_model_is_taken_over_or_dropped() {
+        let scratch = folder();
+        let mut left = None;
+        let device = || Lost { last: usize::MAX, ..Lost::default() };
+        let (first, second) = (device(), device());
+        let mut run = |number: usize, method: Method, make: &dyn Fn() -> Lost| {
+            let out = scratch.path().join(number.to_string());
+            train_on(&mut left, scratch.path(), &out, method, make).map(|_| ()).map_err(|error| error.kind)
+        };
+        let none = || panic!("the model that was left serves");
+        assert_eq!(run(0, lora(4, 4.0), &|| first.clone()), Ok(()));
+        let (bytes, users) = (first.dry.bytes(), Arc::strong_count(&first.dry));
+        assert_eq!(run(1, lora(4, 16.0), &none), Ok(()));
+        assert_eq!((first.dry.bytes(), Arc::strong_count(&first.dry)), (bytes, users));
+        assert_eq!(run(2, lora(4, 8.0), &none), Ok(()));
+        assert_eq!(first.dry.bytes(), bytes);
+
+        let make = || {
+            assert_eq!(Arc::strong_count(&first.dry), users - 1, "two models at once");
+            second.clone()
+        };
+        assert_eq!(run(3, lora(8, 8.0), &make), Ok(()));
+        second.calls.store(usize::MAX, Ordering::Relaxed);
+        assert_eq!(run(4, lora(8, 16.0), &none), Err(Kind::Device));
+        assert_eq!(Arc::strong_count(&second.dry), 1, "a run that failed leaves nothing");
+        assert_eq!(run(5, lora(8, 16.0), &device), Ok(()));
     }
 
     /// Wherever the device is lost, the message promises the epochs that are in the folder.
     #[test]
     fn what_is_said_to_be_kept_is_kept() {
-        let scratch = tempfile::tempdir().expect("scratch folder");
-        let (pictures, file) = (scratch.path().join("pictures"), scratch.path().join("data.pack"));
-        demo::write_folder(&pictures, Domain::Source, 4, 32, &Progress::silent()).expect("drawn");
-        prepare(&pictures, &file, 32, &Progress::silent()).expect("packed");
+        let scratch = folder();
         let device = Lost { last: usize::MAX, ..Lost::default() };
         let reads = Arc::clone(&device.reads);
         train(scratch.path(), device).1.expect("a device that counts does not fail");
