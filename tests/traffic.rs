@@ -1,6 +1,9 @@
 //! What a step of SegFormer-B0 at 512x512 asks of a GPU, counted without one, stays within what `benches/README.md` states.
 #![allow(missing_docs)]
 
+use std::collections::BTreeMap;
+
+use segpeft_native::backend::cuda::{Joint, Work};
 use segpeft_native::train::{StepKind, demand};
 
 /// The notebook's micro-batch.
@@ -9,7 +12,7 @@ const BATCH: usize = 64;
 #[test]
 fn steps_move_no_more_than_stated() {
     for (kind, megabytes) in [(StepKind::Fft, 439.2), (StepKind::Lora, 309.1), (StepKind::Eval, 73.4)] {
-        let demand = demand(kind, 512, BATCH, None).expect("fresh weights fit");
+        let demand = demand(kind, 512, BATCH, None, None).expect("fresh weights fit");
         let bytes: usize = demand.work.values().map(|work| work.bytes()).sum();
         let each = bytes as f64 / BATCH as f64 / 1e6;
         println!("{kind:?}: {each:.1} MB per image, {:.2} GB of memory", demand.plan.bytes as f64 / 1e9);
@@ -21,7 +24,7 @@ fn steps_move_no_more_than_stated() {
 #[test]
 fn the_notebooks_batch_fits_eight_gigabytes() {
     for kind in [StepKind::Fft, StepKind::Lora, StepKind::Eval] {
-        let memory = demand(kind, 512, BATCH, None).expect("fresh weights fit").plan.bytes;
+        let memory = demand(kind, 512, BATCH, None, None).expect("fresh weights fit").plan.bytes;
         assert!(memory < 8_000_000_000, "{kind:?}: {memory} bytes");
     }
 }
@@ -55,7 +58,7 @@ fn the_plan_covers_smaller_batches() {
     use segpeft_native::segformer::{Model, ModelOptions, SegformerConfig, StepRandom, Trainable};
 
     let (size, batch) = (512, 59);
-    let plan = demand(StepKind::Fft, size, batch, None).expect("fits");
+    let plan = demand(StepKind::Fft, size, batch, None, None).expect("fits");
     let backend = Cuda::new(Dry::default());
     backend.reserve(plan.rooms);
     let config = SegformerConfig::default();
@@ -75,8 +78,27 @@ fn the_plan_covers_smaller_batches() {
 #[test]
 fn launches_are_few() {
     let launches =
-        |kind| demand(kind, 512, BATCH, None).expect("fits").work.values().map(|work| work.calls).sum::<usize>();
+        |kind| demand(kind, 512, BATCH, None, None).expect("fits").work.values().map(|work| work.calls).sum::<usize>();
     let (full, adapters, evaluation) = (launches(StepKind::Fft), launches(StepKind::Lora), launches(StepKind::Eval));
     println!("{full}, {adapters} and {evaluation} launches");
     assert!(full <= 379 && adapters <= 229 && evaluation <= 86, "{full}, {adapters}, {evaluation}");
+}
+
+/// Each of the kernels that do several operations in one is used, and moves fewer bytes than those operations.
+#[test]
+fn joint_kernels_save_bytes() {
+    let mut unused: Vec<Joint> = Joint::ALL.into();
+    for kind in [StepKind::Fft, StepKind::Lora, StepKind::Eval] {
+        let demand = |apart| demand(kind, 128, 2, None, apart).expect("fits").work;
+        let whole = demand(None);
+        let bytes = |work: &BTreeMap<String, Work>| work.values().map(Work::bytes).sum::<usize>();
+        for joint in Joint::ALL {
+            let apart = demand(Some(joint));
+            if apart != whole {
+                assert!(bytes(&apart) > bytes(&whole), "{kind:?}: {} moves more", joint.name());
+                unused.retain(|&other| other != joint);
+            }
+        }
+    }
+    assert!(unused.is_empty(), "{unused:?}");
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::cuda::{Arena, Cuda, Driver, Dry, Pictures};
+use super::cuda::{Arena, Cuda, Driver, Dry, Joint, Pictures};
 use super::{Memory, Sample};
 use crate::Result;
 
@@ -35,6 +35,8 @@ pub struct GpuPlace {
     pictures: Option<Arc<Pictures>>,
     /// Bytes that a run may take beside the dataset, if not all that is free.
     limit: Option<usize>,
+    /// An operation to do in parts though there is a kernel for all of it.
+    pub apart: Option<Joint>,
 }
 
 /// Memory that a run may take beside its dataset.
@@ -60,7 +62,7 @@ impl Place {
     pub fn open(choice: Choice) -> Result<(Self, Option<String>)> {
         let gpu = |number| {
             let driver = Arc::new(Driver::open(number)?);
-            Ok(Self::Gpu(GpuPlace { driver, pictures: None, limit: None }))
+            Ok(Self::Gpu(GpuPlace { driver, pictures: None, limit: None, apart: None }))
         };
         match choice {
             Choice::Cpu => Ok((Self::Cpu, None)),
@@ -121,8 +123,8 @@ impl GpuPlace {
     /// When there is not so much.
     pub fn backend(&self, dry: &Cuda<Dry>) -> Result<Gpu> {
         let arena = Arena::new(Arc::clone(&self.driver), dry.device().bytes())?;
-        let saves = !dry.remembers();
-        let backend = Cuda::new(arena).with_pictures(self.pictures.clone()).saving_memory(saves);
+        let backend = Cuda::new(arena).with_pictures(self.pictures.clone());
+        let backend = backend.saving_memory(!dry.remembers()).taking_apart(dry.apart());
         backend.reserve(dry.rooms());
         Ok(backend)
     }

@@ -7,12 +7,15 @@ use serde_json::json;
 use super::args::DeviceArgs;
 use super::{Context, args, output};
 use crate::backend::cpu::{has_matrix_units, simd_level};
-use crate::backend::cuda::{self, Cuda, Driver, Work};
+use crate::backend::cuda::{self, Cuda, Driver, Joint, Work};
 use crate::backend::{Choice, Place};
 use crate::error::{Error, Result};
-use crate::progress::byte_size;
+use crate::progress::{Progress, byte_size};
 use crate::system::{available_memory, proc_bytes};
-use crate::train::{self, Measured, MemoryPlan, StepKind};
+use crate::train::{self, Demand, Measured, MemoryPlan, StepKind};
+
+/// Times that each measurement of `--apart` is taken, in turns; the middle one is told.
+const ROUNDS: usize = 3;
 
 /// Say what this machine and this build can do, or time training steps
 #[derive(Args)]
@@ -23,6 +26,7 @@ Examples:
   segpeft-native doctor --step lora --size 512 --batch-size 4 --steps 5 --json
   segpeft-native doctor --step fft --batch-size 64 --device cuda --profile
   segpeft-native doctor --step fft --batch-size 64 --device cuda --eager
+  segpeft-native doctor --step fft --batch-size 64 --device cuda --apart
   segpeft-native doctor --step fft --batch-size 64 --traffic --max-memory 5")]
 pub struct Doctor {
     /// Time steps on made-up images: fft or lora (forward, backward, update; B0) or eval (forward, metrics)
@@ -47,6 +51,10 @@ pub struct Doctor {
     /// no GPU
     #[arg(long, requires = "step", conflicts_with_all = ["profile", "eager", "steps", "device"])]
     traffic: bool,
+    /// Also without each of the kernels that do several operations in one: what a step takes then, in time on a GPU (in turns
+    /// with the whole), or with --traffic in bytes
+    #[arg(long, requires = "step")]
+    apart: bool,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -98,6 +106,39 @@ struct Timing {
     /// What to know of how the device worked.
     remark: Option<String>,
     profile: Vec<Share>,
+    apart: Vec<Apart>,
+}
+
+/// A step without one of the kernels that do several operations in one.
+#[derive(Serialize)]
+struct Apart {
+    /// The kernel.
+    without: &'static str,
+    /// Bytes that the step moves then.
+    bytes: usize,
+    launches: usize,
+    /// Median seconds of a step, and by how much longer that is than the whole step's in the turns before; of the middle round.
+    median_seconds: Option<f64>,
+    ratio: Option<f64>,
+}
+
+impl Apart {
+    fn header() -> String {
+        format!("\n{:<32} {:>12} {:>8} {:>10} {:>8}\n", "without", "MB per image", "launches", "ms", "ratio")
+    }
+
+    fn text(&self, images: usize) -> String {
+        let number = |x: Option<f64>, digits: usize| x.map_or("-".into(), |x| format!("{x:.digits$}"));
+        let (ms, ratio) = (number(self.median_seconds.map(|x| 1e3 * x), 2), number(self.ratio, 3));
+        let each = self.bytes as f64 / 1e6 / images as f64;
+        format!("{:<32} {each:>12.1} {:>8} {ms:>10} {ratio:>8}\n", self.without, self.launches)
+    }
+}
+
+fn median(numbers: &[f64]) -> f64 {
+    let mut sorted = numbers.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// What one kernel at one size, or one product, took in all.
@@ -174,8 +215,9 @@ impl Doctor {
     }
 
     fn traffic(&self, step: Step, context: &Context) -> Result<()> {
-        let demand = train::demand(step.kind(), self.size, self.batch_size, self.device.max_bytes())?;
+        let demand = self.demand(step, None)?;
         context.progress.details(demand.plan.lines());
+        let apart: Vec<Apart> = self.parts(step)?.into_iter().map(|(_, apart)| apart).collect();
         let mut rows: Vec<Traffic> = demand.work.iter().map(|(name, work)| Traffic::new(name, work)).collect();
         rows.sort_by_key(|row| std::cmp::Reverse(row.read_bytes + row.written_bytes));
         let total = demand.work.values().fold(Work::default(), |mut sum, work| {
@@ -185,7 +227,7 @@ impl Doctor {
         rows.push(Traffic::new("together", &total));
         let document = json!({
             "step": step, "size": self.size, "batch_size": self.batch_size, "memory_bytes": demand.plan.bytes,
-            "least_memory_bytes": demand.least_memory, "memory": demand.plan, "work": rows,
+            "least_memory_bytes": demand.least_memory, "memory": demand.plan, "work": rows, "apart": apart,
         });
         context.result(&document, || {
             let each = |bytes: usize| bytes as f64 / 1e6 / self.batch_size as f64;
@@ -200,8 +242,66 @@ impl Doctor {
                 let (read, written) = (each(row.read_bytes), each(row.written_bytes));
                 text += &format!("{:<32} {:>8} {read:>10.2} {written:>10.2}\n", row.kernel, row.launches);
             }
-            text
+            text + &self.parts_text(&apart)
         })
+    }
+
+    fn demand(&self, step: Step, apart: Option<Joint>) -> Result<Demand> {
+        train::demand(step.kind(), self.size, self.batch_size, self.device.max_bytes(), apart)
+    }
+
+    /// What the step takes without each of the joint kernels that it uses, if that is asked for.
+    fn parts(&self, step: Step) -> Result<Vec<(Joint, Apart)>> {
+        if !self.apart {
+            return Ok(Vec::new());
+        }
+        let whole = self.demand(step, None)?.work;
+        let mut parts = Vec::new();
+        for joint in Joint::ALL {
+            let work = self.demand(step, Some(joint))?.work;
+            if work == whole {
+                continue;
+            }
+            let sum = |count: fn(&Work) -> usize| work.values().map(count).sum();
+            let (bytes, launches) = (sum(Work::bytes), sum(|work| work.calls));
+            parts.push((joint, Apart { without: joint.name(), bytes, launches, median_seconds: None, ratio: None }));
+        }
+        Ok(parts)
+    }
+
+    fn parts_text(&self, parts: &[Apart]) -> String {
+        if !self.apart {
+            return String::new();
+        }
+        parts.iter().fold(Apart::header(), |text, part| text + &part.text(self.batch_size))
+    }
+
+    /// Times the step without each of the joint kernels, in turns with the whole.
+    fn time_parts(&self, step: Step, place: &Place, progress: &Progress) -> Result<Vec<Apart>> {
+        let Place::Gpu(gpu) = place else { return Ok(Vec::new()) };
+        let parts = self.parts(step)?;
+        let bar = progress.bar("without each joint kernel", (parts.len() * ROUNDS) as u64, "measurements");
+        let mut timed = Vec::new();
+        for (joint, mut apart) in parts {
+            let mut rounds = Vec::new();
+            for _ in 0..ROUNDS {
+                let [whole, without] = [None, Some(joint)].map(|apart| {
+                    let mut gpu = gpu.clone();
+                    gpu.apart = apart;
+                    let place = Place::Gpu(gpu);
+                    let measured = train::measure_step(&place, step.kind(), self.size, self.batch_size, self.steps)?;
+                    Ok::<f64, Error>(median(&measured.seconds))
+                });
+                let (whole, without) = (whole?, without?);
+                rounds.push((without / whole, without));
+                bar.inc(1);
+            }
+            rounds.sort_by(|a, b| a.0.total_cmp(&b.0));
+            let (ratio, seconds) = rounds[ROUNDS / 2];
+            (apart.ratio, apart.median_seconds) = (Some(ratio), Some(seconds));
+            timed.push(apart);
+        }
+        Ok(timed)
     }
 
     fn time(&self, step: Step, context: &Context) -> Result<()> {
@@ -211,6 +311,11 @@ impl Doctor {
             Place::Gpu(gpu) => gpu.driver.record_steps(!self.eager),
             Place::Cpu if self.profile => return Err(args::gpu_only("--profile")),
             Place::Cpu if self.eager => return Err(args::gpu_only("--eager")),
+            Place::Cpu if self.apart => {
+                return Err(Error::usage(
+                    "--apart times on a GPU, and this would run on the CPU: name a GPU, or add --traffic to count bytes",
+                ));
+            }
             Place::Cpu => {}
         }
         let Measured { seconds, remark, plan } =
@@ -224,9 +329,8 @@ impl Doctor {
             }
             _ => Vec::new(),
         };
-        let mut sorted = seconds.clone();
-        sorted.sort_by(f64::total_cmp);
-        let median_seconds = sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);
+        let median_seconds = median(&seconds);
+        let apart = self.time_parts(step, &place, &context.progress)?;
         let timing = Timing {
             step,
             size: self.size,
@@ -251,6 +355,7 @@ impl Doctor {
                     multiply_adds: spent.work.multiply_adds,
                 })
                 .collect(),
+            apart,
         };
         context.result(&timing, || {
             let mut fields = vec![
@@ -264,7 +369,8 @@ impl Doctor {
             });
             fields.push(("threads", timing.threads.to_string()));
             fields.extend(timing.remark.clone().map(|remark| ("note", remark)));
-            output::fields(&fields) + &timing.profile.iter().map(Share::text).collect::<String>()
+            let profile: String = timing.profile.iter().map(Share::text).collect();
+            output::fields(&fields) + &profile + &self.parts_text(&timing.apart)
         })
     }
 }

@@ -8,7 +8,7 @@ use super::options::{LoraOptions, Method, TrainOptions};
 use super::run::adamw;
 use super::start::{Prepared, Start, Weights, on_cpu, on_gpu};
 use crate::Result;
-use crate::backend::cuda::Work;
+use crate::backend::cuda::{Joint, Work};
 use crate::backend::{Backend, Place, Room, Sample};
 use crate::dataset::Augment;
 use crate::lora;
@@ -110,11 +110,12 @@ pub struct Demand {
     pub work: BTreeMap<String, Work>,
 }
 
-/// What a step over `batch` pictures of `size`² asks of a GPU of which `limit` bytes may be used, counted without one.
+/// What a step over `batch` pictures of `size`² asks of a GPU of which `limit` bytes may be used, counted without one; an operation
+/// may be taken `apart`.
 ///
 /// # Errors
 /// When the batch does not fit, with the one that would.
-pub fn demand(kind: StepKind, size: usize, batch: usize, limit: Option<usize>) -> Result<Demand> {
+pub fn demand(kind: StepKind, size: usize, batch: usize, limit: Option<usize>, apart: Option<Joint>) -> Result<Demand> {
     let (_, prepared) = prepare(kind)?;
     let Prepared { config, trainable, .. } = &prepared;
     let sizes = ModelOptions { size, batch };
@@ -122,18 +123,18 @@ pub fn demand(kind: StepKind, size: usize, batch: usize, limit: Option<usize>) -
         None => false,
         Some(bytes) => {
             let room = ("a GPU", Room { bytes, limited: true });
-            fit(config, sizes, trainable, room, &lower)?.plan.activations_made_again
+            fit(config, sizes, trainable, room, apart, &lower)?.plan.activations_made_again
         }
     };
     let mut ledgers = Vec::new();
-    let model = planned_on_gpu(config, sizes, trainable, saves, |model| {
+    let model = planned_on_gpu(config, sizes, trainable, (saves, apart), |model| {
         ledgers.push(model.backend().device().take_ledger());
     });
     let work = ledgers.swap_remove(if kind == StepKind::Eval { 2 } else { 1 });
     let plan = MemoryPlan::on_gpu(&model, limit);
     let least_memory = match saves {
         true => plan.bytes,
-        false => planned_on_gpu(config, sizes, trainable, true, |_| ()).backend().device().bytes(),
+        false => planned_on_gpu(config, sizes, trainable, (true, apart), |_| ()).backend().device().bytes(),
     };
     Ok(Demand { plan, least_memory, rooms: model.backend().rooms(), work })
 }

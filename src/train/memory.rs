@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::options::TrainOptions;
 use super::run::adamw;
-use crate::backend::cuda::{Cuda, Dry};
+use crate::backend::cuda::{Cuda, Dry, Joint};
 use crate::backend::{Backend, Memory, Room, Sample};
 use crate::dataset::Augment;
 use crate::error::Kind;
@@ -112,8 +112,8 @@ pub(super) struct Planned {
     pub plan: MemoryPlan,
 }
 
-/// Plans a run within `room` of the GPU called `name`: with all activations kept if that fits, else with some made again.
-/// `lower` says how the user asks for smaller batches.
+/// Plans a run within `room` of the GPU called `name`: with all activations kept if that fits, else with some made again; an
+/// operation may be taken `apart`. `lower` says how the user asks for smaller batches.
 ///
 /// # Errors
 /// When neither fits, with the largest batch that would.
@@ -122,10 +122,12 @@ pub(super) fn fit(
     options: ModelOptions,
     trainable: &Trainable,
     (name, room): (&str, Room),
+    apart: Option<Joint>,
     lower: &dyn Fn(usize) -> String,
 ) -> Result<Planned> {
     let planned = |batch, saves| {
-        let model = planned_on_gpu(config, ModelOptions { batch, ..options }, trainable, saves, |_| ());
+        let options = ModelOptions { batch, ..options };
+        let model = planned_on_gpu(config, options, trainable, (saves, apart), |_| ());
         Planned { plan: MemoryPlan::on_gpu(&model, Some(room.bytes)), model }
     };
     let fits = |planned: &Planned| planned.plan.bytes <= room.bytes;
@@ -155,16 +157,16 @@ pub(super) fn fit(
     ))
 }
 
-/// A model on a device that only counts, after all that a run does: what its device has handed out is what a run needs.
-/// Calls `between` when the model is made, after a training step over a whole batch (if it trains), and after an evaluation.
+/// A model on a device that only counts, after all that a run does: what its device has handed out is what a run needs. `saves`
+/// memory by making activations again; an operation may be taken `apart`. Calls `between` when the model is made, after a training step over a whole batch (if it trains), and after an evaluation.
 pub(super) fn planned_on_gpu(
     config: &SegformerConfig,
     options: ModelOptions,
     trainable: &Trainable,
-    saves: bool,
+    (saves, apart): (bool, Option<Joint>),
     between: impl FnMut(&Model<Cuda<Dry>>),
 ) -> Model<Cuda<Dry>> {
-    let new = || Cuda::new(Dry::default()).saving_memory(saves);
+    let new = || Cuda::new(Dry::default()).saving_memory(saves).taking_apart(apart);
     // The rooms that operations share do not always grow with the batch, so every size a batch may have is tried.
     let mut scout = Model::new(new(), config, options, trainable);
     for images in 1..=options.batch {
@@ -206,14 +208,15 @@ mod tests {
 
     fn bytes(batch: usize, saves: bool) -> usize {
         let options = ModelOptions { batch, ..SIZES };
-        let model = planned_on_gpu(&SegformerConfig::default(), options, &Trainable::Everything, saves, |_| ());
+        let ways = (saves, None);
+        let model = planned_on_gpu(&SegformerConfig::default(), options, &Trainable::Everything, ways, |_| ());
         MemoryPlan::on_gpu(&model, None).bytes
     }
 
     fn fitted(bytes: usize, limited: bool) -> Result<MemoryPlan> {
         let lower = |n| format!("--batch-size {n}");
         let room = ("a GPU", Room { bytes, limited });
-        let planned = fit(&SegformerConfig::default(), SIZES, &Trainable::Everything, room, &lower)?;
+        let planned = fit(&SegformerConfig::default(), SIZES, &Trainable::Everything, room, None, &lower)?;
         assert_eq!(planned.plan.bytes, planned.model.backend().device().bytes());
         Ok(planned.plan)
     }

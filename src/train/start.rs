@@ -404,7 +404,8 @@ pub(super) fn on_gpu(
             ),
         ));
     }
-    let Planned { model: dry, plan } = fit(config, options, trainable, (gpu.driver.name(), gpu.room()?), lower)?;
+    let room = (gpu.driver.name(), gpu.room()?);
+    let Planned { model: dry, plan } = fit(config, options, trainable, room, gpu.apart, lower)?;
     let mut model = Model::new(gpu.backend(dry.backend())?, config, options, trainable);
     load(&mut model, tensors);
     model.backend().check()?;

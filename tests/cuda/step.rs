@@ -375,6 +375,13 @@ fn merged_adapters_by_joint_operations() {
     compare("merged, joint", joint_config(), &adapters(&joint_config().0, 0.0));
 }
 
+/// With so many keys that all of attention's gradients are made at once.
+#[test]
+fn full_fine_tuning_by_joint_operations() {
+    let (config, _) = joint_config();
+    compare("full, joint", (SegformerConfig { sr_ratios: vec![2, 1, 1, 1], ..config }, 96), &Trainable::Everything);
+}
+
 #[test]
 fn merged_adapters() {
     compare("merged", config(), &adapters(&config().0, 0.0));

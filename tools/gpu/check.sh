@@ -3,8 +3,8 @@
 #
 # usage: check.sh [results folder]     (default: results)
 #
-#   PARTS="tests steps"     runs these alone, out of: doctor tests repeat memcheck racecheck initcheck steps kernels
-#                           compare train pipeline compiled
+#   PARTS="tests steps"     runs these alone, out of: doctor tests repeat memcheck racecheck initcheck steps apart
+#                           kernels compare train pipeline compiled
 #   BATCH=64 SIZE=512       pictures of a step and their side
 #   CHECK_SECONDS=540       ends everything after this long; a part that finds no time left has failed
 #
@@ -16,10 +16,10 @@ set -euo pipefail
 
 # Each part's seconds at most.
 declare -A limits=(
-    [doctor]=30 [tests]=150 [repeat]=100 [memcheck]=60 [racecheck]=150 [initcheck]=60 [steps]=90 [kernels]=60
+    [doctor]=30 [tests]=150 [repeat]=100 [memcheck]=60 [racecheck]=150 [initcheck]=60 [steps]=90 [apart]=120 [kernels]=60
     [compare]=180 [train]=100 [pipeline]=120 [compiled]=240
 )
-order=(doctor tests repeat memcheck racecheck initcheck steps kernels compare train pipeline compiled)
+order=(doctor tests repeat memcheck racecheck initcheck steps apart kernels compare train pipeline compiled)
 # What a part exits with that cannot run here.
 skipped=77
 
@@ -184,6 +184,30 @@ steps() {
     done >>"$results/steps.md"
     awk -F ' *[|] *' '/^[|] (fft|lora|eval) / { all = all "  " $2 " " $4 } END { print "images/s:" all }' \
         "$results/steps.md"
+}
+
+apart() {
+    need_gpu
+    local step json
+    {
+        echo "| step | without | ms | times as long as with it | MB per image |"
+        echo "| --- | --- | --- | --- | --- |"
+        for step in lora eval fft; do
+            json=$results/apart-$step.json
+            ./segpeft-native doctor --step "$step" --device cuda --size "$SIZE" --batch-size "$BATCH" --steps 10 --apart \
+                --json >"$json" || return 1
+            awk -v step="$step" -v images="$BATCH" '
+                { sub(/,$/, "") }
+                $1 == "\"without\":" { name = $0; sub(/^[^:]*: "/, "", name); sub(/"$/, "", name) }
+                $1 == "\"bytes\":" { bytes = $2 }
+                $1 == "\"median_seconds\":" { seconds = $2 }
+                $1 == "\"ratio\":" {
+                    printf "| %s | %s | %.2f | %.3f | %.1f |\n", step, name, 1e3 * seconds, $2, bytes / 1e6 / images
+                }' "$json"
+        done
+    } >"$results/apart.md"
+    awk -F ' *[|] *' '$5 ~ /^[0-9]/ && $5 < 1 { all = all "  " $2 " " $3 } END { print "faster apart:" (all ? all : " none") }' \
+        "$results/apart.md"
 }
 
 kernels() {

@@ -121,6 +121,8 @@ impl<D: Device> Attention for Cuda<D> {
         let AttentionShape { images, head, .. } = shape;
         let (query_len, key_len, lse_len) = lengths(shape);
         let join = |partial, slices: usize, dk: &mut Self::Act, dv: &mut Self::Act| {
+            let read = slices * 2 * key_len * size_of::<f32>();
+            let partial = Argument::Pointer { address: partial, read, written: 0 };
             let arguments = [partial, slices.into(), Argument::U64(key_len as u64), dk.to(key_len), dv.to(key_len)];
             self.launch("attention_backward_join", key_len / width(key_len), &arguments);
         };
@@ -134,13 +136,12 @@ impl<D: Device> Attention for Cuda<D> {
             });
             arguments.extend(behind);
             let slices = grid[0];
-            let (partial, dk_here, dv_here) = match slices {
-                1 => (none, dk.to(key_len), dv.to(key_len)),
-                _ => (Argument::pointer(self.scratch(slices * 2 * key_len)), none, none),
-            };
+            let partial_len = if slices > 1 { slices * 2 * key_len } else { 0 };
+            let partial = if slices > 1 { self.scratch(partial_len) } else { 0 };
+            let [dk_here, dv_here] = if slices > 1 { [none; 2] } else { [dk.to(key_len), dv.to(key_len)] };
             arguments.push(images.into());
             arguments.extend(sizes(shape).chain([slice.into()]).chain(scale(shape)));
-            arguments.extend([dq.to(query_len), partial, dk_here, dv_here]);
+            arguments.extend([dq.to(query_len), Argument::partial(partial, partial_len), dk_here, dv_here]);
             self.launch_blocks("attention_backward_32", grid, ALL_BLOCK, &arguments);
             if slices > 1 {
                 join(partial, slices, dk, dv);
@@ -157,7 +158,6 @@ impl<D: Device> Attention for Cuda<D> {
         let partial_len = slices * 2 * key_len;
         let partial = self.scratch(partial_len + 2 * lse_len);
         let terms = Argument::pointer(partial + (partial_len * size_of::<f32>()) as u64);
-        let partial = Argument::pointer(partial);
         arguments.extend(sizes(shape).chain([span.into()]).chain(scale(shape)));
         arguments.extend([dq.to(query_len), terms]);
         let kernel = kernel_for(head, "attention_backward_queries_32", "attention_backward_queries_64");
@@ -166,7 +166,7 @@ impl<D: Device> Attention for Cuda<D> {
         let mut arguments = vec![q.at(query_len), k.at(key_len), v.at(key_len), d_o.at(query_len), terms];
         arguments.push(images.into());
         arguments.extend(sizes(shape).chain([slice.into()]).chain(scale(shape)));
-        arguments.push(partial);
+        arguments.push(Argument::partial(partial, partial_len));
         let kernel = kernel_for(head, "attention_backward_keys_32", "attention_backward_keys_64");
         self.launch_blocks(kernel, key_grid, KEY_BLOCK, &arguments);
         join(partial, slices, dk, dv);

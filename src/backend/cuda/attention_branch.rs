@@ -3,13 +3,13 @@
 use half::bf16;
 
 use super::attention::{NARROW, QUERY_BLOCK, lengths, query_blocks, tile};
-use super::{Argument, Array, Cuda, Device};
+use super::{Argument, Array, Cuda, Device, Joint};
 use crate::backend::{AttentionBranch, AttentionOutputs, AttentionShape, AttentionWeights, Dropout};
 
 impl<D: Device> AttentionBranch for Cuda<D> {
     /// In the first two stages of SegFormer-B0, where most tokens are: queries of more heads would leave a block no room.
     fn fuses_attention(&self, shape: AttentionShape, _keep: bool) -> bool {
-        shape.head == NARROW && matches!(shape.heads, 1 | 2)
+        self.joins(Joint::AttentionBranch) && shape.head == NARROW && matches!(shape.heads, 1 | 2)
     }
 
     fn attention_branch(

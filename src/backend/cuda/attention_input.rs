@@ -2,7 +2,7 @@
 
 use super::convolution::tiles;
 use super::layer_norm::NORM_KINDS;
-use super::{Argument, Cuda, Device};
+use super::{Argument, Cuda, Device, Joint};
 use crate::backend::{AttentionInput, AttentionInputs, Grid, InFront, Linear, Window};
 
 /// Windows of a block, as in the kernels.
@@ -12,7 +12,8 @@ impl<D: Device> AttentionInput for Cuda<D> {
     /// In the first two stages of SegFormer-B0, where most tokens are, and where windows share none.
     fn joins_attention_input(&self, grid: Grid, channels: usize, window: Window) -> bool {
         // Kernels count tokens in 32 bits.
-        matches!(channels, 32 | 64) && tiles(grid, window) && grid.rows() <= i32::MAX as usize
+        let fits = tiles(grid, window) && grid.rows() <= i32::MAX as usize;
+        self.joins(Joint::AttentionInputBackward) && matches!(channels, 32 | 64) && fits
     }
 
     fn attention_input_backward(
@@ -57,7 +58,7 @@ impl<D: Device> AttentionInput for Cuda<D> {
             return;
         };
         let partial = self.scratch(blocks * NORM_KINDS * channels);
-        arguments.push(Argument::pointer(partial));
+        arguments.push(Argument::partial(partial, blocks * NORM_KINDS * channels));
         self.launch_blocks(kernel, [blocks, 1, 1], threads, &arguments);
         self.sum_norm_partials((partial, blocks, channels), parameters, bias);
     }

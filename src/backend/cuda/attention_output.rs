@@ -3,13 +3,14 @@
 use super::attention::{all_blocks, lengths};
 use super::linear::{SQUARE_BLOCK, square_blocks};
 use super::memory::ColumnSums;
-use super::{Argument, Cuda, Device};
+use super::{Argument, Cuda, Device, Joint};
 use crate::backend::{AttentionOutput, AttentionShape};
 
 impl<D: Device> AttentionOutput for Cuda<D> {
     /// In the first two stages of SegFormer-B0, where most tokens are, and where attention's way back takes the sums.
     fn joins_attention_output(&self, shape: AttentionShape) -> bool {
-        square_blocks(shape.images * shape.queries, shape.heads * shape.head).is_some() && all_blocks(shape).is_some()
+        let blocks = square_blocks(shape.images * shape.queries, shape.heads * shape.head);
+        self.joins(Joint::AttentionOutputBackward) && blocks.is_some() && all_blocks(shape).is_some()
     }
 
     fn attention_output_backward(
@@ -30,7 +31,7 @@ impl<D: Device> AttentionOutput for Cuda<D> {
         let kernel = if channels == 32 { "attention_output_backward_32" } else { "attention_output_backward_64" };
         let partial = self.scratch(blocks * square);
         let mut arguments = vec![d.at(n), o.at(n), weight.at(square), rows.into(), queries.into()];
-        arguments.extend([d_o.to(n), deltas.to(deltas_len), Argument::pointer(partial)]);
+        arguments.extend([d_o.to(n), deltas.to(deltas_len), Argument::partial(partial, blocks * square)]);
         self.launch_blocks(kernel, [blocks, 1, 1], SQUARE_BLOCK, &arguments);
         let sums = ColumnSums { kinds: channels, to: dw.both(square), add: true };
         self.sum_partials((partial, blocks, channels), channels, &[sums]);

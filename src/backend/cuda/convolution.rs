@@ -1,7 +1,7 @@
 //! Convolutions over tokens without gathered patches: with their LayerNorm, and the way back to their input.
 
 use super::memory::THREADS;
-use super::{Argument, Cuda, Device};
+use super::{Argument, Cuda, Device, Joint};
 use crate::backend::{Convolution, ConvolutionNorm, Grid, Window};
 
 /// Windows of a block of `reduce_tokens`.
@@ -43,8 +43,10 @@ impl<D: Device> Convolution for Cuda<D> {
     /// The sequence reductions of SegFormer-B0's first two stages, and its embeddings of tokens.
     fn fuses_convolution(&self, grid: Grid, window: Window, inputs: usize, outputs: usize) -> bool {
         let reduces = matches!(inputs, 32 | 64) && inputs == outputs && tiles(grid, window);
+        let embeds = embedding(window, inputs, outputs).is_some();
+        let joins = reduces && self.joins(Joint::ReduceTokens) || embeds && self.joins(Joint::EmbedTokens);
         // Kernels count tokens in 32 bits.
-        (reduces || embedding(window, inputs, outputs).is_some()) && grid.rows() <= i32::MAX as usize
+        joins && grid.rows() <= i32::MAX as usize
     }
 
     fn convolution_norm(
@@ -90,8 +92,10 @@ impl<D: Device> Convolution for Cuda<D> {
 
     /// The embeddings of tokens of SegFormer-B0.
     fn fuses_convolution_backward(&self, grid: Grid, window: Window, inputs: usize, outputs: usize) -> bool {
-        // The kernels count tokens in 32 bits.
-        back(window, inputs, outputs).is_some() && grid.rows() <= i32::MAX as usize
+        // Kernels count tokens in 32 bits.
+        self.joins(Joint::EmbedTokensBackward)
+            && back(window, inputs, outputs).is_some()
+            && grid.rows() <= i32::MAX as usize
     }
 
     fn convolution_backward_input(

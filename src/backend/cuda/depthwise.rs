@@ -71,9 +71,10 @@ impl<D: Device> Depthwise for Cuda<D> {
         let division = Division::new(grid, channels);
         let mut arguments = vec![h.at(n), w.at(9 * channels), b.at(channels)];
         arguments.extend(division.arguments(grid, channels));
-        let partial = if db.is_some() { self.scratch(division.slabs * channels) } else { 0 };
+        let sums = if db.is_some() { division.slabs * channels } else { 0 };
+        let partial = if sums > 0 { self.scratch(sums) } else { 0 };
         let (old, new) = (d.at(n), d.to(n));
-        arguments.extend([old, new, g.map_or(Argument::pointer(0), |g| g.to(n)), Argument::pointer(partial)]);
+        arguments.extend([old, new, g.map_or(Argument::pointer(0), |g| g.to(n)), Argument::partial(partial, sums)]);
         self.launch_blocks("depthwise_gelu_backward", division.blocks, THREADS, &arguments);
         if let Some(db) = db {
             let db = ColumnSums { kinds: 1, to: db.both(channels), add: true };
@@ -97,14 +98,15 @@ impl<D: Device> Depthwise for Cuda<D> {
         let sizes = division.arguments(grid, channels);
         let new = dh.as_mut().map(|dh| dh.to(n));
         if let Some(dw) = dw {
-            let partial = self.scratch(division.slabs * 10 * channels);
+            let sums = division.slabs * 10 * channels;
+            let partial = self.scratch(sums);
             let mut arguments = vec![du.at(n), h.at(n), w.at(9 * channels)];
             arguments.extend(sizes);
-            arguments.extend([new.unwrap_or(Argument::pointer(0)), Argument::pointer(partial)]);
+            arguments.extend([new.unwrap_or(Argument::pointer(0)), Argument::partial(partial, sums)]);
             self.launch_blocks("depthwise_backward_weights", division.blocks, THREADS, &arguments);
-            let sums = |kinds, to| ColumnSums { kinds, to, add: true };
-            let dw = sums(9, dw.both(9 * channels));
-            let shift = shift.map(|shift| sums(1, shift.both(channels)));
+            let to = |kinds, to| ColumnSums { kinds, to, add: true };
+            let dw = to(9, dw.both(9 * channels));
+            let shift = shift.map(|shift| to(1, shift.both(channels)));
             let outputs: Vec<_> = [Some(dw), shift].into_iter().flatten().collect();
             self.sum_partials((partial, division.slabs, channels), 10, &outputs);
         } else if let (Some(dh), Some(new)) = (dh, new) {

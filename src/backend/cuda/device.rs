@@ -194,6 +194,11 @@ impl Argument {
         Self::Pointer { address, read: 0, written: 0 }
     }
 
+    /// The address of `n` partial sums that a kernel leaves for another.
+    pub(super) fn partial(address: u64, n: usize) -> Self {
+        Self::Pointer { address, read: 0, written: n * size_of::<f32>() }
+    }
+
     /// Bytes that a kernel with these arguments must read and write.
     pub fn traffic(arguments: &[Self]) -> (usize, usize) {
         arguments.iter().fold((0, 0), |(all_read, all_written), argument| match argument {

@@ -1,7 +1,7 @@
 //! The end of the decoder, from the stages to the logits.
 
 use super::memory::{ColumnSums, THREADS, column_span, slabs, width};
-use super::{Argument, Cuda, Device};
+use super::{Argument, Cuda, Device, Joint};
 use crate::backend::{
     BatchNormView, Classifier, Dropout, FirstGradient, FirstStage, Grid, Head, HeadPass, Memory,
     classify_backward_input_plainly, classify_backward_plainly, classify_plainly, classify_stages_plainly,
@@ -153,7 +153,8 @@ impl<D: Device> Head for Cuda<D> {
         moments: Option<&mut Self::Full>,
     ) {
         let (some, rest) = parts.split_at(parts.len().min(PARTS));
-        let takes = |inputs| inputs == FIRST && channels.is_multiple_of(TILE.1) && halves(&grids(some), to, channels);
+        let fits = channels.is_multiple_of(TILE.1) && halves(&grids(some), to, channels);
+        let takes = |inputs| inputs == FIRST && fits && self.joins(Joint::JoinTokens);
         if let Some(first) = first.take_if(|first| !takes(first.inputs)) {
             first.multiply(self, to.rows(), channels, z);
         }
@@ -168,7 +169,8 @@ impl<D: Device> Head for Cuda<D> {
 
     /// Only at fixed ratios is interpolation a product with constant weights.
     fn classifies_stages(&self, inputs: usize, parts: &[Grid], to: Grid, channels: usize, labels: usize) -> bool {
-        inputs == FIRST && tiles(channels, labels) && halves(parts, to, channels)
+        let fits = inputs == FIRST && tiles(channels, labels) && halves(parts, to, channels);
+        fits && self.joins(Joint::ClassifyStages)
     }
 
     fn classify_stages(
@@ -289,7 +291,8 @@ impl<D: Device> Head for Cuda<D> {
         let mut arguments = vec![z.at(rows * channels), norm.stats.at(2 * channels), norm.gamma.at(channels)];
         arguments.extend([passed.at(bits(rows, channels)), kept(drop), classifier.weight.at(2 * channels)]);
         arguments.extend([dlogits.at(2 * rows), total.at(2 * channels), share]);
-        let takes = |inputs| inputs == FIRST && channels.is_multiple_of(TILE.1);
+        let joins = channels.is_multiple_of(TILE.1) && self.joins(Joint::ClassifyBackwardTokens);
+        let takes = |inputs| inputs == FIRST && joins;
         if let Some(FirstGradient { weight, inputs, tokens }) = first.take_if(|first| takes(first.inputs)) {
             arguments.push(weight.at(channels * inputs));
             arguments.extend([rows, channels, EACH.2].map(Argument::from));

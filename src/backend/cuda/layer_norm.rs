@@ -104,7 +104,7 @@ impl<D: Device> LayerNorm for Cuda<D> {
             let partial = self.scratch(slabs * NORM_KINDS * channels);
             arguments.extend([slab.into(), dx.sum_to(n, add), add.into()]);
             arguments.extend(factors);
-            arguments.push(Argument::pointer(partial));
+            arguments.push(Argument::partial(partial, slabs * NORM_KINDS * channels));
             self.launch_blocks("layer_norm_backward_both", [slabs, 1, 1], THREADS, &arguments);
             return self.sum_norm_partials((partial, slabs, channels), (dgamma, dbeta), bias);
         }

@@ -1,7 +1,7 @@
 //! Products of tokens with weights.
 
 use super::memory::ColumnSums;
-use super::{Argument, Cuda, Device, Element, MatrixProduct};
+use super::{Argument, Cuda, Device, Element, Joint, MatrixProduct};
 use crate::backend::{Linear, Memory, Product};
 
 /// Threads of a block that sums the gradient of a square weight, and numbers of a tile of tokens that it takes at a time, as in
@@ -108,17 +108,19 @@ impl<D: Device> Linear for Cuda<D> {
         db: &mut Self::Full,
     ) {
         let Product { rows, inputs, outputs } = p;
-        let Some(blocks) = square_blocks(rows, inputs).filter(|_| inputs == outputs) else {
+        let joins = inputs == outputs && self.joins(Joint::LinearBackwardSquare);
+        let Some(blocks) = square_blocks(rows, inputs).filter(|_| joins) else {
             self.linear_backward_weight(dy, x, p, dw);
             return self.linear_backward_bias(dy, rows, outputs, db);
         };
         let (n, square) = (rows * inputs, inputs * inputs);
-        let partial = self.scratch(blocks * (square + inputs));
+        let sums = blocks * (square + inputs);
+        let partial = self.scratch(sums);
         let kernel = if inputs == 32 { "linear_backward_square_32" } else { "linear_backward_square_64" };
-        let arguments = [dy.at(n), x.at(n), rows.into(), Argument::pointer(partial)];
+        let arguments = [dy.at(n), x.at(n), rows.into(), Argument::partial(partial, sums)];
         self.launch_blocks(kernel, [blocks, 1, 1], SQUARE_BLOCK, &arguments);
-        let sums = |kinds, to| ColumnSums { kinds, to, add: true };
-        let outputs = [sums(inputs, dw.both(square)), sums(1, db.both(inputs))];
+        let to = |kinds, to| ColumnSums { kinds, to, add: true };
+        let outputs = [to(inputs, dw.both(square)), to(1, db.both(inputs))];
         self.sum_partials((partial, blocks, inputs), inputs + 1, &outputs);
     }
 }

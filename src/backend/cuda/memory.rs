@@ -8,7 +8,7 @@ use half::bf16;
 
 use super::graphs::{Announced, Graphs};
 use super::tables::{Span, Tables};
-use super::{Argument, Device, Pictures};
+use super::{Argument, Device, Joint, Pictures};
 use crate::backend::{Inputs, Memory};
 use crate::{Error, Result};
 
@@ -93,6 +93,7 @@ pub struct Cuda<D: Device> {
     staging: Room<D>,
     pictures: Option<Arc<Pictures>>,
     remembers: bool,
+    apart: Option<Joint>,
     pub(super) tables: Tables<D>,
     allocated: AtomicUsize,
     /// Arrays that are gone: recordings of before may name them.
@@ -116,6 +117,7 @@ impl<D: Device> Cuda<D> {
             staging: Room::new(),
             pictures: None,
             remembers: true,
+            apart: None,
             tables: Tables::new(),
             allocated: AtomicUsize::new(0),
             gone: Arc::default(),
@@ -131,6 +133,21 @@ impl<D: Device> Cuda<D> {
     /// The same, making activations again in the backward pass where it can: less memory, more time, the same bits.
     pub fn saving_memory(self, saves: bool) -> Self {
         Self { remembers: !saves, ..self }
+    }
+
+    /// The same, doing this operation's parts one by one.
+    pub fn taking_apart(self, apart: Option<Joint>) -> Self {
+        Self { apart, ..self }
+    }
+
+    /// The operation that is done in parts though there is a kernel for all of it.
+    pub fn apart(&self) -> Option<Joint> {
+        self.apart
+    }
+
+    /// Whether this operation's kernel may be used.
+    pub(super) fn joins(&self, joint: Joint) -> bool {
+        self.apart != Some(joint)
     }
 
     /// Bytes of the two rooms that operations share, after the largest so far.
@@ -232,9 +249,10 @@ impl<D: Device> Cuda<D> {
     ) {
         let kinds = outputs.iter().map(|o| o.kinds).sum::<usize>();
         let (slab, slabs) = slabs(rows);
-        let partial = self.scratch(slabs * kinds * channels);
+        let sums = slabs * kinds * channels;
+        let partial = self.scratch(sums);
         let grid = [channels.div_ceil(column_span(channels)), slabs, 1];
-        self.launch_blocks(kernel, grid, THREADS, &arguments(slab.into(), Argument::pointer(partial)));
+        self.launch_blocks(kernel, grid, THREADS, &arguments(slab.into(), Argument::partial(partial, sums)));
         self.sum_partials((partial, slabs, channels), kinds, outputs);
     }
 

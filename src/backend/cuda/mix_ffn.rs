@@ -1,6 +1,6 @@
 //! The Mix-FFN in one kernel.
 
-use super::{Argument, Cuda, Device};
+use super::{Argument, Cuda, Device, Joint};
 use crate::backend::{Dropout, FfnOutputs, FfnWeights, Grid, MixFfn};
 
 /// Tokens of a block, down and across, its threads, and the hidden channels that it takes at a time, as in the kernels.
@@ -12,7 +12,7 @@ const CHUNK: usize = 32;
 impl<D: Device> MixFfn for Cuda<D> {
     /// In the first two stages, which memory would bound: wider ones would leave a block little room for tokens.
     fn fuses_mix_ffn(&self, channels: usize, hidden: usize) -> bool {
-        matches!(channels, 32 | 64) && hidden.is_multiple_of(CHUNK)
+        self.joins(Joint::MixFfn) && matches!(channels, 32 | 64) && hidden.is_multiple_of(CHUNK)
     }
 
     fn mix_ffn(

@@ -1,7 +1,7 @@
 //! The way back through a Mix-FFN as one kernel.
 
 use super::memory::ColumnSums;
-use super::{Argument, Cuda, Device};
+use super::{Argument, Cuda, Device, Joint};
 use crate::backend::{Grid, MixFfnBackward, MixFfnParts, MixFfnProducts, MixFfnWeights};
 
 /// Threads of a block; hidden channels that it works on at a time; sums per hidden channel, but for those of products: as in the
@@ -42,12 +42,13 @@ impl Division {
 impl<D: Device> MixFfnBackward for Cuda<D> {
     fn joins_mix_ffn_backward(&self, grid: Grid, channels: usize, hidden: usize) -> bool {
         // Kernels count numbers in 32 bits.
-        [32, 64].contains(&channels) && hidden == 4 * channels && grid.rows() * hidden <= 1 << 31
+        let fits = hidden == 4 * channels && grid.rows() * hidden <= 1 << 31;
+        self.joins(Joint::MixFfnBackward) && [32, 64].contains(&channels) && fits
     }
 
     /// Of few channels, whose sums have room in registers.
     fn sums_mix_ffn_products(&self, channels: usize) -> bool {
-        channels == 32
+        self.joins(Joint::MixFfnProducts) && channels == 32
     }
 
     fn mix_ffn_backward(
@@ -99,11 +100,7 @@ impl<D: Device> MixFfnBackward for Cuda<D> {
             } else {
                 arguments.extend([g, dh].map(|wanted| wanted.map_or_else(null, |wanted| wanted.to(wide))));
             }
-            let written = partials * size_of::<f32>();
-            arguments.push(match written {
-                0 => null(),
-                _ => Argument::Pointer { address: partial, read: 0, written },
-            });
+            arguments.push(if partials > 0 { Argument::partial(partial, partials) } else { null() });
         }
         let kernel = match (channels, everything) {
             (32, false) => "mix_ffn_backward_32",

@@ -2,7 +2,7 @@
 
 use super::memory::{ColumnSums, THREADS, width};
 use super::pictures::Part;
-use super::{Argument, Cuda, Device};
+use super::{Argument, Cuda, Device, Joint};
 use crate::backend::{EmbedPixels, Grid, Patches, Sample, Window};
 
 /// Numbers of pixels that a block of `pixel_patches` keeps in shared memory at most.
@@ -83,7 +83,7 @@ impl<D: Device> Cuda<D> {
 
 impl<D: Device> EmbedPixels for Cuda<D> {
     fn embeds_pixels(&self, window: Window, channels: usize) -> bool {
-        window == FIRST && matches!(channels, 32 | 64)
+        self.joins(Joint::EmbedPixels) && window == FIRST && matches!(channels, 32 | 64)
     }
 
     fn embed_pixels(
@@ -130,7 +130,7 @@ impl<D: Device> EmbedPixels for Cuda<D> {
         let slabs = blocks.iter().product();
         let partial = self.scratch(slabs * numbers);
         let mut arguments = self.embedded(samples, size);
-        arguments.extend([draw.at(rows * channels), Argument::pointer(partial)]);
+        arguments.extend([draw.at(rows * channels), Argument::partial(partial, slabs * numbers)]);
         let name = if channels == 32 { "embed_pixels_backward_32" } else { "embed_pixels_backward_64" };
         self.launch_blocks(name, blocks, THREADS, &arguments);
         self.sum_partials((partial, slabs, numbers), 1, &[ColumnSums { kinds: 1, to: dw.both(numbers), add: true }]);

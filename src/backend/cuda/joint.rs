@@ -1,0 +1,75 @@
+//! Operations that one kernel does in place of several, and how to do without one of them.
+
+/// Operations that one kernel does in place of several. All can be done apart, more slowly if the kernel is worth having: that
+/// is what `doctor --apart` measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Joint {
+    /// Pixels gathered, multiplied and normalised, and the way back.
+    EmbedPixels,
+    /// Overlapping windows of tokens multiplied and normalised.
+    EmbedTokens,
+    /// The way back through these windows to the tokens.
+    EmbedTokensBackward,
+    /// Windows of the sequence reduction multiplied and normalised.
+    ReduceTokens,
+    /// Queries, attention, output product and residual.
+    AttentionBranch,
+    /// The way back through the output product, with its weight's gradient.
+    AttentionOutputBackward,
+    /// The gradients of a square weight and of its bias.
+    LinearBackwardSquare,
+    /// The way back in front of attention.
+    AttentionInputBackward,
+    /// A Mix-FFN, with the LayerNorms around it.
+    MixFfn,
+    /// The way back through it.
+    MixFfnBackward,
+    /// The gradients of its products' weights on that way.
+    MixFfnProducts,
+    /// The first stage's product where the stages are joined.
+    JoinTokens,
+    /// The decoder from the stages to the logits, in evaluation.
+    ClassifyStages,
+    /// The gradient of the first stage's tokens where that of the joined stages is made.
+    ClassifyBackwardTokens,
+}
+
+impl Joint {
+    /// All there are.
+    pub const ALL: [Self; 14] = [
+        Self::EmbedPixels,
+        Self::EmbedTokens,
+        Self::EmbedTokensBackward,
+        Self::ReduceTokens,
+        Self::AttentionBranch,
+        Self::AttentionOutputBackward,
+        Self::LinearBackwardSquare,
+        Self::AttentionInputBackward,
+        Self::MixFfn,
+        Self::MixFfnBackward,
+        Self::MixFfnProducts,
+        Self::JoinTokens,
+        Self::ClassifyStages,
+        Self::ClassifyBackwardTokens,
+    ];
+
+    /// The kernel's name, without its channels.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::EmbedPixels => "embed_pixels",
+            Self::EmbedTokens => "embed_tokens",
+            Self::EmbedTokensBackward => "embed_tokens_backward",
+            Self::ReduceTokens => "reduce_tokens",
+            Self::AttentionBranch => "attention_branch",
+            Self::AttentionOutputBackward => "attention_output_backward",
+            Self::LinearBackwardSquare => "linear_backward_square",
+            Self::AttentionInputBackward => "attention_input_backward",
+            Self::MixFfn => "mix_ffn",
+            Self::MixFfnBackward => "mix_ffn_backward",
+            Self::MixFfnProducts => "mix_ffn_backward (weights)",
+            Self::JoinTokens => "join_tokens",
+            Self::ClassifyStages => "classify_stages",
+            Self::ClassifyBackwardTokens => "classify_backward_tokens",
+        }
+    }
+}
