@@ -345,6 +345,13 @@ fn blocks(batch: usize) -> Vec<Case> {
                     cuda.convolution_backward_input(d, weight, g, window, c, outputs, dx);
                 },
             ));
+            cases.push(case(
+                format!("embed_tokens_backward_weights {} {made}x{outputs}", i + 1),
+                2 * made * window.side * window.side * c * outputs,
+                move |Lab { cuda, x: [x, d, _], s: [dw, _], .. }| {
+                    cuda.convolution_backward_weight(x, d, g, window, c, outputs, dw);
+                },
+            ));
         }
         // From queries and reduced tokens back to the stream: frozen, and with the LayerNorm's parameters.
         for (what, trains) in [("attention_input_backward", false), ("attention_input_backward with parameters", true)]

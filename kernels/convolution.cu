@@ -1,5 +1,6 @@
 // Convolutions over tokens with the LayerNorm behind, without gathered patches: the sequence reductions, whose windows share no
-// token, and the overlapping patch embeddings; and the way back through these to their input. The convolution's weights are (outputs, side², inputs).
+// token, and the overlapping patch embeddings; and the way back through these to their input and to their weights. The
+// convolution's weights are (outputs, side², inputs).
 #include "common.cuh"
 #include "mma.cuh"
 #include "windows.cuh"
@@ -430,4 +431,136 @@ KERNEL(THREADS, 2) embed_tokens_backward_256(
     const bf16* draw /* (images, out_height, out_width, 256) */, const bf16* weight /* (256, 3·3, 160) */, int height,
     int width, int out_height, int out_width, bf16* dx /* (images, height, width, 160) */) {
     embed_back<160, 256>(draw, weight, height, width, out_height, out_width, dx);
+}
+
+// ---- the gradient of the patch embeddings' weights
+//
+// dw = drawᵀ · the windows of tokens, which lie in shared memory as a picture, not as patches: a tap of windows side by side are
+// every second token of a line. There the even columns of a line come first, then the odd ones, so that such tokens are
+// neighbours. A block has OUTPUTS outputs and BAND channels at all taps, a warp eight of the channels; it goes through its share of
+// the windows by TALL lines of ACROSS. What lies outside of the picture is zero, gradients as well as tokens.
+constexpr int TALL = 2, WIDE = BAND / 8, SEEN_LINES = (TALL - 1) * STRIDE + SIDE, SEEN = (ACROSS - 1) * STRIDE + SIDE;
+constexpr int EVEN = (SEEN + 1) / 2, OUTPUTS = 32, OUTPUT_TILES = OUTPUTS / TILE, WALKERS = 32 * WIDE;
+
+// Eight channels of a token, by its line and by its place in it.
+__device__ __forceinline__ uint4* token_at(Turned<BAND>* tokens, int line, int place, int piece) {
+    return &tokens[line * SEEN + place].at[piece ^ place / 2 % 4];
+}
+
+template <int IN, int OUT>
+__device__ __forceinline__ void embed_weights(const bf16* __restrict__ tokens, const bf16* __restrict__ draw,
+                                              int images, int height, int width, int out_height, int out_width,
+                                              float* __restrict__ partial) {
+    constexpr int BANDS = IN / BAND, GRADIENTS = TALL * ACROSS * (OUTPUTS / 8);
+    static_assert(IN % BAND == 0 && OUT % OUTPUTS == 0 && GRADIENTS % WALKERS == 0, "whole copies");
+    static_assert(WALKERS == WIDE * (SEEN - 1), "a line but for a column");
+    SHARED(Turned<BAND>, seen, [SLOTS][SEEN_LINES * SEEN]);
+    SHARED(Row<OUTPUTS>, gradients, [SLOTS][TALL * ACROSS]);
+    int lane = threadIdx.x % 32, piece = threadIdx.x / 32;
+    int band = int(blockIdx.x) % BANDS * BAND, output = int(blockIdx.x) / BANDS * OUTPUTS;
+
+    // This block's part of the windows, and the next chunk of them that it brings.
+    int across = (out_width + ACROSS - 1) / ACROSS, down = (out_height + TALL - 1) / TALL;
+    int all = images * down * across, share = (all + gridDim.y - 1) / gridDim.y;
+    int next = int(blockIdx.y) * share, chunks = min(all - next, share);
+    int column = next % across, line = next / across % down, image = next / across / down;
+    auto bring = [&](int chunk) {
+        if (chunk < chunks) {
+            int slot = chunk % SLOTS, window_x = column * ACROSS, window_y = line * TALL;
+            int left = window_x * STRIDE - PADDING, top = window_y * STRIDE - PADDING;
+            // What lies outside is not read, wherever that would be.
+            const bf16* corner = tokens + (long long)((image * height + top) * width + left) * IN + band;
+            auto copy = [&](int at_y, int at_x) {
+                bool exists = unsigned(top + at_y) < unsigned(height) && unsigned(left + at_x) < unsigned(width);
+                uint4* to = token_at(seen[slot], at_y, at_x / 2 + at_x % 2 * EVEN, threadIdx.x % WIDE);
+                copy_async<16>(to, corner + (at_y * width + at_x) * IN + threadIdx.x % WIDE * 8, exists ? 16 : 0);
+            };
+            // All columns but the first, then that.
+#pragma unroll
+            for (int at_y = 0; at_y < SEEN_LINES; at_y++) copy(at_y, threadIdx.x / WIDE + 1);
+            if (threadIdx.x < SEEN_LINES * WIDE) copy(threadIdx.x / WIDE, 0);
+            const bf16* first = draw + size_t((image * out_height + window_y) * out_width + window_x) * OUT + output;
+#pragma unroll
+            for (int i = 0; i < GRADIENTS / WALKERS; i++) {
+                int number = threadIdx.x + i * WALKERS, window = number / (OUTPUTS / 8), eight = number % (OUTPUTS / 8);
+                int y = window / ACROSS, x = window % ACROSS;
+                bool exists = window_y + y < out_height && window_x + x < out_width;
+                copy_async<16>(&gradients[slot][window].at[eight * 8], first + (y * out_width + x) * OUT + eight * 8,
+                               exists ? 16 : 0);
+            }
+            if (++column == across) {
+                column = 0;
+                if (++line == down) {
+                    line = 0;
+                    image++;
+                }
+            }
+        }
+        copies_end_group();
+    };
+    for (int chunk = 0; chunk < SLOTS - 1; chunk++) bring(chunk);
+
+    float d[SIDE * SIDE][OUTPUT_TILES][4] = {};
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        copies_done_but<SLOTS - 2>();
+        // The chunk is there for all, and all have read the one before, whose place the next takes.
+        __syncthreads();
+        bring(chunk + SLOTS - 1);
+        int slot = chunk % SLOTS;
+        unsigned a[TALL][OUTPUT_TILES][4];
+        for (int k = 0; k < TALL; k++) {
+            for (int m = 0; m < OUTPUT_TILES; m++) {
+                unsigned x[4];
+                along(gradients[slot], k * ACROSS, m * TILE, x);
+                a[k][m][0] = x[0];
+                a[k][m][1] = x[2];
+                a[k][m][2] = x[1];
+                a[k][m][3] = x[3];
+            }
+        }
+#pragma unroll
+        for (int tap = 0; tap < SIDE * SIDE; tap++) {
+            // Both lines of windows: lane l names window l % 16 of line l / 16.
+            int kx = tap % SIDE, place = kx % 2 * EVEN + kx / 2 + lane % ACROSS;
+            unsigned b[4];
+            uint4* row = token_at(seen[slot], lane / ACROSS * STRIDE + tap / SIDE, place, piece);
+            load_matrices<true>(reinterpret_cast<bf16*>(row), b);
+            for (int k = 0; k < TALL; k++) {
+                for (int m = 0; m < OUTPUT_TILES; m++) mma(d[tap][m], a[k][m], b[2 * k], b[2 * k + 1]);
+            }
+        }
+    }
+    int g = lane / 4, t = lane % 4;
+    partial += size_t(blockIdx.y) * (OUT * SIDE * SIDE * IN) + band + piece * 8 + t * 2;
+#pragma unroll
+    for (int m = 0; m < OUTPUT_TILES; m++) {
+        for (int half = 0; half < 2; half++) {
+            int row = output + m * TILE + half * 8 + g;
+            for (int tap = 0; tap < SIDE * SIDE; tap++) {
+                float2 pair = {d[tap][m][2 * half], d[tap][m][2 * half + 1]};
+                *reinterpret_cast<float2*>(partial + (row * (SIDE * SIDE) + tap) * IN) = pair;
+            }
+        }
+    }
+}
+
+// The gradient of an embedding's weights from that of what its convolution made, by shares of the windows. Grid: (outputs / OUTPUTS ·
+// inputs / BAND, shares), blocks of WALKERS threads.
+KERNEL(WALKERS, 3) embed_tokens_backward_weights_64(
+    const bf16* tokens /* (images, height, width, 32) */, const bf16* draw /* (images, out_height, out_width, 64) */,
+    int images, int height, int width, int out_height, int out_width, float* partial /* (shares, 64, 3·3, 32) */) {
+    embed_weights<32, 64>(tokens, draw, images, height, width, out_height, out_width, partial);
+}
+
+KERNEL(WALKERS, 3) embed_tokens_backward_weights_160(
+    const bf16* tokens /* (images, height, width, 64) */, const bf16* draw /* (images, out_height, out_width, 160) */,
+    int images, int height, int width, int out_height, int out_width, float* partial /* (shares, 160, 3·3, 64) */) {
+    embed_weights<64, 160>(tokens, draw, images, height, width, out_height, out_width, partial);
+}
+
+KERNEL(WALKERS, 3) embed_tokens_backward_weights_256(
+    const bf16* tokens /* (images, height, width, 160) */, const bf16* draw /* (images, out_height, out_width, 256) */,
+    int images, int height, int width, int out_height, int out_width, float* partial /* (shares, 256, 3·3, 160) */) {
+    embed_weights<160, 256>(tokens, draw, images, height, width, out_height, out_width, partial);
 }

@@ -56,6 +56,12 @@ impl PatchEmbed {
         plain && backend.embeds_pixels(self.window, self.projection.outputs)
     }
 
+    /// Whether the way back gathers no patches of tokens, which come from a grid.
+    pub fn goes_back_direct<B: Backend>(&self, backend: &B, from: Grid) -> bool {
+        self.projection.side.is_none()
+            && backend.fuses_convolution_backward(from, self.window, self.channels_in, self.projection.outputs)
+    }
+
     fn direct<'a, 's, B: Backend>(&self, backend: &B, input: &EmbedInput<'a, 's, B>) -> Option<&'a [Sample<'s>]> {
         match input {
             EmbedInput::Pixels(samples) if self.is_direct(backend) => Some(samples),
@@ -109,6 +115,8 @@ impl PatchEmbed {
         scratch: &mut Scratch<B>,
     ) {
         let rows = from.through(self.window).rows();
+        let (inputs, outputs) = (self.channels_in, self.projection.outputs);
+        let goes_back_direct = self.goes_back_direct(pass.backend, from);
         let trains = self.projection.trains(gradients);
         let inner = (trains || dx.is_some()).then_some((&mut scratch.tokens[0], false));
         let front = Front::product(&self.projection);
@@ -117,6 +125,11 @@ impl PatchEmbed {
             if let Some(dw) = gradients.get_mut(self.projection.weight) {
                 let (draw, outputs) = (&scratch.tokens[0], self.projection.outputs);
                 pass.backend.embed_pixels_backward(samples, from.height, self.window, draw, outputs, dw);
+            }
+        } else if let (true, EmbedInput::Tokens(x)) = (trains && goes_back_direct, input) {
+            if let Some(dw) = gradients.get_mut(self.projection.weight) {
+                let draw = &scratch.tokens[0];
+                pass.backend.convolution_backward_weight(x, draw, from, self.window, inputs, outputs, dw);
             }
         } else if trains {
             let Scratch { tokens: [draw, ..], wide: [room, _], side, .. } = &mut *scratch;
@@ -131,14 +144,12 @@ impl PatchEmbed {
         }
         if let Some(dx) = dx {
             let (draw, patches) = (&scratch.tokens[0], &mut scratch.wide[0]);
-            let (window, inputs, outputs) = (self.window, self.channels_in, self.projection.outputs);
-            if self.projection.side.is_none() && pass.backend.fuses_convolution_backward(from, window, inputs, outputs)
-            {
+            if goes_back_direct {
                 let weight = pass.tensors.product(self.projection.weight);
-                pass.backend.convolution_backward_input(draw, weight, from, window, inputs, outputs, dx);
+                pass.backend.convolution_backward_input(draw, weight, from, self.window, inputs, outputs, dx);
             } else {
                 self.projection.backward_input(pass, draw, rows, patches, false, &mut scratch.side);
-                pass.backend.patches_backward(patches, from, inputs, window, dx, true);
+                pass.backend.patches_backward(patches, from, inputs, self.window, dx, true);
             }
         }
     }

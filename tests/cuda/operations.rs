@@ -915,9 +915,26 @@ fn convolution_backward_input<B: Backend>(
     backend.patches_backward(&patches, grid, inputs, window, dx, true);
 }
 
+/// [`Convolution::convolution_backward_weight`], or its parts where the backend does not fuse them.
+fn convolution_backward_weight<B: Backend>(
+    backend: &B,
+    (tokens, dy): (&B::Act, &B::Act),
+    (grid, window): (Grid, Window),
+    (inputs, outputs): (usize, usize),
+    dw: &mut B::Full,
+) {
+    if backend.fuses_convolution_backward(grid, window, inputs, outputs) {
+        return backend.convolution_backward_weight(tokens, dy, grid, window, inputs, outputs, dw);
+    }
+    let (rows, gathered) = (grid.through(window).rows(), window.side * window.side * inputs);
+    let mut patches = backend.act(rows * gathered);
+    backend.patches(tokens, grid, inputs, window, &mut patches);
+    backend.linear_backward_weight(dy, &patches, Product { rows, inputs: gathered, outputs }, dw);
+}
+
 case!(
-    convolution_input,
-    ConvolutionInput { images: usize, height: usize, width: usize, channels: (usize, usize) },
+    convolution_backward,
+    ConvolutionBackward { images: usize, height: usize, width: usize, channels: (usize, usize) },
     |self, lab| {
         let &Self { images, height, width, channels: (inputs, outputs) } = self;
         let (grid, window) = (Grid { images, height, width }, Window { side: 3, stride: 2, padding: 1 });
@@ -926,7 +943,9 @@ case!(
         convolution_backward_input(lab.0, (&dy, &weight), (grid, window), (inputs, outputs), &mut dx);
         // Where they are not fused, what is added has been rounded.
         let parts = if [64, 160, 256].contains(&outputs) { 0.0 } else { 1.0 };
-        vec![lab.read("dx", &dx, n, 1.0, parts)]
+        let (x, mut dw) = (lab.act(n, 4), lab.full(9 * inputs * outputs, 5));
+        convolution_backward_weight(lab.0, (&x, &dy), (grid, window), (inputs, outputs), &mut dw);
+        vec![lab.read("dx", &dx, n, 1.0, parts), lab.read_full("dw", &dw, 9 * inputs * outputs)]
     },
     [
         (1, 1, 1, (32, 64)),

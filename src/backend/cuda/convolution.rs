@@ -1,6 +1,6 @@
-//! Convolutions over tokens without gathered patches: with their LayerNorm, and the way back to their input.
+//! Convolutions over tokens without gathered patches: with their LayerNorm, and the way back.
 
-use super::memory::THREADS;
+use super::memory::{ColumnSums, THREADS};
 use super::{Argument, Cuda, Device, Joint};
 use crate::backend::{Convolution, ConvolutionNorm, Grid, Window};
 
@@ -10,6 +10,12 @@ const REDUCED: usize = 32;
 const DOWN: usize = 8;
 const ACROSS: usize = 16;
 const BAND: usize = 32;
+/// For the gradient of an embedding's weights: lines of windows that a block is at, outputs that it has, and its threads. And how
+/// many blocks there are at most: a number that fills an H100, but the same on every device, so that results are.
+const TALL: usize = 2;
+const OUTPUTS: usize = 32;
+const WALKERS: usize = 128;
+const BLOCKS: usize = 396;
 /// SegFormer's windows from the second embedding on.
 const OVERLAPPING: Window = Window { side: 3, stride: 2, padding: 1 };
 
@@ -29,12 +35,12 @@ fn embedding(window: Window, inputs: usize, outputs: usize) -> Option<(&'static 
     }
 }
 
-/// Name of the kernel of the way back through an embedding.
-fn back(window: Window, inputs: usize, outputs: usize) -> Option<&'static str> {
+/// Names of the kernels of the way back through an embedding: to its input, and to its weights.
+fn back(window: Window, inputs: usize, outputs: usize) -> Option<[&'static str; 2]> {
     match (window, inputs, outputs) {
-        (OVERLAPPING, 32, 64) => Some("embed_tokens_backward_64"),
-        (OVERLAPPING, 64, 160) => Some("embed_tokens_backward_160"),
-        (OVERLAPPING, 160, 256) => Some("embed_tokens_backward_256"),
+        (OVERLAPPING, 32, 64) => Some(["embed_tokens_backward_64", "embed_tokens_backward_weights_64"]),
+        (OVERLAPPING, 64, 160) => Some(["embed_tokens_backward_160", "embed_tokens_backward_weights_160"]),
+        (OVERLAPPING, 160, 256) => Some(["embed_tokens_backward_256", "embed_tokens_backward_weights_256"]),
         _ => None,
     }
 }
@@ -108,7 +114,7 @@ impl<D: Device> Convolution for Cuda<D> {
         outputs: usize,
         dx: &mut Self::Act,
     ) {
-        let Some(kernel) = back(window, inputs, outputs) else {
+        let Some([kernel, _]) = back(window, inputs, outputs) else {
             panic!("{window:?} from {inputs} to {outputs} has no kernel for the way back")
         };
         let to = grid.through(window);
@@ -121,5 +127,34 @@ impl<D: Device> Convolution for Cuda<D> {
         // A tile's blocks, one per band, go side by side: they read the same of dy.
         let blocks = [to.width.div_ceil(ACROSS) * (inputs / BAND), to.height.div_ceil(DOWN), grid.images];
         self.launch_blocks(kernel, blocks, THREADS, &arguments);
+    }
+    fn convolution_backward_weight(
+        &self,
+        tokens: &Self::Act,
+        dy: &Self::Act,
+        grid: Grid,
+        window: Window,
+        inputs: usize,
+        outputs: usize,
+        dw: &mut Self::Full,
+    ) {
+        let Some([_, kernel]) = back(window, inputs, outputs) else {
+            panic!("{window:?} from {inputs} to {outputs} has no kernel for the way back")
+        };
+        let to = grid.through(window);
+        if to.rows() == 0 {
+            return;
+        }
+        let (tiles, numbers) = (outputs / OUTPUTS * (inputs / BAND), window.side * window.side * inputs * outputs);
+        let chunks = to.images * to.height.div_ceil(TALL) * to.width.div_ceil(ACROSS);
+        let shares = (BLOCKS / tiles).min(chunks);
+        let partial = self.scratch(shares * numbers);
+        let mut arguments = vec![tokens.at(grid.rows() * inputs), dy.at(to.rows() * outputs)];
+        arguments.extend([grid.images, grid.height, grid.width, to.height, to.width].map(Argument::from));
+        // Read when they are summed.
+        let bytes = shares * numbers * size_of::<f32>();
+        arguments.push(Argument::Pointer { address: partial, read: bytes, written: bytes });
+        self.launch_blocks(kernel, [tiles, shares, 1], WALKERS, &arguments);
+        self.sum_partials((partial, shares, numbers), 1, &[ColumnSums { kinds: 1, to: dw.both(numbers), add: true }]);
     }
 }
