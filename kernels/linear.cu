@@ -1,7 +1,7 @@
 // Beside the products themselves: the gradient of a bias, which is the column sums of dy, and that of a square weight with it.
 //
 // Slabs of rows are summed by many blocks at once (linear_backward_bias), then the slabs in order (sum_partials, which
-// every column-wise reduction ends with): one pass over dy, no atomics, the same bits every time.
+// column-wise reductions end with): one pass over dy, no atomics, the same bits every time.
 #include "common.cuh"
 #include "square_gradient.cuh"
 
@@ -66,4 +66,21 @@ KERNEL(THREADS) sum_partials(const float* partial /* (slabs, stride) */, int sla
         i -= n;
     }
     if (out != nullptr) out[i] = add ? out[i] + total : total;
+}
+
+// The same of few slabs and many columns, to one output. A thread takes four columns, a multiple of which there are. Threads: n / 4.
+KERNEL(THREADS) sum_few_partials(const float* partial /* (slabs, n) */, int slabs, int n, float* out /* (n) */, int add) {
+    size_t i = thread_number() * 4;
+    if (i >= size_t(n)) return;
+    Pack<4> sum = {};
+#pragma unroll 4
+    for (int s = 0; s < slabs; s++) {
+        Pack<4> slab = load<4>(partial + size_t(s) * n + i);
+        for (int j = 0; j < 4; j++) sum.x[j] += slab.x[j];
+    }
+    if (add) {
+        Pack<4> old = load<4>(out + i);
+        for (int j = 0; j < 4; j++) sum.x[j] += old.x[j];
+    }
+    *reinterpret_cast<float4*>(out + i) = {sum.x[0], sum.x[1], sum.x[2], sum.x[3]};
 }

@@ -610,7 +610,7 @@ pub trait Convolution: LayerNorm + Patches {
     ) {
         unreachable!("this backend gathers patches")
     }
-    /// Whether [`Convolution::convolution_backward_input`] and [`Convolution::convolution_backward_weight`] do such a convolution.
+    /// Whether [`Convolution::convolution_backward_input`] does such a convolution.
     fn fuses_convolution_backward(&self, _grid: Grid, _window: Window, _inputs: usize, _outputs: usize) -> bool {
         false
     }
@@ -627,6 +627,10 @@ pub trait Convolution: LayerNorm + Patches {
         _dx: &mut Self::Act,
     ) {
         unreachable!("this backend gathers patches")
+    }
+    /// Whether [`Convolution::convolution_backward_weight`] does.
+    fn sums_convolution_weight(&self, _grid: Grid, _window: Window, _inputs: usize, _outputs: usize) -> bool {
+        false
     }
     /// Adds to dw `(outputs, side²·inputs)` the gradient of a convolution's weights over `tokens` `(grid, inputs)`; dy
     /// `(windows, outputs)` is that of what it made. The same as [`Patches::patches`] and [`Linear::linear_backward_weight`].

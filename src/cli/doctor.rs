@@ -123,15 +123,21 @@ struct Apart {
 }
 
 impl Apart {
-    fn header() -> String {
-        format!("\n{:<32} {:>12} {:>8} {:>10} {:>8}\n", "without", "MB per image", "launches", "ms", "ratio")
+    /// A table of a step over so many images without each of the kernels; empty if there are none.
+    fn table(parts: &[Self], images: usize) -> String {
+        let Some(first) = parts.first() else { return String::new() };
+        let times = if first.ratio.is_some() { "         ms    ratio" } else { "" };
+        let header = format!("\n{:<32} {:>12} {:>8}{times}\n", "without", "MB per image", "launches");
+        parts.iter().fold(header, |text, part| text + &part.text(images))
     }
 
     fn text(&self, images: usize) -> String {
-        let number = |x: Option<f64>, digits: usize| x.map_or("-".into(), |x| format!("{x:.digits$}"));
-        let (ms, ratio) = (number(self.median_seconds.map(|x| 1e3 * x), 2), number(self.ratio, 3));
+        let times = match (self.median_seconds, self.ratio) {
+            (Some(seconds), Some(ratio)) => format!(" {:>10.2} {ratio:>8.3}", 1e3 * seconds),
+            _ => String::new(),
+        };
         let each = self.bytes as f64 / 1e6 / images as f64;
-        format!("{:<32} {each:>12.1} {:>8} {ms:>10} {ratio:>8}\n", self.without, self.launches)
+        format!("{:<32} {each:>12.1} {:>8}{times}\n", self.without, self.launches)
     }
 }
 
@@ -242,7 +248,7 @@ impl Doctor {
                 let (read, written) = (each(row.read_bytes), each(row.written_bytes));
                 text += &format!("{:<32} {:>8} {read:>10.2} {written:>10.2}\n", row.kernel, row.launches);
             }
-            text + &self.parts_text(&apart)
+            text + &Apart::table(&apart, self.batch_size)
         })
     }
 
@@ -267,13 +273,6 @@ impl Doctor {
             parts.push((joint, Apart { without: joint.name(), bytes, launches, median_seconds: None, ratio: None }));
         }
         Ok(parts)
-    }
-
-    fn parts_text(&self, parts: &[Apart]) -> String {
-        if !self.apart {
-            return String::new();
-        }
-        parts.iter().fold(Apart::header(), |text, part| text + &part.text(self.batch_size))
     }
 
     /// Times the step without each of the joint kernels, in turns with the whole.
@@ -370,7 +369,7 @@ impl Doctor {
             fields.push(("threads", timing.threads.to_string()));
             fields.extend(timing.remark.clone().map(|remark| ("note", remark)));
             let profile: String = timing.profile.iter().map(Share::text).collect();
-            output::fields(&fields) + &profile + &self.parts_text(&timing.apart)
+            output::fields(&fields) + &profile + &Apart::table(&timing.apart, self.batch_size)
         })
     }
 }

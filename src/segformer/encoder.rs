@@ -88,7 +88,7 @@ impl Stage {
             let trains = wanted[convolution.weight.0] || convolution.side.is_some();
             (remembers && trains).then(|| backend.act(rows * convolution.inputs))
         };
-        let gathers = !self.embed.is_direct(backend) && !self.embed.goes_back_direct(backend, from);
+        let gathers = !self.embed.is_direct(backend) && !self.embed.sums_direct(backend, from);
         let embedded = gathers.then(|| patches(&self.embed.projection, rows));
         let blocks = (self.blocks[..held].iter())
             .map(|block| {

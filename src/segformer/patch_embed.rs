@@ -56,10 +56,16 @@ impl PatchEmbed {
         plain && backend.embeds_pixels(self.window, self.projection.outputs)
     }
 
-    /// Whether the way back gathers no patches of tokens, which come from a grid.
-    pub fn goes_back_direct<B: Backend>(&self, backend: &B, from: Grid) -> bool {
+    /// Whether the gradient of tokens, of a grid, is made without that of patches.
+    fn goes_back_direct<B: Backend>(&self, backend: &B, from: Grid) -> bool {
         self.projection.side.is_none()
             && backend.fuses_convolution_backward(from, self.window, self.channels_in, self.projection.outputs)
+    }
+
+    /// Whether the weights' gradient is summed without gathering patches of tokens.
+    pub fn sums_direct<B: Backend>(&self, backend: &B, from: Grid) -> bool {
+        self.projection.side.is_none()
+            && backend.sums_convolution_weight(from, self.window, self.channels_in, self.projection.outputs)
     }
 
     fn direct<'a, 's, B: Backend>(&self, backend: &B, input: &EmbedInput<'a, 's, B>) -> Option<&'a [Sample<'s>]> {
@@ -116,7 +122,6 @@ impl PatchEmbed {
     ) {
         let rows = from.through(self.window).rows();
         let (inputs, outputs) = (self.channels_in, self.projection.outputs);
-        let goes_back_direct = self.goes_back_direct(pass.backend, from);
         let trains = self.projection.trains(gradients);
         let inner = (trains || dx.is_some()).then_some((&mut scratch.tokens[0], false));
         let front = Front::product(&self.projection);
@@ -126,7 +131,7 @@ impl PatchEmbed {
                 let (draw, outputs) = (&scratch.tokens[0], self.projection.outputs);
                 pass.backend.embed_pixels_backward(samples, from.height, self.window, draw, outputs, dw);
             }
-        } else if let (true, EmbedInput::Tokens(x)) = (trains && goes_back_direct, input) {
+        } else if let (true, EmbedInput::Tokens(x)) = (trains && self.sums_direct(pass.backend, from), input) {
             if let Some(dw) = gradients.get_mut(self.projection.weight) {
                 let draw = &scratch.tokens[0];
                 pass.backend.convolution_backward_weight(x, draw, from, self.window, inputs, outputs, dw);
@@ -144,7 +149,7 @@ impl PatchEmbed {
         }
         if let Some(dx) = dx {
             let (draw, patches) = (&scratch.tokens[0], &mut scratch.wide[0]);
-            if goes_back_direct {
+            if self.goes_back_direct(pass.backend, from) {
                 let weight = pass.tensors.product(self.projection.weight);
                 pass.backend.convolution_backward_input(draw, weight, from, self.window, inputs, outputs, dx);
             } else {

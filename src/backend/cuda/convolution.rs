@@ -99,9 +99,8 @@ impl<D: Device> Convolution for Cuda<D> {
     /// The embeddings of tokens of SegFormer-B0.
     fn fuses_convolution_backward(&self, grid: Grid, window: Window, inputs: usize, outputs: usize) -> bool {
         // Kernels count tokens in 32 bits.
-        self.joins(Joint::EmbedTokensBackward)
-            && back(window, inputs, outputs).is_some()
-            && grid.rows() <= i32::MAX as usize
+        let fits = grid.rows() <= i32::MAX as usize && back(window, inputs, outputs).is_some();
+        fits && self.joins(Joint::EmbedTokensBackward)
     }
 
     fn convolution_backward_input(
@@ -128,6 +127,12 @@ impl<D: Device> Convolution for Cuda<D> {
         let blocks = [to.width.div_ceil(ACROSS) * (inputs / BAND), to.height.div_ceil(DOWN), grid.images];
         self.launch_blocks(kernel, blocks, THREADS, &arguments);
     }
+
+    fn sums_convolution_weight(&self, grid: Grid, window: Window, inputs: usize, outputs: usize) -> bool {
+        let fits = grid.rows() <= i32::MAX as usize && back(window, inputs, outputs).is_some();
+        fits && self.joins(Joint::EmbedTokensBackwardWeights)
+    }
+
     fn convolution_backward_weight(
         &self,
         tokens: &Self::Act,
@@ -151,9 +156,7 @@ impl<D: Device> Convolution for Cuda<D> {
         let partial = self.scratch(shares * numbers);
         let mut arguments = vec![tokens.at(grid.rows() * inputs), dy.at(to.rows() * outputs)];
         arguments.extend([grid.images, grid.height, grid.width, to.height, to.width].map(Argument::from));
-        // Read when they are summed.
-        let bytes = shares * numbers * size_of::<f32>();
-        arguments.push(Argument::Pointer { address: partial, read: bytes, written: bytes });
+        arguments.push(Argument::partial(partial, shares * numbers));
         self.launch_blocks(kernel, [tiles, shares, 1], WALKERS, &arguments);
         self.sum_partials((partial, shares, numbers), 1, &[ColumnSums { kinds: 1, to: dw.both(numbers), add: true }]);
     }

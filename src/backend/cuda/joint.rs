@@ -10,6 +10,8 @@ pub enum Joint {
     EmbedTokens,
     /// The way back through these windows to the tokens.
     EmbedTokensBackward,
+    /// The gradients of their weights.
+    EmbedTokensBackwardWeights,
     /// Windows of the sequence reduction multiplied and normalised.
     ReduceTokens,
     /// Queries, attention, output product and residual.
@@ -36,10 +38,11 @@ pub enum Joint {
 
 impl Joint {
     /// All there are.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::EmbedPixels,
         Self::EmbedTokens,
         Self::EmbedTokensBackward,
+        Self::EmbedTokensBackwardWeights,
         Self::ReduceTokens,
         Self::AttentionBranch,
         Self::AttentionOutputBackward,
@@ -59,6 +62,7 @@ impl Joint {
             Self::EmbedPixels => "embed_pixels",
             Self::EmbedTokens => "embed_tokens",
             Self::EmbedTokensBackward => "embed_tokens_backward",
+            Self::EmbedTokensBackwardWeights => "embed_tokens_backward_weights",
             Self::ReduceTokens => "reduce_tokens",
             Self::AttentionBranch => "attention_branch",
             Self::AttentionOutputBackward => "attention_output_backward",

@@ -268,6 +268,12 @@ impl<D: Device> Cuda<D> {
         let n: usize = outputs.iter().map(|output| output.kinds * channels).sum();
         let partial = Argument::Pointer { address: partial, read: slabs * n * size_of::<f32>(), written: 0 };
         let mut arguments = vec![partial, slabs.into(), (kinds * channels).into()];
+        if let [ColumnSums { to, add, .. }] = outputs
+            && (slabs <= FEW_SLABS && n == kinds * channels && n.is_multiple_of(4))
+        {
+            arguments.extend([*to, (*add).into()]);
+            return self.launch("sum_few_partials", n / 4, &arguments);
+        }
         for i in 0..3 {
             arguments.extend(match outputs.get(i) {
                 Some(output) => [(output.kinds * channels).into(), output.to, output.add.into()],
@@ -278,6 +284,8 @@ impl<D: Device> Cuda<D> {
     }
 }
 
+/// Slabs that a thread sums by itself at most.
+const FEW_SLABS: usize = 16;
 /// Slabs that a column-wise sum is cut into at most: a fixed number, so that results do not depend on the device.
 const SLABS: usize = 1024;
 /// Rows of a slab at least.
