@@ -540,7 +540,7 @@ KERNEL(ALL_BOUNDS) attention_backward_32(const bf16* q /* (images, queries, head
     __syncthreads();
     if (threadIdx.x >= KEY_WARPS * 32) {
         size_t row = size_t(blockIdx.y) * queries;
-        own_queries(shared, q + query_start, o ? o + query_start : nullptr, deltas + row, d_o + query_start, lse + row, begin,
+        own_queries(shared, q + query_start, o ? o + query_start : nullptr, o ? nullptr : deltas + row, d_o + query_start, lse + row, begin,
                     end, steps, keys, channels, dq + query_start);
         return;
     }

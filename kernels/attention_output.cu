@@ -1,7 +1,7 @@
 // The way back through the output product in front of attention's own: of the gradient d of what the product made and of its input
 // o, each read once, that of o, the sums of both's products that a softmax takes back (attention.cu), and the weight's gradient. A
-// warp makes 32 channels, one head's, of 16 tokens, with its part of the weight in registers. Channels of d and of the gradient
-// are in the order for 16-byte access (mma.cuh).
+// warp makes 32 channels, one head's, of 16 tokens, with its part of the weight in registers. Channels of o and of its
+// gradient are in the order for 16-byte access (mma.cuh).
 #include "common.cuh"
 #include "mma.cuh"
 #include "square_gradient.cuh"
@@ -40,8 +40,8 @@ __device__ __forceinline__ void go_back(const bf16* d, const bf16* o, const bf16
         for (int half = 0; half < 2; half++) {
             float eight[8];
             for (int i = 0; i < 8; i++) eight[i] = made[i / 2][2 * half + i % 2];
-            // The sum is of the rounded gradient, as those of the probabilities are, whose mean it is, rounding included. Of
-            // the other, dq and dk would be further from exact ones, by a quarter at zero mean of the values, by half at two deviations.
+            // The sum is of the rounded gradient, as those of the probabilities are, whose mean it is, rounding included: of
+            // the other, dq and dk would be further from exact ones.
             uint4 words = words_of(eight), x = sixteen(at_place(tile.x, o_place + half * (8 * C * 2)));
             delta[half] = dot(x.x, words.x) + dot(x.y, words.y) + dot(x.z, words.z) + dot(x.w, words.w);
             bf16* at = d_o + to + half * 8 * C;

@@ -500,7 +500,7 @@ __device__ __forceinline__ void embed_weights(const bf16* __restrict__ tokens, c
     };
     for (int chunk = 0; chunk < SLOTS - 1; chunk++) bring(chunk);
 
-    float d[SIDE * SIDE][OUTPUT_TILES][4] = {};
+    float d[TAPS][OUTPUT_TILES][4] = {};
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; chunk++) {
         copies_done_but<SLOTS - 2>();
@@ -520,7 +520,7 @@ __device__ __forceinline__ void embed_weights(const bf16* __restrict__ tokens, c
             }
         }
 #pragma unroll
-        for (int tap = 0; tap < SIDE * SIDE; tap++) {
+        for (int tap = 0; tap < TAPS; tap++) {
             // Both lines of windows: lane l names window l % 16 of line l / 16.
             int kx = tap % SIDE, place = kx % 2 * EVEN + kx / 2 + lane % ACROSS;
             unsigned b[4];
@@ -532,14 +532,14 @@ __device__ __forceinline__ void embed_weights(const bf16* __restrict__ tokens, c
         }
     }
     int g = lane / 4, t = lane % 4;
-    partial += size_t(blockIdx.y) * (OUT * SIDE * SIDE * IN) + band + piece * 8 + t * 2;
+    partial += size_t(blockIdx.y) * (OUT * TAPS * IN) + band + piece * 8 + t * 2;
 #pragma unroll
     for (int m = 0; m < OUTPUT_TILES; m++) {
         for (int half = 0; half < 2; half++) {
             int row = output + m * TILE + half * 8 + g;
-            for (int tap = 0; tap < SIDE * SIDE; tap++) {
+            for (int tap = 0; tap < TAPS; tap++) {
                 float2 pair = {d[tap][m][2 * half], d[tap][m][2 * half + 1]};
-                *reinterpret_cast<float2*>(partial + (row * (SIDE * SIDE) + tap) * IN) = pair;
+                *reinterpret_cast<float2*>(partial + (row * TAPS + tap) * IN) = pair;
             }
         }
     }

@@ -347,7 +347,6 @@ KERNEL(BLOCK, 1) mix_ffn_backward_all_32(const bf16* d, const bf16* h, const bf1
 }
 
 // With g, the convolution's output after the GELU; dh, the gradient of h; and sums of the convolution's gradients.
-
 KERNEL(BLOCK, 1) mix_ffn_backward_all_64(const bf16* d, const bf16* h, const bf16* w2, const float* w, const float* b,
                                          const bf16* w1, int images, int height, int width, int rows,
                                          float* room, bf16* dn, bf16* g /* (tokens, 256) or null */,

@@ -200,6 +200,27 @@ fn counted(folder: &Path, step: &str, more: &[&str]) -> Value {
 }
 
 #[test]
+fn doctor_counts_a_step_taken_apart() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = counted(folder.path(), "eval", &["--apart"]);
+    let rows = json["apart"].as_array().expect("an array");
+    let names: Vec<&str> = rows.iter().filter_map(|row| row["without"].as_str()).collect();
+    assert!(names.contains(&"mix_ffn") && !names.contains(&"mix_ffn_backward"), "{names:?}");
+    let whole = json["work"].as_array().and_then(|work| work.last()?["read_bytes"].as_u64()).expect("a sum");
+    for row in rows {
+        assert!(row["bytes"].as_u64() > Some(whole) && row["launches"].as_u64() > Some(0), "{row}");
+        // What a GPU tells.
+        assert!(row["median_seconds"].is_null() && row["ratio"].is_null(), "{row}");
+    }
+    assert!(counted(folder.path(), "eval", &[])["apart"].as_array().is_some_and(Vec::is_empty));
+    let step = ["doctor", "--step", "eval", "--size", "64", "--batch-size", "3", "--apart"];
+    let text = stdout(&succeeds(folder.path(), &[&step[..], &["--traffic"]].concat()));
+    let lines = text.lines().skip_while(|line| !line.starts_with("without ")).count();
+    assert_eq!(lines, 1 + rows.len(), "{text}");
+    fails(folder.path(), &[&step[..], &["--device", "cpu"]].concat(), USAGE, &["--apart", "--traffic"]);
+}
+
+#[test]
 fn doctor_counts_what_a_step_asks_of_a_gpu() {
     let folder = tempfile::tempdir().unwrap();
     let gigabytes = |bytes: u64| format!("{}", bytes as f64 / 1e9);

@@ -223,7 +223,7 @@ impl Doctor {
     fn traffic(&self, step: Step, context: &Context) -> Result<()> {
         let demand = self.demand(step, None)?;
         context.progress.details(demand.plan.lines());
-        let apart: Vec<Apart> = self.parts(step)?.into_iter().map(|(_, apart)| apart).collect();
+        let apart: Vec<Apart> = self.parts(step, &context.progress)?.into_iter().map(|(_, apart)| apart).collect();
         let mut rows: Vec<Traffic> = demand.work.iter().map(|(name, work)| Traffic::new(name, work)).collect();
         rows.sort_by_key(|row| std::cmp::Reverse(row.read_bytes + row.written_bytes));
         let total = demand.work.values().fold(Work::default(), |mut sum, work| {
@@ -256,17 +256,27 @@ impl Doctor {
         train::demand(step.kind(), self.size, self.batch_size, self.device.max_bytes(), apart)
     }
 
-    /// What the step takes without each of the joint kernels that it uses, if that is asked for.
-    fn parts(&self, step: Step) -> Result<Vec<(Joint, Apart)>> {
+    /// What the step takes without each of the joint kernels that it uses, if that is asked for. Without some of them it may not
+    /// fit, or only with activations made again, which is told.
+    fn parts(&self, step: Step, progress: &Progress) -> Result<Vec<(Joint, Apart)>> {
         if !self.apart {
             return Ok(Vec::new());
         }
-        let whole = self.demand(step, None)?.work;
+        let Demand { work: whole, plan, .. } = self.demand(step, None)?;
         let mut parts = Vec::new();
         for joint in Joint::ALL {
-            let work = self.demand(step, Some(joint))?.work;
+            let Demand { work, plan: taken_apart, .. } = match self.demand(step, Some(joint)) {
+                Ok(demand) => demand,
+                Err(error) => {
+                    progress.info(format!("without {}: {error}", joint.name()));
+                    continue;
+                }
+            };
             if work == whole {
                 continue;
+            }
+            if taken_apart.activations_made_again != plan.activations_made_again {
+                progress.info(format!("without {}: fits with some activations made again", joint.name()));
             }
             let sum = |count: fn(&Work) -> usize| work.values().map(count).sum();
             let (bytes, launches) = (sum(Work::bytes), sum(|work| work.calls));
@@ -278,27 +288,33 @@ impl Doctor {
     /// Times the step without each of the joint kernels, in turns with the whole.
     fn time_parts(&self, step: Step, place: &Place, progress: &Progress) -> Result<Vec<Apart>> {
         let Place::Gpu(gpu) = place else { return Ok(Vec::new()) };
-        let parts = self.parts(step)?;
+        let parts = self.parts(step, progress)?;
         let bar = progress.bar("without each joint kernel", (parts.len() * ROUNDS) as u64, "measurements");
         let mut timed = Vec::new();
         for (joint, mut apart) in parts {
             let mut rounds = Vec::new();
-            for _ in 0..ROUNDS {
+            let times = || -> Result<(f64, f64)> {
                 let [whole, without] = [None, Some(joint)].map(|apart| {
                     let mut gpu = gpu.clone();
                     gpu.apart = apart;
                     let place = Place::Gpu(gpu);
-                    let measured = train::measure_step(&place, step.kind(), self.size, self.batch_size, self.steps)?;
-                    Ok::<f64, Error>(median(&measured.seconds))
+                    train::measure_step(&place, step.kind(), self.size, self.batch_size, self.steps)
                 });
-                let (whole, without) = (whole?, without?);
-                rounds.push((without / whole, without));
+                let (whole, without) = (median(&whole?.seconds), median(&without?.seconds));
+                Ok((without / whole, without))
+            };
+            for _ in 0..ROUNDS {
+                match times() {
+                    Ok(both) => rounds.push(both),
+                    Err(error) => progress.info(format!("without {}: {error}", joint.name())),
+                }
                 bar.inc(1);
             }
             rounds.sort_by(|a, b| a.0.total_cmp(&b.0));
-            let (ratio, seconds) = rounds[ROUNDS / 2];
-            (apart.ratio, apart.median_seconds) = (Some(ratio), Some(seconds));
-            timed.push(apart);
+            if let Some(&(ratio, seconds)) = rounds.get(rounds.len() / 2) {
+                (apart.ratio, apart.median_seconds) = (Some(ratio), Some(seconds));
+                timed.push(apart);
+            }
         }
         Ok(timed)
     }

@@ -158,7 +158,8 @@ pub(super) fn fit(
 }
 
 /// A model on a device that only counts, after all that a run does: what its device has handed out is what a run needs. `saves`
-/// memory by making activations again; an operation may be taken `apart`. Calls `between` when the model is made, after a training step over a whole batch (if it trains), and after an evaluation.
+/// memory by making activations again; an operation may be taken `apart`. Calls `between` when the model is made, after a training
+/// step over a whole batch (if it trains), and after an evaluation.
 pub(super) fn planned_on_gpu(
     config: &SegformerConfig,
     options: ModelOptions,

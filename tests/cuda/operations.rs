@@ -923,7 +923,7 @@ fn convolution_backward_weight<B: Backend>(
     (inputs, outputs): (usize, usize),
     dw: &mut B::Full,
 ) {
-    if backend.fuses_convolution_backward(grid, window, inputs, outputs) {
+    if backend.sums_convolution_weight(grid, window, inputs, outputs) {
         return backend.convolution_backward_weight(tokens, dy, grid, window, inputs, outputs, dw);
     }
     let (rows, gathered) = (grid.through(window).rows(), window.side * window.side * inputs);

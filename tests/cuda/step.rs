@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::bf16;
 use host_kernels::Order;
 use segpeft_native::backend::cpu::Cpu;
-use segpeft_native::backend::cuda::{Cuda, Device};
+use segpeft_native::backend::cuda::{Cuda, Device, Joint};
 use segpeft_native::backend::{AdamW, Backend, Grid, Memory, Sample};
 use segpeft_native::error::Kind;
 use segpeft_native::lora;
@@ -380,6 +380,28 @@ fn merged_adapters_by_joint_operations() {
 fn full_fine_tuning_by_joint_operations() {
     let (config, _) = joint_config();
     compare("full, joint", (SegformerConfig { sr_ratios: vec![2, 1, 1, 1], ..config }, 96), &Trainable::Everything);
+}
+
+/// Without any one of the joint operations, a step is the same within rounding.
+#[test]
+fn a_step_can_be_taken_apart() {
+    let (config, _) = joint_config();
+    let (size, batch) = (32, 2);
+    let pictures = Pictures::new(0..batch as u64, size, false);
+    let run = |apart| {
+        let backend = Cuda::new(Host::new(Order::Forward)).taking_apart(apart);
+        let mut model = model(backend, &config, ModelOptions { size, batch }, &Trainable::Everything, None);
+        let Step { loss, gradients, .. } = step(&mut model, &pictures, 0);
+        model.backend().check().expect("no failure");
+        (loss, gradients.into_iter().flat_map(|(_, gradient)| gradient).collect::<Vec<f32>>())
+    };
+    let (loss, gradient) = run(None);
+    for joint in Joint::ALL {
+        let (loss_apart, gradient_apart) = run(Some(joint));
+        let cosine = cosine(&gradient_apart, &gradient);
+        let same = (loss_apart / loss - 1.0).abs() < 0.01 && cosine > LOWEST;
+        assert!(same, "without {}: loss {loss_apart}, not {loss}; cosine {cosine}", joint.name());
+    }
 }
 
 #[test]

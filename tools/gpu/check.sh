@@ -3,8 +3,8 @@
 #
 # usage: check.sh [results folder]     (default: results)
 #
-#   PARTS="tests steps"     runs these alone, out of: doctor tests repeat memcheck racecheck initcheck steps apart
-#                           kernels compare train pipeline compiled
+#   PARTS="tests steps"     runs these alone, out of: doctor tests repeat memcheck racecheck initcheck steps kernels
+#                           compare train apart pipeline compiled
 #   BATCH=64 SIZE=512       pictures of a step and their side
 #   CHECK_SECONDS=540       ends everything after this long; a part that finds no time left has failed
 #
@@ -19,7 +19,7 @@ declare -A limits=(
     [doctor]=30 [tests]=150 [repeat]=100 [memcheck]=60 [racecheck]=150 [initcheck]=60 [steps]=90 [apart]=120 [kernels]=60
     [compare]=180 [train]=100 [pipeline]=120 [compiled]=240
 )
-order=(doctor tests repeat memcheck racecheck initcheck steps apart kernels compare train pipeline compiled)
+order=(doctor tests repeat memcheck racecheck initcheck steps kernels compare train apart pipeline compiled)
 # What a part exits with that cannot run here.
 skipped=77
 

@@ -121,8 +121,7 @@ impl<D: Device> Attention for Cuda<D> {
         let AttentionShape { images, head, .. } = shape;
         let (query_len, key_len, lse_len) = lengths(shape);
         let join = |partial, slices: usize, dk: &mut Self::Act, dv: &mut Self::Act| {
-            let read = slices * 2 * key_len * size_of::<f32>();
-            let partial = Argument::Pointer { address: partial, read, written: 0 };
+            let partial = Argument::partial_read(partial, slices * 2 * key_len);
             let arguments = [partial, slices.into(), Argument::U64(key_len as u64), dk.to(key_len), dv.to(key_len)];
             self.launch("attention_backward_join", key_len / width(key_len), &arguments);
         };

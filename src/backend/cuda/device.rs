@@ -199,6 +199,11 @@ impl Argument {
         Self::Pointer { address, read: 0, written: n * size_of::<f32>() }
     }
 
+    /// The address of `n` partial sums that another kernel has left.
+    pub(super) fn partial_read(address: u64, n: usize) -> Self {
+        Self::Pointer { address, read: n * size_of::<f32>(), written: 0 }
+    }
+
     /// Bytes that a kernel with these arguments must read and write.
     pub fn traffic(arguments: &[Self]) -> (usize, usize) {
         arguments.iter().fold((0, 0), |(all_read, all_written), argument| match argument {

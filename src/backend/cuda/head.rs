@@ -123,10 +123,11 @@ impl<D: Device> Cuda<D> {
         arguments.push(z);
         arguments.extend(if exact { exact_stages::<D>(parts, channels) } else { stages::<D>(parts, channels) });
         arguments.extend([to.height, to.width, channels, side].map(Argument::from));
-        arguments.push(Argument::pointer(partial));
+        let sums = if moments.is_some() { slabs * 2 * channels } else { 0 };
+        arguments.push(Argument::partial(partial, sums));
         self.launch_blocks(kernel, [across, along, pieces], threads, &arguments);
         if let Some(moments) = moments {
-            let mut arguments = vec![Argument::pointer(partial)];
+            let mut arguments = vec![Argument::partial_read(partial, sums)];
             arguments.extend([slabs, to.height, to.width, channels].map(Argument::from));
             arguments.push(moments.to(2 * channels));
             self.launch_blocks("join_moments", [channels.div_ceil(TOTALS.1), 1, 1], TOTALS.0, &arguments);
@@ -259,16 +260,18 @@ impl<D: Device> Head for Cuda<D> {
         }
         let HeadPass { z, norm, drop, rows, channels, classifier } = head;
         let (slab, slabs) = slabs(rows);
-        let partial = Argument::pointer(self.scratch(slabs * 4 * channels));
+        let sums_len = slabs * 4 * channels;
+        let partial = self.scratch(sums_len);
         let mut arguments = vec![z.at(rows * channels), norm.stats.at(2 * channels)];
         arguments.extend([passed.at(bits(rows, channels)), kept(drop), dlogits.at(2 * rows)]);
         arguments.extend([rows, channels, slab].map(Argument::from));
-        arguments.push(partial);
+        arguments.push(Argument::partial(partial, sums_len));
         let grid = [channels.div_ceil(column_span(channels)), slabs, 1];
         self.launch_blocks("classify_backward", grid, THREADS, &arguments);
         let (gamma, beta) = (norm.gamma.at(channels), norm.beta.at(channels));
         let weights = weight_gradient.map_or(Argument::pointer(0), |dw| dw.both(2 * channels));
         let (weight, sums) = (classifier.weight.at(2 * channels), sums.to(2 * channels));
+        let partial = Argument::partial_read(partial, sums_len);
         let arguments = [partial, slabs.into(), channels.into(), gamma, beta, weight, weights, sums];
         self.launch_blocks("classify_sums", [channels.div_ceil(TOTALS.1), 1, 1], TOTALS.0, &arguments);
     }

@@ -26,8 +26,6 @@ pub enum Joint {
     MixFfn,
     /// The way back through it.
     MixFfnBackward,
-    /// The gradients of its products' weights on that way.
-    MixFfnProducts,
     /// The first stage's product where the stages are joined.
     JoinTokens,
     /// The decoder from the stages to the logits, in evaluation.
@@ -38,7 +36,7 @@ pub enum Joint {
 
 impl Joint {
     /// All there are.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 14] = [
         Self::EmbedPixels,
         Self::EmbedTokens,
         Self::EmbedTokensBackward,
@@ -50,7 +48,6 @@ impl Joint {
         Self::AttentionInputBackward,
         Self::MixFfn,
         Self::MixFfnBackward,
-        Self::MixFfnProducts,
         Self::JoinTokens,
         Self::ClassifyStages,
         Self::ClassifyBackwardTokens,
@@ -70,7 +67,6 @@ impl Joint {
             Self::AttentionInputBackward => "attention_input_backward",
             Self::MixFfn => "mix_ffn",
             Self::MixFfnBackward => "mix_ffn_backward",
-            Self::MixFfnProducts => "mix_ffn_backward (weights)",
             Self::JoinTokens => "join_tokens",
             Self::ClassifyStages => "classify_stages",
             Self::ClassifyBackwardTokens => "classify_backward_tokens",

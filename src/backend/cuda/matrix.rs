@@ -135,9 +135,9 @@ impl<D: Device> Matrix for Cuda<D> {
         let joined = sliced().map(|(_, entry)| entry.grid().0 * entry.grid().1).sum();
         let made = Table { blocks: all.blocks - joined, ..all };
         let join = Table { parts: all.parts + (made.blocks * size_of::<Tile>()) as u64, blocks: joined, ..all };
-        let partial = Argument::pointer(self.scratch(partial));
-        self.launch_table("small_products", made, (read, written), &[partial]);
-        self.launch_table("join_slices", join, (0, 0), &[partial]);
+        let room = self.scratch(partial);
+        self.launch_table("small_products", made, (read, written), &[Argument::partial(room, partial)]);
+        self.launch_table("join_slices", join, (0, 0), &[Argument::partial_read(room, partial)]);
     }
 
     fn columns(&self, x: &Self::Full, columns: usize, start: usize, n: usize, y: &mut Self::Full) {

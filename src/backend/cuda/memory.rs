@@ -266,7 +266,7 @@ impl<D: Device> Cuda<D> {
     ) {
         assert!(outputs.len() <= 3, "{} outputs", outputs.len());
         let n: usize = outputs.iter().map(|output| output.kinds * channels).sum();
-        let partial = Argument::Pointer { address: partial, read: slabs * n * size_of::<f32>(), written: 0 };
+        let partial = Argument::partial_read(partial, slabs * n);
         let mut arguments = vec![partial, slabs.into(), (kinds * channels).into()];
         if let [ColumnSums { to, add, .. }] = outputs
             && (slabs <= FEW_SLABS && n == kinds * channels && n.is_multiple_of(4))
@@ -307,7 +307,7 @@ pub(super) fn column_span(channels: usize) -> usize {
 pub(super) struct ColumnSums {
     /// How many of the kernel's quantities, one behind the other.
     pub kinds: usize,
-    /// `(kinds, channels)`, or null if nobody wants them.
+    /// `(kinds, channels)`, or null if nobody wants them and others are wanted.
     pub to: Argument,
     /// Whether `to` is added to.
     pub add: bool,

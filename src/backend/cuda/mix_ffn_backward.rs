@@ -48,7 +48,7 @@ impl<D: Device> MixFfnBackward for Cuda<D> {
 
     /// Of few channels, whose sums have room in registers.
     fn sums_mix_ffn_products(&self, channels: usize) -> bool {
-        self.joins(Joint::MixFfnProducts) && channels == 32
+        channels == 32
     }
 
     fn mix_ffn_backward(
