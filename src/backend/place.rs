@@ -36,7 +36,7 @@ pub struct GpuPlace {
     /// Bytes that a run may take beside the dataset, if not all that is free.
     limit: Option<usize>,
     /// An operation to do in parts though there is a kernel for all of it.
-    pub apart: Option<Joint>,
+    pub(crate) apart: Option<Joint>,
 }
 
 /// Memory that a run may take beside its dataset.
@@ -86,6 +86,13 @@ impl Place {
     pub fn limit_memory(&mut self, bytes: usize) {
         if let Self::Gpu(gpu) = self {
             gpu.limit = Some(bytes);
+        }
+    }
+
+    /// Does an operation's parts one by one from now on, though a GPU has a kernel for all of it; none means no such operation.
+    pub fn take_apart(&mut self, apart: Option<Joint>) {
+        if let Self::Gpu(gpu) = self {
+            gpu.apart = apart;
         }
     }
 

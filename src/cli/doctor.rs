@@ -287,17 +287,18 @@ impl Doctor {
 
     /// Times the step without each of the joint kernels, in turns with the whole.
     fn time_parts(&self, step: Step, place: &Place, progress: &Progress) -> Result<Vec<Apart>> {
-        let Place::Gpu(gpu) = place else { return Ok(Vec::new()) };
         let parts = self.parts(step, progress)?;
+        if parts.is_empty() {
+            return Ok(Vec::new());
+        }
         let bar = progress.bar("without each joint kernel", (parts.len() * ROUNDS) as u64, "measurements");
         let mut timed = Vec::new();
         for (joint, mut apart) in parts {
             let mut rounds = Vec::new();
             let times = || -> Result<(f64, f64)> {
                 let [whole, without] = [None, Some(joint)].map(|apart| {
-                    let mut gpu = gpu.clone();
-                    gpu.apart = apart;
-                    let place = Place::Gpu(gpu);
+                    let mut place = place.clone();
+                    place.take_apart(apart);
                     train::measure_step(&place, step.kind(), self.size, self.batch_size, self.steps)
                 });
                 let (whole, without) = (median(&whole?.seconds), median(&without?.seconds));

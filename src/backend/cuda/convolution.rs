@@ -35,9 +35,11 @@ fn embedding(window: Window, inputs: usize, outputs: usize) -> Option<(&'static 
     }
 }
 
-/// Names of the kernels of the way back through an embedding: to its input, and to its weights.
-fn back(window: Window, inputs: usize, outputs: usize) -> Option<[&'static str; 2]> {
+/// Names of the kernels of the way back through an embedding of tokens from `grid`: to its input, and to its weights.
+fn back(grid: Grid, window: Window, inputs: usize, outputs: usize) -> Option<[&'static str; 2]> {
     match (window, inputs, outputs) {
+        // Kernels count tokens in 32 bits.
+        _ if grid.rows() > i32::MAX as usize => None,
         (OVERLAPPING, 32, 64) => Some(["embed_tokens_backward_64", "embed_tokens_backward_weights_64"]),
         (OVERLAPPING, 64, 160) => Some(["embed_tokens_backward_160", "embed_tokens_backward_weights_160"]),
         (OVERLAPPING, 160, 256) => Some(["embed_tokens_backward_256", "embed_tokens_backward_weights_256"]),
@@ -98,9 +100,7 @@ impl<D: Device> Convolution for Cuda<D> {
 
     /// The embeddings of tokens of SegFormer-B0.
     fn fuses_convolution_backward(&self, grid: Grid, window: Window, inputs: usize, outputs: usize) -> bool {
-        // Kernels count tokens in 32 bits.
-        let fits = grid.rows() <= i32::MAX as usize && back(window, inputs, outputs).is_some();
-        fits && self.joins(Joint::EmbedTokensBackward)
+        self.joins(Joint::EmbedTokensBackward) && back(grid, window, inputs, outputs).is_some()
     }
 
     fn convolution_backward_input(
@@ -113,7 +113,7 @@ impl<D: Device> Convolution for Cuda<D> {
         outputs: usize,
         dx: &mut Self::Act,
     ) {
-        let Some([kernel, _]) = back(window, inputs, outputs) else {
+        let Some([kernel, _]) = back(grid, window, inputs, outputs) else {
             panic!("{window:?} from {inputs} to {outputs} has no kernel for the way back")
         };
         let to = grid.through(window);
@@ -129,8 +129,7 @@ impl<D: Device> Convolution for Cuda<D> {
     }
 
     fn sums_convolution_weight(&self, grid: Grid, window: Window, inputs: usize, outputs: usize) -> bool {
-        let fits = grid.rows() <= i32::MAX as usize && back(window, inputs, outputs).is_some();
-        fits && self.joins(Joint::EmbedTokensBackwardWeights)
+        self.joins(Joint::EmbedTokensBackwardWeights) && back(grid, window, inputs, outputs).is_some()
     }
 
     fn convolution_backward_weight(
@@ -143,7 +142,7 @@ impl<D: Device> Convolution for Cuda<D> {
         outputs: usize,
         dw: &mut Self::Full,
     ) {
-        let Some([_, kernel]) = back(window, inputs, outputs) else {
+        let Some([_, kernel]) = back(grid, window, inputs, outputs) else {
             panic!("{window:?} from {inputs} to {outputs} has no kernel for the way back")
         };
         let to = grid.through(window);
