@@ -16,7 +16,7 @@ use segpeft_native::backend::{
     Attention, AttentionBranch, AttentionInput, AttentionInputs, AttentionOutput, AttentionOutputs, AttentionShape,
     AttentionWeights, BatchNormView, Classifier, Convolution, ConvolutionNorm, Deltas, Depthwise, Dropout, EmbedPixels,
     FfnOutputs, FfnWeights, FirstGradient, FirstStage, Grid, Head, HeadPass, InFront, LayerNorm, Linear, Loss, Memory,
-    MixFfn, MixFfnBackward, MixFfnParts, MixFfnProducts, MixFfnWeights, Patches, Product, Residual, Resize, Sample,
+    MixFfn, MixFfnBackward, MixFfnExpansion, MixFfnParts, MixFfnWeights, Patches, Product, Residual, Resize, Sample,
     Window,
 };
 use segpeft_native::dataset::Augment;
@@ -252,14 +252,14 @@ fn blocks(batch: usize) -> Vec<Case> {
         cases.push(plain(
             name("layer_norm_backward_both, scaled", c),
             move |Lab { cuda, x: [d, x, _], p, y: [y, z], s: [s, t], .. }| {
-                let front = InFront { scaled: Some((drop, g, z)), bias: None };
+                let front = InFront { scaled: Some((drop, g, Some(z))), bias: None };
                 cuda.layer_norm_backward_all(d, x, p, p, rows, c, (y, true), Some((s, t)), front);
             },
         ));
         cases.push(plain(
             name("layer_norm_backward_branch", c),
             move |Lab { cuda, x: [d, x, _], p, y: [y, z], .. }| {
-                let front = InFront { scaled: Some((drop, g, z)), bias: None };
+                let front = InFront { scaled: Some((drop, g, Some(z))), bias: None };
                 cuda.layer_norm_backward_all(d, x, p, p, rows, c, (y, true), None, front);
             },
         ));
@@ -365,7 +365,7 @@ fn blocks(batch: usize) -> Vec<Case> {
                 4 * rows * c * c,
                 move |Lab { cuda, x: [x, dq, dreduced], w: [query, reduction], p, y: [dx, z], s: [s, t], .. }| {
                     let inputs = AttentionInputs { query, reduction, window, x, stats: p, gamma: p, channels: c };
-                    let front = InFront { scaled: Some((drop, g, z)), bias: None };
+                    let front = InFront { scaled: Some((drop, g, Some(z))), bias: None };
                     cuda.attention_input_backward(dq, dreduced, &inputs, g, dx, trains.then_some((s, t)), front);
                 },
             ));
@@ -424,23 +424,32 @@ fn blocks(batch: usize) -> Vec<Case> {
                 name("mix_ffn_backward", hidden),
                 4 * rows * c * hidden,
                 move |Lab { cuda, x: [d, h, _], w: [w, _], p, y: [dx, _], .. }| {
-                    let parts = MixFfnParts { g: None, dh: None, sums: None, products: None };
-                    cuda.mix_ffn_backward(d, h, mix_ffn_weights(w, p), g, c, hidden, dx, parts);
+                    let parts = MixFfnParts { sums: None, contract: None, expand: None };
+                    cuda.mix_ffn_backward(d, Some(drop), h, mix_ffn_weights(w, p), g, c, hidden, dx, parts);
                 },
             ));
             cases.push(case(
                 name("mix_ffn_backward with parameters", hidden),
                 4 * rows * c * hidden,
-                move |Lab { cuda, x: [d, h, dh], w: [w, _], p, y: [dx, out], s: [dw, db], t, flush, .. }| {
-                    let (sums, [expand, contract]) = (Some([dw, db, flush]), t);
-                    let parts = if cuda.sums_mix_ffn_products(c) {
-                        let (expand, contract) = (Some(expand), Some(contract));
-                        let products = Some(MixFfnProducts { normed: dh, expand, contract });
-                        MixFfnParts { g: None, dh: None, sums, products }
+                move |Lab {
+                          cuda,
+                          x: [d, h, dh],
+                          w: [w, _],
+                          p,
+                          y: [dx, _],
+                          s: [dw, db],
+                          t: [expand, contract],
+                          flush,
+                          ..
+                      }| {
+                    let expand = if cuda.sums_mix_ffn_expansion(c) {
+                        MixFfnExpansion::Summed { normed: dh, dw: expand }
                     } else {
-                        MixFfnParts { g: Some(out), dh: Some(dh), sums, products: None }
+                        MixFfnExpansion::Product(dh)
                     };
-                    cuda.mix_ffn_backward(d, h, mix_ffn_weights(w, p), g, c, hidden, dx, parts);
+                    let sums = Some([dw, db, flush]);
+                    let parts = MixFfnParts { sums, contract: Some(contract), expand: Some(expand) };
+                    cuda.mix_ffn_backward(d, Some(drop), h, mix_ffn_weights(w, p), g, c, hidden, dx, parts);
                 },
             ));
         }

@@ -37,7 +37,7 @@ __device__ __forceinline__ void walk(const bf16* __restrict__ dq, const bf16* __
     for (int i = threadIdx.x; i < KEYS; i += BLOCK) {
         int key = first + i, image = key / (width / side * (height / side));
         origins[i] = origin_of(key, keys, width, side);
-        factors[i] = scaled != nullptr && key < keys ? drop.factor(image) : 1.0f;
+        factors[i] = key < keys ? drop.factor(image) : 1.0f;
     }
     copies_done();
     __syncthreads();
@@ -130,7 +130,7 @@ __device__ __forceinline__ void walk(const bf16* __restrict__ dq, const bf16* __
     }
 }
 
-// dx += LayerNorm's gradient towards x; `scaled` receives dx times its image's factor. Windows are as in reduce_tokens
+// dx += LayerNorm's gradient towards x; `scaled` receives dx times its image's factor, with which it counts for the bias in front. Windows are as in reduce_tokens
 // (convolution.cu).
 // Grid: ceil(keys / KEYS), blocks of 256 threads for 32 channels, of 128 for 64.
 KERNEL(BOUNDS_32) attention_input_backward_32(

@@ -89,13 +89,13 @@ template <int V> struct Strip {
     }
 };
 
-// A walk: from h to g; from h and dg to du, g and b's gradient; from du to dh; from du and h to dh, its sums and w's gradient.
+// A walk: from h to g; from h and dg to du and b's gradient; from du to dh; from du and h to dh, its sums and w's gradient.
 enum Way { FORWARD, BEFORE_GELU, TRANSPOSED, WEIGHTS };
 
 // x is convolved. At row y, `beside` is wanted: by BEFORE_GELU dg of row y - 1, by WEIGHTS h of rows y - 1 to y + 1.
 template <int V, Way WAY, int KINDS>
 __device__ __forceinline__ void walk(const Strip<V>& strip, const bf16* x, const bf16* beside, const float* w,
-                                     const float* b, int height, bf16* out, bf16* g, float2 (&gradient)[KINDS]) {
+                                     const float* b, int height, bf16* out, float2 (&gradient)[KINDS]) {
     constexpr bool MIRRORED = WAY == TRANSPOSED || WAY == WEIGHTS;
     if (strip.columns == 0) return;
     float2 weight[TAPS], bias = {};
@@ -105,11 +105,10 @@ __device__ __forceinline__ void walk(const Strip<V>& strip, const bf16* x, const
     if (!MIRRORED) bias = load_two<V>(b + strip.c);
     int y0 = strip.y0, y1 = strip.y1, stride = strip.stride, first = max(y0 - 1, 0), stop = min(y1 + 1, height);
     unsigned at = strip.at + first * stride;
-    bool wants_out = WAY == FORWARD || WAY == TRANSPOSED || out != nullptr, wants_g = g != nullptr;
+    bool wants_out = WAY != WEIGHTS || out != nullptr;
     x = settled(x, strip.image);
     beside = settled(beside, strip.image);
     out = settled(out, strip.image);
-    g = settled(g, strip.image);
 
     // The next row of x; of dg, the row whose sums end next, and of h, the rows y - 1.. y + 1.
     unsigned ahead[COLUMNS + 2], beside_ahead[3][COLUMNS] = {};
@@ -162,8 +161,7 @@ __device__ __forceinline__ void walk(const Strip<V>& strip, const bf16* x, const
                         gradient[0].x += du[i].x;
                         gradient[0].y += du[i].y;
                     }
-                    if (wants_out) strip.store(out, at - stride, du);
-                    if (wants_g) strip.store(g, at - stride, sum[last]);
+                    strip.store(out, at - stride, du);
                 } else {
                     if (wants_out) strip.store(out, at - stride, sum[last]);
                     if constexpr (WAY == WEIGHTS) {
@@ -183,18 +181,18 @@ template <int V, Way WAY>
 __device__ __forceinline__ void walk(const bf16* x, const float* w, const float* b, int images, int height, int width,
                                      int channels, int rows, bf16* out) {
     float2 none[1];
-    walk<V, WAY>(Strip<V>(images, height, width, channels, rows), x, nullptr, w, b, height, out, nullptr, none);
+    walk<V, WAY>(Strip<V>(images, height, width, channels, rows), x, nullptr, w, b, height, out, none);
 }
 
 // Where the sums of a block's tokens go to `partial`, unless that is null.
 template <int V, Way WAY, int KINDS>
 __device__ __forceinline__ void walk_and_sum(const bf16* x, const bf16* beside, const float* w, const float* b,
                                              int images, int height, int width, int channels, int rows, bf16* out,
-                                             bf16* g, float* partial /* (ceil(strips / STRIPS), KINDS, channels) */,
+                                             float* partial /* (ceil(strips / STRIPS), KINDS, channels) */,
                                              float (*sums)[KINDS][V][32] /* (STRIPS, KINDS, V, 32) */) {
     Strip<V> strip(images, height, width, channels, rows);
     float2 gradient[KINDS] = {};
-    walk<V, WAY>(strip, x, beside, w, b, height, out, g, gradient);
+    walk<V, WAY>(strip, x, beside, w, b, height, out, gradient);
     if (partial == nullptr) return;
     int lane = threadIdx.x % 32;
     for (int kind = 0; kind < KINDS; kind++) {
@@ -219,19 +217,18 @@ KERNEL(THREADS, 3) depthwise_gelu(const bf16* h /* (tokens, channels) */, const 
     else walk<1, FORWARD>(h, w, b, images, height, width, channels, rows, g);
 }
 
-// From dg, the gradient after the GELU, to du, that before it, which may take its place; the forward output g again; and
-// the gradient of b.
+// From dg, the gradient after the GELU, to du, that before it, which may take its place; and the gradient of b.
 KERNEL(THREADS, 2) depthwise_gelu_backward(
     const bf16* h /* (tokens, channels) */, const float* w /* (9, channels) */, const float* b /* (channels) */,
     int images, int height, int width, int channels, int rows, const bf16* dg /* (tokens, channels) */,
-    bf16* du /* (tokens, channels) */, bf16* g /* (tokens, channels) or null */,
+    bf16* du /* (tokens, channels) */,
     float* partial /* (ceil(strips / STRIPS), channels) or null */) {
     SHARED(float, even, [STRIPS][1][2][32]);
     SHARED(float, odd, [STRIPS][1][1][32]);
     if (channels % 2 == 0) {
-        walk_and_sum<2, BEFORE_GELU>(h, dg, w, b, images, height, width, channels, rows, du, g, partial, even);
+        walk_and_sum<2, BEFORE_GELU>(h, dg, w, b, images, height, width, channels, rows, du, partial, even);
     } else {
-        walk_and_sum<1, BEFORE_GELU>(h, dg, w, b, images, height, width, channels, rows, du, g, partial, odd);
+        walk_and_sum<1, BEFORE_GELU>(h, dg, w, b, images, height, width, channels, rows, du, partial, odd);
     }
 }
 
@@ -252,8 +249,8 @@ KERNEL(THREADS, 2) depthwise_backward_weights(
     SHARED(float, even, [STRIPS][TAPS + 1][2][32]);
     SHARED(float, odd, [STRIPS][TAPS + 1][1][32]);
     if (channels % 2 == 0) {
-        walk_and_sum<2, WEIGHTS>(du, h, w, nullptr, images, height, width, channels, rows, dh, nullptr, partial, even);
+        walk_and_sum<2, WEIGHTS>(du, h, w, nullptr, images, height, width, channels, rows, dh, partial, even);
     } else {
-        walk_and_sum<1, WEIGHTS>(du, h, w, nullptr, images, height, width, channels, rows, dh, nullptr, partial, odd);
+        walk_and_sum<1, WEIGHTS>(du, h, w, nullptr, images, height, width, channels, rows, dh, partial, odd);
     }
 }

@@ -201,7 +201,7 @@ KERNEL(THREADS, 3) layer_norm_backward_both(const bf16* dy /* (rows, channels) *
     if (inside) g = load<8>(gamma + c);
     // Of the image that the row lies in, whose last row comes before `next`.
     float factor = 1;
-    int next = scaled != nullptr ? 0 : rows;
+    int next = rate > 0.0f ? 0 : rows;
     // Groups past the slab's end take part in the sums, with nothing.
 #pragma unroll 1
     for (int start = first; start < end; start += groups) {

@@ -255,6 +255,7 @@ inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long v
     return std::exchange(*to, *to + value);
 }
 inline float __uint_as_float(unsigned x) { return host::bits<float>(x); }
+inline unsigned __float_as_uint(float x) { return host::bits<unsigned>(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }

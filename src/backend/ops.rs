@@ -193,9 +193,9 @@ pub trait Patches: Memory {
 /// What the product in front of a LayerNorm wants of the gradient dx of the LayerNorm's input: the product is the input itself,
 /// or a branch added to it.
 pub struct InFront<'a, B: Memory> {
-    /// Stochastic depth of the branch, over tokens of a grid; receives the product's gradient, `factor(image)·dx`. Where there
-    /// is none, that is dx.
-    pub scaled: Option<(Dropout, Grid, &'a mut B::Act)>,
+    /// Stochastic depth of the branch, over tokens of a grid; receives the product's gradient, `factor(image)·dx`, where that is
+    /// wanted. Where there is no stochastic depth, that is dx.
+    pub scaled: Option<(Dropout, Grid, Option<&'a mut B::Act>)>,
     /// The column sums of the product's gradient, that of its bias, are added.
     pub bias: Option<&'a mut B::Full>,
 }
@@ -259,8 +259,17 @@ pub trait LayerNorm: Residual {
             self.layer_norm_backward_params(dy, x, stats, rows, channels, dgamma, dbeta);
         }
         self.layer_norm_backward(dy, x, stats, gamma, rows, channels, dx, add);
+        let mut room;
         let product = match front.scaled {
+            Some((.., None)) if front.bias.is_none() => return,
             Some((drop, grid, scaled)) => {
+                let scaled = match scaled {
+                    Some(scaled) => scaled,
+                    None => {
+                        room = self.act(rows * channels);
+                        &mut room
+                    }
+                };
                 self.drop_path(dx, drop, grid, channels, scaled);
                 &*scaled
             }
@@ -525,27 +534,27 @@ pub struct MixFfnWeights<'a, B: Memory> {
     pub contract: &'a B::Act,
 }
 
-/// What the gradients of a Mix-FFN's weights need, and those that are summed on the way.
+/// The gradients of a Mix-FFN's weights that are summed on the way back.
 pub struct MixFfnParts<'a, B: Memory> {
-    /// Receives the contraction's input, `(tokens, hidden)`.
-    pub g: Option<&'a mut B::Act>,
-    /// Receives the gradient of the expansion's output, `(tokens, hidden)`.
-    pub dh: Option<&'a mut B::Act>,
-    /// The gradients of the depth-wise weights, of their bias, and of the expansion's bias are added.
+    /// Those of the depth-wise weights, of their bias, and of the expansion's bias are added.
     pub sums: Option<[&'a mut B::Full; 3]>,
-    /// In place of `g` and `dh`, where the operation [sums](MixFfnBackward::sums_mix_ffn_products) the products' weights'
-    /// gradients too.
-    pub products: Option<MixFfnProducts<'a, B>>,
+    /// That of the contraction's weights, `(channels, hidden)`, is added.
+    pub contract: Option<&'a mut B::Full>,
+    /// For that of the expansion's weights.
+    pub expand: Option<MixFfnExpansion<'a, B>>,
 }
 
-/// The gradients of the weights of a Mix-FFN's products, which are added to.
-pub struct MixFfnProducts<'a, B: Memory> {
-    /// The expansion's input, `(tokens, channels)`.
-    pub normed: &'a B::Act,
-    /// The expansion's `(hidden, channels)`.
-    pub expand: Option<&'a mut B::Full>,
-    /// The contraction's `(channels, hidden)`.
-    pub contract: Option<&'a mut B::Full>,
+/// How a Mix-FFN's way back leaves the gradient of the expansion's weights.
+pub enum MixFfnExpansion<'a, B: Memory> {
+    /// Added, where the operation [sums it](MixFfnBackward::sums_mix_ffn_expansion).
+    Summed {
+        /// The expansion's input, `(tokens, channels)`.
+        normed: &'a B::Act,
+        /// `(hidden, channels)`
+        dw: &'a mut B::Full,
+    },
+    /// To a product: this receives the gradient of the expansion's output, `(tokens, hidden)`.
+    Product(&'a mut B::Act),
 }
 
 /// The way back through a Mix-FFN as one operation, on a device where moving the hidden tensors is what takes the time.
@@ -554,16 +563,18 @@ pub trait MixFfnBackward: Depthwise {
     fn joins_mix_ffn_backward(&self, _grid: Grid, _channels: usize, _hidden: usize) -> bool {
         false
     }
-    /// Whether it sums the gradients of the products' weights, and so writes neither `g` nor `dh`.
-    fn sums_mix_ffn_products(&self, _channels: usize) -> bool {
+    /// Whether it sums the gradient of the expansion's weights, too.
+    fn sums_mix_ffn_expansion(&self, _channels: usize) -> bool {
         false
     }
-    /// From `d`, the gradient of the contraction's output, and `h`, the expansion's output, to `dx`, the gradient of the
-    /// expansion's input; `d` and `dx` are `(tokens, channels)`. The same as [`Linear::linear_backward_input`],
-    /// [`Depthwise::depthwise_gelu_backward`], [`Depthwise::depthwise_backward`] and [`Linear::linear_backward_input`].
+    /// From `d`, the gradient of the stream behind, which counts by the factors of `drop`, and `h`, the expansion's output, to
+    /// `dx`, the gradient of the expansion's input; `d` and `dx` are `(tokens, channels)`. The same as [`Residual::drop_path`],
+    /// [`Linear::linear_backward_input`], [`Depthwise::depthwise_gelu_backward`], [`Depthwise::depthwise_backward`] and
+    /// [`Linear::linear_backward_input`].
     fn mix_ffn_backward(
         &self,
         _d: &Self::Act,
+        _drop: Option<Dropout>,
         _h: &Self::Act,
         _weights: MixFfnWeights<'_, Self>,
         _grid: Grid,

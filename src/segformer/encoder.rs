@@ -83,13 +83,13 @@ impl Stage {
         let stats = || backend.full(2 * rows);
         let held = if keep { self.blocks.len() } else { self.blocks.len().min(1) };
         let remembers = keep && backend.remembers();
-        // What a convolution's product reads, for the gradient of its weight.
-        let patches = |convolution: &Affine, rows: usize| {
-            let trains = wanted[convolution.weight.0] || convolution.side.is_some();
-            (remembers && trains).then(|| backend.act(rows * convolution.inputs))
+        // What a product reads and nothing else keeps, for the gradient of its weight.
+        let inputs = |product: &Affine, rows: usize| {
+            let trains = wanted[product.weight.0] || product.side.is_some();
+            (remembers && trains).then(|| backend.act(rows * product.inputs))
         };
         let gathers = !self.embed.is_direct(backend) && !self.embed.sums_direct(backend, from);
-        let embedded = gathers.then(|| patches(&self.embed.projection, rows));
+        let embedded = gathers.then(|| inputs(&self.embed.projection, rows));
         let blocks = (self.blocks[..held].iter())
             .map(|block| {
                 let keys = block.attention.keys(grid).rows();
@@ -101,7 +101,7 @@ impl Stage {
                         reduced: (block.attention.reduction.is_some())
                             .then(|| (backend.act(keys * channels), backend.full(2 * keys))),
                         patches: (block.attention.reduction.as_ref())
-                            .and_then(|(convolution, _)| patches(convolution, keys)),
+                            .and_then(|(convolution, _)| inputs(convolution, keys)),
                         k: backend.act(keys * channels),
                         v: backend.act(keys * channels),
                         o: backend.act(if stored { rows * channels } else { 0 }),
@@ -109,6 +109,7 @@ impl Stage {
                     },
                     ffn: FfnActs {
                         h: backend.act(if keep || !block.ffn.fuses(backend) { rows * block.ffn.hidden } else { 0 }),
+                        g: block.ffn.keeps_input(backend, grid).then(|| inputs(&block.ffn.contract, rows)).flatten(),
                     },
                     middle: remembers.then(tokens),
                 }
@@ -194,11 +195,12 @@ impl Stage {
         let rows = acts.grid.rows();
         let last = &acts.stream[self.blocks.len()];
         // What block j's input was made by; tokens[0] passes on the gradient of the branch that comes next.
-        let before = |j: usize| -> Option<Branch<'_>> {
+        let before = |j: usize, gradients: &Gradients<B>| -> Option<Branch<'_>> {
             let block = &self.blocks[j.checked_sub(1)?];
-            Some((&block.ffn.contract, block.drop(pass, 1)))
+            let takes_stream = block.ffn.joins_backward(pass.backend, acts.grid, gradients);
+            Some(Branch { product: &block.ffn.contract, drop: block.drop(pass, 1), takes_stream })
         };
-        let front = before(self.blocks.len());
+        let front = before(self.blocks.len(), gradients);
         let front = front.map_or(Front::none(), |front| Front::branch(front, acts.grid, &mut scratch.tokens[0]));
         self.norm.backward(pass, out_gradient, last, &acts.stats, rows, gradients, Some((&mut *d, false)), front);
         for (j, (block, saved)) in self.blocks.iter().zip(&acts.blocks).enumerate().rev() {
@@ -212,11 +214,11 @@ impl Stage {
                     &*middle
                 }
             };
-            let (output, norms) = ((&block.attention.output, drop), &acts.norms[2 * j..]);
-            let (first, second) = (&norms[0], &norms[1]);
+            let output = Branch { product: &block.attention.output, drop, takes_stream: false };
+            let [first, second] = [0, 1].map(|half| &acts.norms[2 * j + half]);
             let drop_ffn = block.drop(pass, 1);
             block.ffn.backward(pass, middle, acts.grid, drop_ffn, output, second, &saved.ffn, d, gradients, scratch);
-            let (attention, before) = (&block.attention, before(j));
+            let (attention, before) = (&block.attention, before(j, gradients));
             attention.backward(pass, x, acts.grid, drop, before, first, &saved.attention, d, gradients, scratch);
         }
         if self.embed.input_gradient || self.embed.trains {

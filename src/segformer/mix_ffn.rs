@@ -4,7 +4,7 @@ use super::affine::Affine;
 use super::model::{Pass, Scratch};
 use super::norm::{Branch, Front, Joint, Norm, Normed};
 use super::tensors::{Gradients, Id};
-use crate::backend::{Backend, Dropout, FfnOutputs, FfnWeights, Grid, MixFfnParts, MixFfnProducts, MixFfnWeights};
+use crate::backend::{Backend, Dropout, FfnOutputs, FfnWeights, Grid, MixFfnExpansion, MixFfnParts, MixFfnWeights};
 
 /// The layer.
 pub struct MixFfn {
@@ -30,14 +30,35 @@ pub struct MixFfn {
 
 /// What the backward pass needs besides the layer's input.
 pub struct FfnActs<B: Backend> {
-    /// Output of the expansion, if kept; the rest is recomputed.
+    /// Output of the expansion.
     pub h: B::Act,
+    /// Input of the contraction, if kept; else the backward pass makes it again.
+    pub g: Option<B::Act>,
 }
 
 impl MixFfn {
     /// Whether the backend makes the forward pass in one operation, with the LayerNorms in front and behind.
     pub fn fuses<B: Backend>(&self, backend: &B) -> bool {
         self.is_plain() && backend.fuses_mix_ffn(self.channels, self.hidden)
+    }
+
+    /// Whether the contraction's input passes through memory, so that it can be kept for the contraction's gradient.
+    pub fn keeps_input<B: Backend>(&self, backend: &B, grid: Grid) -> bool {
+        !self.fuses(backend) && !backend.joins_mix_ffn_backward(grid, self.channels, self.hidden)
+    }
+
+    /// Whether the backend makes the way back in one operation, from the gradient of the stream.
+    pub fn joins_backward<B: Backend>(&self, backend: &B, grid: Grid, gradients: &Gradients<B>) -> bool {
+        let wanted = [Some(self.mix_weight), Some(self.mix_bias), self.expand.bias];
+        let wanted = wanted.map(|id| id.is_some_and(|id| gradients.get(id).is_some()));
+        let all_or_none = wanted.iter().all(|&sum| sum == wanted[0]);
+        let joins = all_or_none && self.is_plain() && self.goes_below(gradients);
+        joins && backend.joins_mix_ffn_backward(grid, self.channels, self.hidden)
+    }
+
+    /// Whether the gradient goes on to the LayerNorm.
+    fn goes_below<B: Backend>(&self, gradients: &Gradients<B>) -> bool {
+        self.input_gradient || gradients.get(self.norm.gamma).is_some()
     }
 
     /// Whether its products are all there is: no separate path beside one.
@@ -81,14 +102,17 @@ impl MixFfn {
             };
             return pass.backend.mix_ffn(x, grid, &weights, drop, outputs);
         }
-        self.expand.forward(pass, normed.out.as_ref().unwrap_or(t0), rows, &mut acts.h, side);
+        let FfnActs { h, g: kept } = acts;
+        self.expand.forward(pass, normed.out.as_ref().unwrap_or(t0), rows, h, side);
         let (w, b) = (pass.tensors.value(self.mix_weight), pass.tensors.value(self.mix_bias));
-        pass.backend.depthwise_gelu(&acts.h, w, b, grid, self.hidden, g);
+        let g = kept.as_mut().filter(|_| pass.keeps()).unwrap_or(g);
+        pass.backend.depthwise_gelu(h, w, b, grid, self.hidden, g);
         self.contract.join_and_norm(pass, x, g, grid, drop, t1, joint, t0, side);
     }
 
     /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients. With `drop`, `tokens[0]` of
-    /// `scratch` holds the branch's gradient; it is left holding that of `before`, which was added to make x.
+    /// `scratch` holds the branch's gradient, unless the way back is [joined](MixFfn::joins_backward); it is left holding that of
+    /// `before`, which was added to make x, if that wants it.
     pub fn backward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
@@ -108,21 +132,16 @@ impl MixFfn {
         let backend = pass.backend;
         let rows = grid.rows();
         let Scratch { tokens: [t0, t1, t2, ..], wide: [du, other], side, stats, .. } = scratch;
-        let branch = if drop.is_some() { &*t0 } else { &*d };
 
         let contract_trains = self.contract.trains(gradients);
         let expand_trains = self.expand.trains(gradients);
-        let below = self.input_gradient || gradients.get(self.norm.gamma).is_some();
+        let below = self.goes_below(gradients);
 
         let (w, b) = (pass.tensors.value(self.mix_weight), pass.tensors.value(self.mix_bias));
-        let wanted = [Some(self.mix_weight), Some(self.mix_bias), self.expand.bias];
-        let wanted = wanted.map(|id| id.filter(|&id| gradients.get(id).is_some()));
-        let all_or_none = wanted.iter().all(|id| id.is_some() == wanted[0].is_some());
-        let joint =
-            below && all_or_none && self.is_plain() && backend.joins_mix_ffn_backward(grid, self.channels, self.hidden);
+        let joint = self.joins_backward(backend, grid, gradients);
         let dh = other;
-        // Whether the joint operation sums the gradients of the products' weights.
-        let summed = joint && backend.sums_mix_ffn_products(self.channels);
+        // Whether the joint operation sums the gradient of the expansion's weights.
+        let summed = joint && backend.sums_mix_ffn_expansion(self.channels);
         if joint {
             let weights = MixFfnWeights {
                 expand: pass.tensors.product(self.expand.weight),
@@ -131,30 +150,31 @@ impl MixFfn {
                 contract: pass.tensors.product(self.contract.weight),
             };
             let mut each = gradients.each();
-            let sums = match wanted.map(|id| id.and_then(|id| each.take(id))) {
-                [Some(dw), Some(db), Some(shift)] => Some([dw, db, shift]),
+            let shift = self.expand.bias.and_then(|id| each.take(id));
+            let sums = match (each.take(self.mix_weight), each.take(self.mix_bias), shift) {
+                (Some(dw), Some(db), Some(shift)) => Some([dw, db, shift]),
                 _ => None,
             };
-            let products = (summed && (contract_trains || expand_trains)).then(|| MixFfnProducts {
-                normed: self.norm.output(pass, x, rows, normed, t2, stats),
-                expand: each.take(self.expand.weight),
-                contract: each.take(self.contract.weight),
-            });
-            let g = (contract_trains && !summed).then_some(&mut *du);
-            let dh = (expand_trains && !summed).then_some(&mut *dh);
-            let parts = MixFfnParts { g, dh, sums, products };
-            backend.mix_ffn_backward(branch, &acts.h, weights, grid, self.channels, self.hidden, t1, parts);
-            if contract_trains && !summed {
-                self.contract.backward_weights(pass, du, branch, rows, gradients, side);
-            }
+            let expand = match each.take(self.expand.weight) {
+                Some(dw) if summed => {
+                    let normed = self.norm.output(pass, x, rows, normed, t2, stats);
+                    Some(MixFfnExpansion::Summed { normed, dw })
+                }
+                Some(_) => Some(MixFfnExpansion::Product(&mut *dh)),
+                None => None,
+            };
+            let parts = MixFfnParts { sums, contract: each.take(self.contract.weight), expand };
+            backend.mix_ffn_backward(d, drop, &acts.h, weights, grid, self.channels, self.hidden, t1, parts);
         } else {
-            // Back through the contraction and the convolution; the contraction's input is recomputed on the way, where dh
-            // will be.
+            let branch = if drop.is_some() { &*t0 } else { &*d };
+            // Back through the contraction and the convolution; unless it was kept, the contraction's input is made again on the
+            // way, where dh will be.
             self.contract.backward_input(pass, branch, rows, du, false, side);
-            let (g, db) = (contract_trains.then_some(&mut *dh), gradients.get_mut(self.mix_bias));
-            backend.depthwise_gelu_backward(&acts.h, w, b, grid, self.hidden, du, g, db);
+            let (g, db) = (contract_trains && acts.g.is_none(), gradients.get_mut(self.mix_bias));
+            backend.depthwise_gelu_backward(&acts.h, w, b, grid, self.hidden, du, g.then_some(&mut *dh), db);
             if contract_trains {
-                self.contract.backward_weights(pass, dh, branch, rows, gradients, side);
+                let g = acts.g.as_ref().unwrap_or(dh);
+                self.contract.backward_weights(pass, g, branch, rows, gradients, side);
             }
             let wanted = (below || expand_trains).then_some(&mut *dh);
             let mut each = gradients.each();

@@ -34,8 +34,8 @@ pub struct Joint<'a, B: Backend> {
 
 /// The product in front of a LayerNorm, which the gradient goes on to.
 pub struct Front<'a, B: Backend> {
-    /// Stochastic depth of the product; receives its gradient.
-    scaled: Option<(Dropout, Grid, &'a mut B::Act)>,
+    /// Stochastic depth of the product; receives its gradient, if wanted.
+    scaled: Option<(Dropout, Grid, Option<&'a mut B::Act>)>,
     /// Whose gradient is summed, if wanted.
     bias: Option<Id>,
 }
@@ -51,10 +51,10 @@ impl<'a, B: Backend> Front<'a, B> {
         Self { scaled: None, bias: affine.bias }
     }
 
-    /// A product that was added to the residual stream. `room` receives its gradient where there is stochastic depth: else
-    /// that is the stream's.
-    pub fn branch((affine, drop): Branch<'_>, grid: Grid, room: &'a mut B::Act) -> Self {
-        Self { scaled: drop.map(|drop| (drop, grid, room)), bias: affine.bias }
+    /// A product that was added to the residual stream. `room` receives its gradient where there is stochastic depth, unless
+    /// its way back takes the stream's: else that is the stream's.
+    pub fn branch(Branch { product, drop, takes_stream }: Branch<'_>, grid: Grid, room: &'a mut B::Act) -> Self {
+        Self { scaled: drop.map(|drop| (drop, grid, (!takes_stream).then_some(room))), bias: product.bias }
     }
 
     /// What an operation hands on to it.
@@ -63,8 +63,15 @@ impl<'a, B: Backend> Front<'a, B> {
     }
 }
 
-/// The product at the end of a branch, and its stochastic depth.
-pub type Branch<'a> = (&'a Affine, Option<Dropout>);
+/// The end of a branch that is added to the residual stream.
+pub struct Branch<'a> {
+    /// Its last product.
+    pub product: &'a Affine,
+    /// Its stochastic depth.
+    pub drop: Option<Dropout>,
+    /// Whether its way back takes the stream's gradient, and applies the stochastic depth itself.
+    pub takes_stream: bool,
+}
 
 /// Scale and shift over `channels`.
 #[derive(Clone, Debug)]

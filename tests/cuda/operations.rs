@@ -13,7 +13,7 @@ use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
     AdamW, AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Base, BatchNormView,
     Classifier, ConvolutionNorm, Deltas, Dropout, FfnOutputs, FfnWeights, FirstGradient, FirstStage, Grid, Head as _,
-    HeadPass, InFront, Loss as _, Memory, MixFfnParts, MixFfnProducts, MixFfnWeights, Moving, Patches as _, Product,
+    HeadPass, InFront, Loss as _, Memory, MixFfnExpansion, MixFfnParts, MixFfnWeights, Moving, Patches as _, Product,
     Sample, Scaled, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
@@ -334,14 +334,30 @@ case!(
         let [mut scaled, mut scaled_alone, mut dx_branch, mut dx_bias] = [14, 15, 16, 17].map(|site| lab.act(n, site));
         let [mut bias, mut bias_plain, mut bias_alone] = [18, 19, 20].map(|site| lab.full(channels, site));
         let parameters = Some((&mut dgamma_too, &mut dbeta_too));
-        all((&mut dx_too, true), parameters, Some((drop, grid, &mut scaled)), Some(&mut bias));
+        all((&mut dx_too, true), parameters, Some((drop, grid, Some(&mut scaled))), Some(&mut bias));
         let parameters = Some((&mut lab.full(channels, 21), &mut lab.full(channels, 22)));
         all((&mut dx_bias, false), parameters, None, Some(&mut bias_plain));
-        all((&mut dx_branch, true), None, Some((drop, grid, &mut scaled_alone)), Some(&mut bias_alone));
+        all((&mut dx_branch, true), None, Some((drop, grid, Some(&mut scaled_alone))), Some(&mut bias_alone));
         // Apart from the parameters' gradients, the bias's is summed from what has been rounded.
-        let fused = if channels <= 256 && channels.is_multiple_of(8) { 0.0 } else { 1.0 };
+        let short = channels <= 256 && channels.is_multiple_of(8);
+        let fused = if short { 0.0 } else { 1.0 };
         let sums = |name, bias, summed| Output { summed, ..lab.read_full(name, bias, channels) };
-        vec![
+        let mut outputs = vec![];
+        let [mut bias_summed, mut bias_unwritten] = [32, 33].map(|site| lab.full(channels, site));
+        if short {
+            // Without the branch's gradient in memory.
+            let [mut dx_summed, mut dx_unwritten] = [30, 31].map(|site| lab.act(n, site));
+            let parameters = Some((&mut lab.full(channels, 21), &mut lab.full(channels, 22)));
+            all((&mut dx_summed, true), parameters, Some((drop, grid, None)), Some(&mut bias_summed));
+            all((&mut dx_unwritten, true), None, Some((drop, grid, None)), Some(&mut bias_unwritten));
+            outputs.extend([
+                lab.read("dx without scaled", &dx_summed, n, 1.0, 0.0),
+                sums("bias without scaled", &bias_summed, 0.0),
+                lab.read("dx with a bias alone", &dx_unwritten, n, 1.0, 0.0),
+                sums("bias alone without scaled", &bias_unwritten, 0.0),
+            ]);
+        }
+        outputs.extend([
             lab.read("dx of all", &dx_too, n, 1.0, 0.0),
             lab.read_full("dgamma of all", &dgamma_too, channels),
             lab.read_full("dbeta of all", &dbeta_too, channels),
@@ -358,7 +374,8 @@ case!(
             lab.read("dx added", &added, n, 1.0, 0.0),
             lab.read_full("dgamma", &dgamma, channels),
             lab.read_full("dbeta", &dbeta, channels),
-        ]
+        ]);
+        outputs
     },
     [(4, 1, 3), (5, 3, 33), (3, 100, 32), (7, 10, 64), (9, 1, 160), (11, 3, 256), (3, 1, 520), (2, 1300, 8)]
 );
@@ -680,7 +697,7 @@ fn mix_ffn_forward<B: Backend>(
 /// The way back, likewise.
 fn mix_ffn_backward<B: Backend>(
     backend: &B,
-    (d, h): (&B::Act, &B::Act),
+    (d, drop, h): (&B::Act, Option<Dropout>, &B::Act),
     weights: MixFfnWeights<'_, B>,
     grid: Grid,
     (channels, hidden): (usize, usize),
@@ -688,27 +705,37 @@ fn mix_ffn_backward<B: Backend>(
     parts: MixFfnParts<'_, B>,
 ) {
     if backend.joins_mix_ffn_backward(grid, channels, hidden) {
-        backend.mix_ffn_backward(d, h, weights, grid, channels, hidden, dx, parts);
+        backend.mix_ffn_backward(d, drop, h, weights, grid, channels, hidden, dx, parts);
         return;
     }
-    let MixFfnParts { g, dh, sums, products } = parts;
+    let MixFfnParts { sums, contract: dw2, expand: dw1 } = parts;
     let rows = grid.rows();
-    let [mut du, mut room, mut room_g] = [(); 3].map(|()| backend.act(rows * hidden));
-    let (dh, g) = (dh.unwrap_or(&mut room), g.unwrap_or(&mut room_g));
+    let mut scaled = backend.act(rows * channels);
+    let d = match drop {
+        Some(drop) => {
+            backend.drop_path(d, drop, grid, channels, &mut scaled);
+            &scaled
+        }
+        None => d,
+    };
+    let [mut du, mut room, mut g] = [(); 3].map(|()| backend.act(rows * hidden));
+    let (dh, dw1) = match dw1 {
+        Some(MixFfnExpansion::Product(dh)) => (dh, None),
+        Some(MixFfnExpansion::Summed { normed, dw }) => (&mut room, Some((normed, dw))),
+        None => (&mut room, None),
+    };
     let contract = Product { rows, inputs: hidden, outputs: channels };
     backend.linear_backward_input(d, weights.contract, contract, &mut du, false);
     let [dw, db, shift] = sums.map_or([None, None, None], |sums| sums.map(Some));
-    backend.depthwise_gelu_backward(h, weights.mix, weights.mix_bias, grid, hidden, &mut du, Some(&mut *g), db);
+    backend.depthwise_gelu_backward(h, weights.mix, weights.mix_bias, grid, hidden, &mut du, Some(&mut g), db);
     backend.depthwise_backward(&du, h, weights.mix, grid, hidden, Some(&mut *dh), dw, shift);
     let expand = Product { rows, inputs: channels, outputs: hidden };
     backend.linear_backward_input(dh, weights.expand, expand, dx, false);
-    if let Some(MixFfnProducts { normed, expand: dw1, contract: dw2 }) = products {
-        if let Some(dw1) = dw1 {
-            backend.linear_backward_weight(dh, normed, expand, dw1);
-        }
-        if let Some(dw2) = dw2 {
-            backend.linear_backward_weight(d, g, contract, dw2);
-        }
+    if let Some((normed, dw1)) = dw1 {
+        backend.linear_backward_weight(dh, normed, expand, dw1);
+    }
+    if let Some(dw2) = dw2 {
+        backend.linear_backward_weight(d, &g, contract, dw2);
     }
 }
 
@@ -721,53 +748,51 @@ case!(
         let (n, wide) = (grid.rows() * channels, grid.rows() * hidden);
         let (d, h, w, b) = (lab.act(n, 1), lab.act(wide, 2), lab.full(9 * hidden, 3), lab.full(hidden, 4));
         let (w1, w2) = (lab.act(hidden * channels, 5), lab.act(hidden * channels, 6));
-        let [mut dx, mut dx_all, mut dx_products, mut dx_sums] = [7, 8, 9, 10].map(|site| lab.act(n, site));
-        let [mut g_all, mut dh_all, mut g_products, mut dh_products] = [11, 12, 13, 14].map(|site| lab.act(wide, site));
+        let [mut dx, mut dx_all, mut dx_expand, mut dx_sums, mut dx_contract] =
+            [7, 8, 9, 10, 11].map(|site| lab.act(n, site));
+        let [mut dh_all, mut dh_alone] = [12, 14].map(|site| lab.act(wide, site));
         let mut sums = [(9, 15), (1, 16), (1, 17)].map(|(kinds, site)| lab.full(kinds * hidden, site));
         let mut sums_alone = [(9, 15), (1, 16), (1, 17)].map(|(kinds, site)| lab.full(kinds * hidden, site));
-        // The expansion's input, and the gradients of the products' weights: both, and one of them alone.
+        // The expansion's input, and the gradients of the products' weights: both, and each alone.
         let normed = lab.act(n, 18);
-        let [mut dw1, mut dw2, mut dw1_alone] = [19, 20, 19].map(|site| lab.full(channels * hidden, site));
-        let run = |dx: &mut B::Act, parts| {
+        let [mut dw1, mut dw2, mut dw1_alone, mut dw2_alone] =
+            [19, 20, 19, 20].map(|site| lab.full(channels * hidden, site));
+        let drop = Some(drop_of(Purpose::DropPath, 0.4));
+        let run = |dx: &mut B::Act, drop, parts| {
             let weights = MixFfnWeights { expand: &w1, mix: &w, mix_bias: &b, contract: &w2 };
-            mix_ffn_backward(lab.0, (&d, &h), weights, grid, (channels, hidden), dx, parts);
+            mix_ffn_backward(lab.0, (&d, drop, &h), weights, grid, (channels, hidden), dx, parts);
         };
-        run(&mut dx, MixFfnParts { g: None, dh: None, sums: None, products: None });
-        run(&mut dx_sums, MixFfnParts { g: None, dh: None, sums: Some(sums_alone.each_mut()), products: None });
-        let all = Some(sums.each_mut());
         // As the CUDA backend divides the work.
-        let mut outputs = if channels == 32 {
-            let products = |expand, contract| Some(MixFfnProducts { normed: &normed, expand, contract });
-            let both = products(Some(&mut dw1), Some(&mut dw2));
-            run(&mut dx_all, MixFfnParts { g: None, dh: None, sums: all, products: both });
-            let one = products(Some(&mut dw1_alone), None);
-            run(&mut dx_products, MixFfnParts { g: None, dh: None, sums: None, products: one });
-            // From g, which is rounded, and from dh, which is twice.
-            vec![
-                Output { summed: 2.0, ..lab.read_full("dw1", &dw1, channels * hidden) },
-                Output { summed: 1.0, ..lab.read_full("dw2", &dw2, channels * hidden) },
-                Output { summed: 2.0, ..lab.read_full("dw1 alone", &dw1_alone, channels * hidden) },
-            ]
+        let sums_expansion = channels == 32;
+        let [all, alone] = [(&mut dw1, &mut dh_all), (&mut dw1_alone, &mut dh_alone)].map(|(dw, dh)| {
+            if sums_expansion { MixFfnExpansion::Summed { normed: &normed, dw } } else { MixFfnExpansion::Product(dh) }
+        });
+        run(&mut dx, drop, MixFfnParts { sums: None, contract: None, expand: None });
+        run(&mut dx_sums, None, MixFfnParts { sums: Some(sums_alone.each_mut()), contract: None, expand: None });
+        let parts = MixFfnParts { sums: Some(sums.each_mut()), contract: Some(&mut dw2), expand: Some(all) };
+        run(&mut dx_all, drop, parts);
+        run(&mut dx_expand, None, MixFfnParts { sums: None, contract: None, expand: Some(alone) });
+        run(&mut dx_contract, None, MixFfnParts { sums: None, contract: Some(&mut dw2_alone), expand: None });
+        let mut outputs = if sums_expansion {
+            // From dh, which is rounded twice.
+            let sum = |name, dw| Output { summed: 2.0, ..lab.read_full(name, dw, channels * hidden) };
+            vec![sum("dw1", &dw1), sum("dw1 alone", &dw1_alone)]
         } else {
-            run(&mut dx_all, MixFfnParts { g: Some(&mut g_all), dh: Some(&mut dh_all), sums: all, products: None });
-            let (g, dh) = (Some(&mut g_products), Some(&mut dh_products));
-            run(&mut dx_products, MixFfnParts { g, dh, sums: None, products: None });
-            vec![
-                lab.read("g", &g_all, wide, 1.0, 0.0),
-                lab.read("g with products", &g_products, wide, 1.0, 0.0),
-                lab.read("dh", &dh_all, wide, 1.0, 1.0),
-                lab.read("dh with products", &dh_products, wide, 1.0, 1.0),
-            ]
+            vec![lab.read("dh", &dh_all, wide, 1.0, 1.0), lab.read("dh alone", &dh_alone, wide, 1.0, 1.0)]
         };
         let [dw, db, shift] = &sums;
         let [dw_alone, db_alone, shift_alone] = &sums_alone;
         // The gradient behind the GELU is rounded; dh and dw are summed from that before it, which is rounded too, and dx from
-        // dh.
+        // dh, half of its sums waiting rounded where channels are many; dw2 from g, which is rounded.
+        let dx_of = |name, dx| lab.read(name, dx, n, if channels > 32 { 2.0 } else { 1.0 }, 1.0);
         outputs.extend([
-            lab.read("dx", &dx, n, 1.0, 1.0),
-            lab.read("dx with all", &dx_all, n, 1.0, 1.0),
-            lab.read("dx with products", &dx_products, n, 1.0, 1.0),
-            lab.read("dx with sums", &dx_sums, n, 1.0, 1.0),
+            dx_of("dx", &dx),
+            dx_of("dx with all", &dx_all),
+            dx_of("dx with dw1", &dx_expand),
+            dx_of("dx with dw2", &dx_contract),
+            dx_of("dx with sums", &dx_sums),
+            Output { summed: 1.0, ..lab.read_full("dw2", &dw2, channels * hidden) },
+            Output { summed: 1.0, ..lab.read_full("dw2 alone", &dw2_alone, channels * hidden) },
             Output { summed: 1.0, ..lab.read_full("dw", dw, 9 * hidden) },
             Output { summed: 1.0, ..lab.read_full("dw alone", dw_alone, 9 * hidden) },
             Output { summed: 1.0, ..lab.read_full("db", db, hidden) },
@@ -988,10 +1013,17 @@ case!(
         let run = |dx: &mut B::Act, parameters, front| {
             attention_input_backward(lab.0, (&dq, &dreduced), &inputs, grid, dx, parameters, front);
         };
-        run(&mut dx, None, InFront { scaled: Some((drop, grid, &mut scaled)), bias: None });
+        run(&mut dx, None, InFront { scaled: Some((drop, grid, Some(&mut scaled))), bias: None });
         run(&mut plain, None, InFront { scaled: None, bias: Some(&mut alone) });
-        let front = InFront { scaled: Some((drop, grid, &mut dropped)), bias: Some(&mut bias) };
+        let front = InFront { scaled: Some((drop, grid, Some(&mut dropped))), bias: Some(&mut bias) };
         run(&mut summed, Some((&mut dgamma, &mut dbeta)), front);
+        // Without the branch's gradient in memory.
+        let [mut unwritten, mut unwritten_too] = [10, 10].map(|site| lab.act(n, site));
+        let [mut bias_unwritten, mut bias_unwritten_too] = [15, 15].map(|site| lab.full(channels, site));
+        let front = |bias| InFront { scaled: Some((drop, grid, None)), bias: Some(bias) };
+        run(&mut unwritten, None, front(&mut bias_unwritten));
+        let parameters = Some((&mut lab.full(channels, 17), &mut lab.full(channels, 18)));
+        run(&mut unwritten_too, parameters, front(&mut bias_unwritten_too));
         // Where the parts are not joined, the LayerNorm's gradient is rounded, and was before queries' came to it.
         let parts = if [32, 64].contains(&channels) { 0.0 } else { 2.0 };
         let full = |name, values| Output { summed: parts, ..lab.read_full(name, values, channels) };
@@ -1005,6 +1037,10 @@ case!(
             full("dgamma", &dgamma),
             full("dbeta", &dbeta),
             full("bias", &bias),
+            lab.read("dx with a bias without scaled", &unwritten, n, 1.0, parts),
+            full("bias alone without scaled", &bias_unwritten),
+            lab.read("dx with parameters without scaled", &unwritten_too, n, 1.0, parts),
+            full("bias without scaled", &bias_unwritten_too),
         ]
     },
     [

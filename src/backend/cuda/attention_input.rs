@@ -42,21 +42,24 @@ impl<D: Device> AttentionInput for Cuda<D> {
         arguments.extend([keys, grid.height, grid.width, window.side].map(Argument::from));
         arguments.extend(self.dropout_arguments(scaled.as_ref().map(|(drop, ..)| *drop)));
         arguments.push(dx.both(n));
-        arguments.push(scaled.as_mut().map_or(Argument::pointer(0), |(.., scaled)| scaled.to(n)));
-        let (kernel, threads) = match (channels, parameters.is_some()) {
+        let room = scaled.as_mut().and_then(|(.., room)| room.as_mut());
+        arguments.push(room.map_or(Argument::pointer(0), |room| room.to(n)));
+        // The bias's gradient is summed there too; must be, where what it is summed from is not written.
+        let sums = parameters.is_some() || bias.is_some() && matches!(scaled, Some((.., None)));
+        let (kernel, threads) = match (channels, sums) {
             (32, false) => ("attention_input_backward_32", 256),
             (32, true) => ("attention_input_backward_all_32", 256),
             (_, false) => ("attention_input_backward_64", 128),
             (_, true) => ("attention_input_backward_all_64", 128),
         };
-        let Some(parameters) = parameters else {
+        if !sums {
             self.launch_blocks(kernel, [blocks, 1, 1], threads, &arguments);
             if let Some(bias) = bias {
-                let product = scaled.map_or(&*dx, |(.., scaled)| &*scaled);
+                let product = scaled.and_then(|(.., scaled)| scaled).map_or(&*dx, |scaled| &*scaled);
                 self.linear_backward_bias(product, rows, channels, bias);
             }
             return;
-        };
+        }
         let partial = self.scratch(blocks * NORM_KINDS * channels);
         arguments.push(Argument::partial(partial, blocks * NORM_KINDS * channels));
         self.launch_blocks(kernel, [blocks, 1, 1], threads, &arguments);

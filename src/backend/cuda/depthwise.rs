@@ -67,6 +67,10 @@ impl<D: Device> Depthwise for Cuda<D> {
         g: Option<&mut Self::Act>,
         db: Option<&mut Self::Full>,
     ) {
+        // To the same bits as in the forward pass.
+        if let Some(g) = g {
+            self.depthwise_gelu(h, w, b, grid, channels, g);
+        }
         let n = grid.rows() * channels;
         let division = Division::new(grid, channels);
         let mut arguments = vec![h.at(n), w.at(9 * channels), b.at(channels)];
@@ -74,7 +78,7 @@ impl<D: Device> Depthwise for Cuda<D> {
         let sums = if db.is_some() { division.slabs * channels } else { 0 };
         let partial = if sums > 0 { self.scratch(sums) } else { 0 };
         let (old, new) = (d.at(n), d.to(n));
-        arguments.extend([old, new, g.map_or(Argument::pointer(0), |g| g.to(n)), Argument::partial(partial, sums)]);
+        arguments.extend([old, new, Argument::partial(partial, sums)]);
         self.launch_blocks("depthwise_gelu_backward", division.blocks, THREADS, &arguments);
         if let Some(db) = db {
             let db = ColumnSums { kinds: 1, to: db.both(channels), add: true };

@@ -201,6 +201,11 @@ impl<D: Device> Cuda<D> {
         [key0, key1, site, Argument::pointer(at), Argument::U64(first), Argument::F32(rate)]
     }
 
+    /// The factor of what a dropout keeps, as an argument.
+    pub(super) fn kept_factor(drop: Option<Dropout>) -> Argument {
+        Argument::F32(drop.map_or(1.0, |drop| 1.0 / (1.0 - drop.rate)))
+    }
+
     /// Where what changes from update to update lies.
     pub(super) fn rates_at(&self, update: &AdamW) -> Argument {
         let rates = rates(update);

@@ -78,11 +78,6 @@ fn bits(rows: usize, channels: usize) -> usize {
     (rows * channels).div_ceil(16)
 }
 
-/// The factor of what dropout keeps.
-fn kept(drop: Option<Dropout>) -> Argument {
-    Argument::F32(drop.map_or(1.0, |drop| 1.0 / (1.0 - drop.rate)))
-}
-
 impl<D: Device> Cuda<D> {
     /// z, how it is normalised and dropped, as the arguments with which every fused kernel begins.
     fn read(&self, head: &HeadPass<'_, Self>) -> Vec<Argument> {
@@ -263,7 +258,7 @@ impl<D: Device> Head for Cuda<D> {
         let sums_len = slabs * 4 * channels;
         let partial = self.scratch(sums_len);
         let mut arguments = vec![z.at(rows * channels), norm.stats.at(2 * channels)];
-        arguments.extend([passed.at(bits(rows, channels)), kept(drop), dlogits.at(2 * rows)]);
+        arguments.extend([passed.at(bits(rows, channels)), Self::kept_factor(drop), dlogits.at(2 * rows)]);
         arguments.extend([rows, channels, slab].map(Argument::from));
         arguments.push(Argument::partial(partial, sums_len));
         let grid = [channels.div_ceil(column_span(channels)), slabs, 1];
@@ -292,7 +287,11 @@ impl<D: Device> Head for Cuda<D> {
         let HeadPass { z, norm, drop, rows, channels, classifier } = head;
         let share = Argument::F32((1.0 / batch_rows as f64) as f32);
         let mut arguments = vec![z.at(rows * channels), norm.stats.at(2 * channels), norm.gamma.at(channels)];
-        arguments.extend([passed.at(bits(rows, channels)), kept(drop), classifier.weight.at(2 * channels)]);
+        arguments.extend([
+            passed.at(bits(rows, channels)),
+            Self::kept_factor(drop),
+            classifier.weight.at(2 * channels),
+        ]);
         arguments.extend([dlogits.at(2 * rows), total.at(2 * channels), share]);
         let joins = channels.is_multiple_of(TILE.1) && self.joins(Joint::ClassifyBackwardTokens);
         let takes = |inputs| inputs == FIRST && joins;

@@ -97,25 +97,29 @@ impl<D: Device> LayerNorm for Cuda<D> {
         }
         let mut factors = self.dropout_arguments(scaled.as_ref().map(|(drop, ..)| *drop)).to_vec();
         factors.push(scaled.as_ref().map_or(1, |(_, grid, _)| grid.area()).into());
-        factors.push(scaled.as_mut().map_or(Argument::pointer(0), |(.., scaled)| scaled.to(n)));
+        let room = scaled.as_mut().and_then(|(.., room)| room.as_mut());
+        factors.push(room.map_or(Argument::pointer(0), |room| room.to(n)));
         let mut arguments = vec![dy.at(n), x.at(n), stats.at(2 * rows), gamma.at(channels)];
         arguments.extend([rows, channels, lanes].map(Argument::from));
-        if let Some((dgamma, dbeta)) = parameters {
+        // The bias's gradient is summed there too; must be, where what it is summed from is not written.
+        let sums_bias = bias.is_some() && matches!(scaled, Some((.., None)));
+        if parameters.is_some() || sums_bias {
+            assert!(short(channels), "{channels} channels of a gradient that is not written");
             let partial = self.scratch(slabs * NORM_KINDS * channels);
             arguments.extend([slab.into(), dx.sum_to(n, add), add.into()]);
             arguments.extend(factors);
             arguments.push(Argument::partial(partial, slabs * NORM_KINDS * channels));
             self.launch_blocks("layer_norm_backward_both", [slabs, 1, 1], THREADS, &arguments);
-            return self.sum_norm_partials((partial, slabs, channels), (dgamma, dbeta), bias);
+            return self.sum_norm_partials((partial, slabs, channels), parameters, bias);
         }
         arguments.extend([dx.sum_to(n, add), add.into()]);
         let product = match scaled {
-            Some((.., scaled)) => {
+            Some((.., Some(scaled))) => {
                 arguments.extend(factors);
                 self.launch("layer_norm_backward_branch", rows * lanes, &arguments);
                 &*scaled
             }
-            None => {
+            _ => {
                 self.launch("layer_norm_backward", rows * lanes, &arguments);
                 &*dx
             }
@@ -147,15 +151,17 @@ impl<D: Device> LayerNorm for Cuda<D> {
 }
 
 impl<D: Device> Cuda<D> {
-    /// Adds up what slabs left of the gradients of gamma, beta and, if wanted, of a bias in front.
+    /// Adds up what slabs left of the gradients of gamma and beta, and of a bias in front, each if wanted.
     pub(super) fn sum_norm_partials(
         &self,
         partial: (u64, usize, usize),
-        (dgamma, dbeta): (&mut <Self as Memory>::Full, &mut <Self as Memory>::Full),
+        parameters: Option<(&mut <Self as Memory>::Full, &mut <Self as Memory>::Full)>,
         bias: Option<&mut <Self as Memory>::Full>,
     ) {
-        let sums = [Some(dgamma), Some(dbeta), bias].into_iter().flatten();
-        let outputs: Vec<_> = sums.map(|sum| ColumnSums { kinds: 1, to: sum.both(partial.2), add: true }).collect();
+        let (dgamma, dbeta) = parameters.unzip();
+        let to = |sum: &mut <Self as Memory>::Full| sum.both(partial.2);
+        let outputs = [dgamma, dbeta, bias].map(|sum| sum.map_or(Argument::pointer(0), to));
+        let outputs = outputs.map(|to| ColumnSums { kinds: 1, to, add: true });
         self.sum_partials(partial, NORM_KINDS, &outputs);
     }
 }

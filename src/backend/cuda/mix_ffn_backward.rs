@@ -2,7 +2,7 @@
 
 use super::memory::ColumnSums;
 use super::{Argument, Cuda, Device, Joint};
-use crate::backend::{Grid, MixFfnBackward, MixFfnParts, MixFfnProducts, MixFfnWeights};
+use crate::backend::{Dropout, Grid, MixFfnBackward, MixFfnExpansion, MixFfnParts, MixFfnWeights};
 
 /// Threads of a block; hidden channels that it works on at a time; sums per hidden channel, but for those of products: as in the
 /// kernels.
@@ -47,38 +47,45 @@ impl<D: Device> MixFfnBackward for Cuda<D> {
     }
 
     /// Of few channels, whose sums have room in registers.
-    fn sums_mix_ffn_products(&self, channels: usize) -> bool {
+    fn sums_mix_ffn_expansion(&self, channels: usize) -> bool {
         channels == 32
     }
 
     fn mix_ffn_backward(
         &self,
         d: &Self::Act,
+        drop: Option<Dropout>,
         h: &Self::Act,
         weights: MixFfnWeights<'_, Self>,
         grid: Grid,
         channels: usize,
         hidden: usize,
         dx: &mut Self::Act,
-        MixFfnParts { g, dh, sums, products }: MixFfnParts<'_, Self>,
+        MixFfnParts { sums, contract, expand }: MixFfnParts<'_, Self>,
     ) {
         let (tokens, wide) = (grid.rows() * channels, grid.rows() * hidden);
         if tokens == 0 {
             return;
         }
-        let joint = self.sums_mix_ffn_products(channels);
+        let sums_expansion = self.sums_mix_ffn_expansion(channels);
+        let (expansion, dh) = match expand {
+            Some(MixFfnExpansion::Summed { normed, dw }) => (Some((normed, dw)), None),
+            Some(MixFfnExpansion::Product(dh)) => (None, Some(dh)),
+            None => (None, None),
+        };
         assert!(
-            if joint { g.is_none() && dh.is_none() } else { products.is_none() },
-            "weights' gradients of {channels} channels"
+            if sums_expansion { dh.is_none() } else { expansion.is_none() },
+            "the gradient of an expansion of {channels} channels"
         );
-        let everything = g.is_some() || dh.is_some() || sums.is_some() || products.is_some();
+        let adds = sums.is_some() || contract.is_some() || expansion.is_some();
+        let everything = adds || dh.is_some();
         let division = Division::new(grid, if everything { 2 } else { 1 });
         let [strips, segments] = division.blocks;
-        // Sums that wait from chunk to chunk, then those of the parameters' gradients.
-        let kept = if hidden > CHUNK { strips * segments * division.steps * STEP * channels } else { 0 };
+        // Sums that wait from chunk to chunk, in pairs, then those of the parameters' gradients.
+        let kept = if hidden > CHUNK { strips * segments * division.steps * STEP * channels / 2 } else { 0 };
         let blocks = strips * segments;
-        let kinds = if joint { KINDS + 2 * channels } else { KINDS };
-        let partials = if joint && everything || sums.is_some() { blocks * kinds * hidden } else { 0 };
+        let kinds = KINDS + if sums_expansion { 2 * channels } else { channels };
+        let partials = if adds { blocks * kinds * hidden } else { 0 };
         let room = self.scratch(kept + partials);
         let partial = room + (kept * size_of::<f32>()) as u64;
         let chunks = hidden / CHUNK;
@@ -90,16 +97,18 @@ impl<D: Device> MixFfnBackward for Cuda<D> {
             weights.expand.at(hidden * channels),
         ]);
         arguments.extend([grid.images, grid.height, grid.width, division.rows].map(Argument::from));
+        arguments.extend(self.dropout_arguments(drop));
+        arguments.push(Self::kept_factor(drop));
         arguments.push(Argument::Pointer { address: room, read: bytes, written: bytes });
         arguments.push(dx.to(tokens));
         if everything {
             let null = || Argument::pointer(0);
-            if joint {
-                // Without products, what the kernel makes of n nobody reads, so that it may be any tokens.
-                arguments.push(products.as_ref().map_or(d, |products| products.normed).at(tokens));
+            arguments.push(if sums_expansion {
+                // If that is not wanted, what the kernel makes of n nobody reads, so that it may be any tokens.
+                expansion.as_ref().map_or(d, |(normed, _)| normed).at(tokens)
             } else {
-                arguments.extend([g, dh].map(|wanted| wanted.map_or_else(null, |wanted| wanted.to(wide))));
-            }
+                dh.map_or_else(null, |dh| dh.to(wide))
+            });
             arguments.push(if partials > 0 { Argument::partial(partial, partials) } else { null() });
         }
         let kernel = match (channels, everything) {
@@ -115,9 +124,14 @@ impl<D: Device> MixFfnBackward for Cuda<D> {
             let outputs = [(9, dw), (1, db), (1, shift)].map(|(n, to)| sums_to(n, to.both(n * hidden)));
             self.sum_partials((partial, blocks, hidden), kinds, &outputs);
         }
-        if let Some(MixFfnProducts { expand, contract, .. }) = products {
-            let outputs = [contract, expand]
-                .map(|wanted| sums_to(channels, wanted.map_or(Argument::pointer(0), |to| to.both(channels * hidden))));
+        let mut products = vec![contract];
+        if sums_expansion {
+            products.push(expansion.map(|(_, dw)| dw));
+        }
+        if products.iter().any(Option::is_some) {
+            let to =
+                |wanted: Option<&mut Self::Full>| wanted.map_or(Argument::pointer(0), |to| to.both(channels * hidden));
+            let outputs: Vec<_> = products.into_iter().map(|wanted| sums_to(channels, to(wanted))).collect();
             let partial = partial + (KINDS * hidden * size_of::<f32>()) as u64;
             self.sum_partials((partial, blocks, hidden), kinds, &outputs);
         }
