@@ -7,7 +7,7 @@ use super::model::{Pass, Scratch, Worker};
 use super::norm::{Branch, Front, Joint, Norm, Normed};
 use super::patch_embed::{EmbedActs, EmbedInput, PatchEmbed};
 use super::tensors::Gradients;
-use crate::backend::{Backend, Dropout, Grid, Sample};
+use crate::backend::{Backend, Dropout, Grid, Sample, Window};
 use crate::random::Purpose;
 
 /// A transformer block.
@@ -84,12 +84,13 @@ impl Stage {
         let held = if keep { self.blocks.len() } else { self.blocks.len().min(1) };
         let remembers = keep && backend.remembers();
         // What a convolution's product reads, for the gradient of its weight.
-        let patches = |convolution: &Affine, rows: usize| {
+        let patches = |convolution: &Affine, from: Grid, window: Window| {
             let trains = wanted[convolution.weight.0] || convolution.side.is_some();
-            (remembers && trains).then(|| backend.act(rows * convolution.inputs))
+            let kept = remembers && trains && !convolution.sums_direct(backend, from, window);
+            kept.then(|| backend.act(from.through(window).rows() * convolution.inputs))
         };
-        let gathers = !self.embed.is_direct(backend) && !self.embed.sums_direct(backend, from);
-        let embedded = gathers.then(|| patches(&self.embed.projection, rows));
+        let embedded =
+            (!self.embed.is_direct(backend)).then(|| patches(&self.embed.projection, from, self.embed.window));
         let blocks = (self.blocks[..held].iter())
             .map(|block| {
                 let keys = block.attention.keys(grid).rows();
@@ -101,7 +102,7 @@ impl Stage {
                         reduced: (block.attention.reduction.is_some())
                             .then(|| (backend.act(keys * channels), backend.full(2 * keys))),
                         patches: (block.attention.reduction.as_ref())
-                            .and_then(|(convolution, _)| patches(convolution, keys)),
+                            .and_then(|(convolution, _)| patches(convolution, grid, block.attention.window)),
                         k: backend.act(keys * channels),
                         v: backend.act(keys * channels),
                         o: backend.act(if stored { rows * channels } else { 0 }),
