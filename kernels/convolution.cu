@@ -510,14 +510,7 @@ __device__ __forceinline__ void embed_weights(const bf16* __restrict__ tokens, c
         int slot = chunk % SLOTS;
         unsigned a[TALL][OUTPUT_TILES][4];
         for (int k = 0; k < TALL; k++) {
-            for (int m = 0; m < OUTPUT_TILES; m++) {
-                unsigned x[4];
-                along(gradients[slot], k * ACROSS, m * TILE, x);
-                a[k][m][0] = x[0];
-                a[k][m][1] = x[2];
-                a[k][m][2] = x[1];
-                a[k][m][3] = x[3];
-            }
+            for (int m = 0; m < OUTPUT_TILES; m++) upright(gradients[slot], k * ACROSS, m * TILE, a[k][m]);
         }
 #pragma unroll
         for (int tap = 0; tap < TAPS; tap++) {

@@ -133,6 +133,12 @@ template <int D> __device__ __forceinline__ void along(const Row<D>* tile, int r
     load_matrices<true>(&tile[row + lane % 16].at[column + lane / 16 * 8], x);
 }
 
+// A along: D's rows are the tile's columns.
+template <int D> __device__ __forceinline__ void upright(const Row<D>* tile, int row, int column, unsigned (&a)[4]) {
+    int lane = threadIdx.x % 32;
+    load_matrices<true>(&tile[row + lane / 16 * 8 + lane % 8].at[column + lane / 8 % 2 * 8], a);
+}
+
 // A row of a tile without padding, in parts of eight, which take turns from row to row, or, where a row ends amid the banks
 // (of 32, say), from two rows to the next: the same part of eight neighbouring rows is in different banks.
 template <int D> struct Turned {
