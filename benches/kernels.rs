@@ -345,8 +345,15 @@ fn blocks(batch: usize) -> Vec<Case> {
                     cuda.convolution_backward_input(d, weight, g, window, c, outputs, dx);
                 },
             ));
+        }
+        // The gradients of the weights of both.
+        let mut convolutions = Vec::new();
+        convolutions.extend((reduction > 1).then_some(("reduce_tokens_backward_weights", reduces, c)));
+        convolutions.extend(STAGES.get(i + 1).map(|next| ("embed_tokens_backward_weights", OVERLAPPING, next.1)));
+        for (what, window, outputs) in convolutions {
+            let made = g.through(window).rows();
             cases.push(case(
-                format!("embed_tokens_backward_weights {} {made}x{outputs}", i + 1),
+                format!("{what} {} {made}x{outputs}", i + 1),
                 2 * made * window.side * window.side * c * outputs,
                 move |Lab { cuda, x: [x, d, _], s: [dw, _], .. }| {
                     cuda.convolution_backward_weight(x, d, g, window, c, outputs, dw);

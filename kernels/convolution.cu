@@ -1,6 +1,6 @@
 // Convolutions over tokens with the LayerNorm behind, without gathered patches: the sequence reductions, whose windows share no
-// token, and the overlapping patch embeddings; and the way back through these to their input and to their weights. The
-// convolution's weights are (outputs, side², inputs).
+// token, and the overlapping patch embeddings; the way back through these to their input, and through both to their weights.
+// The convolution's weights are (outputs, side², inputs).
 #include "common.cuh"
 #include "mma.cuh"
 #include "windows.cuh"
@@ -510,14 +510,7 @@ __device__ __forceinline__ void embed_weights(const bf16* __restrict__ tokens, c
         int slot = chunk % SLOTS;
         unsigned a[TALL][OUTPUT_TILES][4];
         for (int k = 0; k < TALL; k++) {
-            for (int m = 0; m < OUTPUT_TILES; m++) {
-                unsigned x[4];
-                along(gradients[slot], k * ACROSS, m * TILE, x);
-                a[k][m][0] = x[0];
-                a[k][m][1] = x[2];
-                a[k][m][2] = x[1];
-                a[k][m][3] = x[3];
-            }
+            for (int m = 0; m < OUTPUT_TILES; m++) upright(gradients[slot], k * ACROSS, m * TILE, a[k][m]);
         }
 #pragma unroll
         for (int tap = 0; tap < TAPS; tap++) {
@@ -563,4 +556,127 @@ KERNEL(WALKERS, 3) embed_tokens_backward_weights_256(
     const bf16* tokens /* (images, height, width, 160) */, const bf16* draw /* (images, out_height, out_width, 256) */,
     int images, int height, int width, int out_height, int out_width, float* partial /* (shares, 256, 3·3, 160) */) {
     embed_weights<160, 256>(tokens, draw, images, height, width, out_height, out_width, partial);
+}
+
+// ---- the gradient of the sequence reductions' weights
+//
+// dw = drawᵀ · the windows of tokens. A window's line of taps lies in memory as in a row of dw, (side, C), so that it need not
+// be gathered. A block has COLUMNS of dw, in all rows, so that it reads of tokens what no other block does; a warp has OWN x OWN.
+// It goes through its share of the windows by WINDOWS, which pass through shared memory like the chunks above. What lies past
+// the last window is zero in both operands, what lies past the last column in tokens.
+constexpr int WINDOWS = 32, OWN = 32;
+template <int C, int COLUMNS> constexpr int OWNERS = C / OWN * (COLUMNS / OWN) * 32;
+
+template <int C, int COLUMNS, int RING>
+__device__ __forceinline__ void reduce_weights(const bf16* __restrict__ tokens, const bf16* __restrict__ draw, int keys,
+                                               int width, int side, float* __restrict__ partial) {
+    constexpr int BLOCK = OWNERS<C, COLUMNS>, PIECES = COLUMNS / 8, OUTPUT_PIECES = C / 8;
+    // Windows that a block copies at a time, of which a thread has these many.
+    constexpr int AT_ONCE = BLOCK / PIECES, COPIES = (WINDOWS + AT_ONCE - 1) / AT_ONCE;
+    static_assert(BLOCK % PIECES == 0 && WINDOWS * OUTPUT_PIECES % BLOCK == 0, "whole copies");
+    SHARED(Turned<COLUMNS>, seen, [RING][WINDOWS]);
+    SHARED(Turned<C>, gradients, [RING][WINDOWS]);
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int output = warp / (COLUMNS / OWN) * OWN, column = warp % (COLUMNS / OWN) * OWN;
+
+    // This block's part of the windows, and the first of the next chunk that it brings.
+    int all = (keys + WINDOWS - 1) / WINDOWS, share = (all + gridDim.y - 1) / gridDim.y;
+    int start = int(blockIdx.y) * share, chunks = min(all - start, share), key = start * WINDOWS;
+
+    // What a thread copies: a piece of some windows, which lie at these places of their lines, and whose first tokens these are.
+    int line = side * C, numbers = side * line, first = blockIdx.x * COLUMNS;
+    int piece = threadIdx.x % PIECES, row = threadIdx.x / PIECES, number = first + piece * 8;
+    if (number < numbers) tokens += size_t(number / line * width) * C + number % line;
+    unsigned across = width / side, places[COPIES], origins[COPIES];
+    for (int i = 0; i < COPIES; i++) {
+        unsigned window = key + row + i * AT_ONCE;
+        places[i] = window % across;
+        origins[i] = (window / across * width + places[i]) * side;
+    }
+    // The same windows of the next chunk are as far on, and farther if they lie past the end of the line.
+    unsigned right = WINDOWS % across, on = (WINDOWS / across * width + right) * side, down = (width - across) * side;
+    draw += size_t(key) * C + threadIdx.x * 8;
+    auto bring = [&](int chunk) {
+        if (chunk < chunks) {
+            int slot = chunk % RING;
+#pragma unroll
+            for (int i = 0; i < COPIES; i++) {
+                int window = row + i * AT_ONCE;
+                if (WINDOWS % AT_ONCE == 0 || window < WINDOWS) {
+                    bool exists = key + window < keys && number < numbers;
+                    const bf16* from = tokens + (exists ? size_t(origins[i]) * C : 0);
+                    copy_async<16>(turned(seen[slot], window, piece), from, exists ? 16 : 0);
+                }
+                places[i] += right;
+                origins[i] += on;
+                if (places[i] >= across) {
+                    places[i] -= across;
+                    origins[i] += down;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < WINDOWS * OUTPUT_PIECES; i += BLOCK) {
+                int window = (i + threadIdx.x) / OUTPUT_PIECES;
+                uint4* to = turned(gradients[slot], window, (i + threadIdx.x) % OUTPUT_PIECES);
+                copy_async<16>(to, draw + i * 8, key + window < keys ? 16 : 0);
+            }
+            key += WINDOWS;
+            draw += WINDOWS * C;
+        }
+        copies_end_group();
+    };
+    for (int chunk = 0; chunk < RING - 1; chunk++) bring(chunk);
+
+    float d[OWN / TILE][OWN / 8][4] = {};
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        copies_done_but<RING - 2>();
+        // The chunk is there for all, and all have read the one before, whose place the next takes.
+        __syncthreads();
+        bring(chunk + RING - 1);
+        int slot = chunk % RING;
+#pragma unroll
+        for (int k = 0; k < WINDOWS; k += TILE) {
+            unsigned a[OWN / TILE][4], b[OWN / TILE][4];
+            for (int m = 0; m < OWN / TILE; m++) {
+                upright(gradients[slot], k, output + m * TILE, a[m]);
+                along(seen[slot], k, column + m * TILE, b[m]);
+            }
+            for (int m = 0; m < OWN / TILE; m++) {
+                for (int n = 0; n < OWN / 8; n++) mma(d[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+            }
+        }
+    }
+    if (first + column >= numbers) return;
+    int g = lane / 4, t = lane % 4;
+    partial += (size_t(blockIdx.y) * C + output + g) * numbers + first + column + t * 2;
+#pragma unroll
+    for (int m = 0; m < OWN / TILE; m++) {
+        for (int half = 0; half < 2; half++) {
+            for (int n = 0; n < OWN / 8; n++) {
+                float2 pair = {d[m][n][2 * half], d[m][n][2 * half + 1]};
+                *reinterpret_cast<float2*>(partial + size_t(m * TILE + half * 8) * numbers + n * 8) = pair;
+            }
+        }
+    }
+}
+
+// The gradient of a reduction's weights from that of what its convolution made, by shares of the windows. Grid: (ceil(side² ·
+// channels / COLUMNS), shares), blocks of OWNERS threads; of COLUMNS there are 128, 64 and 64.
+KERNEL(OWNERS<32, 128>, 4) reduce_tokens_backward_weights_32(
+    const bf16* tokens /* (images, height, width, 32) */, const bf16* draw /* (keys, 32) */, int keys, int width,
+    int side, float* partial /* (shares, 32, side², 32) */) {
+    reduce_weights<32, 128, 4>(tokens, draw, keys, width, side, partial);
+}
+
+KERNEL(OWNERS<64, 64>, 4) reduce_tokens_backward_weights_64(
+    const bf16* tokens /* (images, height, width, 64) */, const bf16* draw /* (keys, 64) */, int keys, int width,
+    int side, float* partial /* (shares, 64, side², 64) */) {
+    reduce_weights<64, 64, 4>(tokens, draw, keys, width, side, partial);
+}
+
+KERNEL(OWNERS<160, 64>, 2) reduce_tokens_backward_weights_160(
+    const bf16* tokens /* (images, height, width, 160) */, const bf16* draw /* (keys, 160) */, int keys, int width,
+    int side, float* partial /* (shares, 160, side², 160) */) {
+    reduce_weights<160, 64, 3>(tokens, draw, keys, width, side, partial);
 }

@@ -133,15 +133,23 @@ template <int D> __device__ __forceinline__ void along(const Row<D>* tile, int r
     load_matrices<true>(&tile[row + lane % 16].at[column + lane / 16 * 8], x);
 }
 
-// A row of a tile without padding, in parts of eight, which take turns from row to row, or, of 32, from two rows to the next:
-// the same part of eight neighbouring rows is in different banks.
+// A along: D's rows are the tile's columns.
+template <int D> __device__ __forceinline__ void upright(const Row<D>* tile, int row, int column, unsigned (&a)[4]) {
+    int lane = threadIdx.x % 32;
+    load_matrices<true>(&tile[row + lane / 16 * 8 + lane % 8].at[column + lane / 8 % 2 * 8], a);
+}
+
+// A row of a tile without padding, in parts of eight, which take turns from row to row, or, where a row ends amid the banks
+// (of 32, say), from two rows to the next: the same part of eight neighbouring rows is in different banks.
 template <int D> struct Turned {
     uint4 at[D / 8];
 };
 
 template <int D> __device__ __forceinline__ uint4* turned(Turned<D>* rows, int row, int part) {
-    static_assert(D <= 64, "a row within all banks");
-    return &rows[row].at[part ^ row / (64 / D) % (D / 8)];
+    // Rows begin this far apart in the banks.
+    constexpr int APART = D % 64 == 0 ? 64 : D % 64;
+    static_assert(64 % APART == 0, "whole turns");
+    return &rows[row].at[part ^ row / (64 / APART) % (APART / 8)];
 }
 
 // As above; `row` is a multiple of 16.
@@ -159,6 +167,13 @@ template <int D> __device__ __forceinline__ void across(Turned<D>* tile, int row
 template <int D> __device__ __forceinline__ void along(Turned<D>* tile, int row, int column, unsigned (&x)[4]) {
     int lane = threadIdx.x % 32;
     load_matrices<true>(reinterpret_cast<bf16*>(turned(tile + row, lane % 16, column / 8 + lane / 16)), x);
+}
+
+// A along: D's rows are the tile's columns.
+template <int D> __device__ __forceinline__ void upright(Turned<D>* tile, int row, int column, unsigned (&a)[4]) {
+    int lane = threadIdx.x % 32;
+    uint4* at = turned(tile + row, lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2);
+    load_matrices<true>(reinterpret_cast<bf16*>(at), a);
 }
 
 // Begins to copy `bytes` bytes, and zeros up to N, to shared memory past the registers; done, for this thread, after

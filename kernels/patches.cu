@@ -277,14 +277,7 @@ __device__ void embed_backward(const unsigned char* pixels, const int* positions
         __syncthreads();
         for (int k = 0; k < 2 * STRIP; k += 16) {
             unsigned a[N / 16][4];
-            for (int m = 0; m < N / 16; m++) {
-                unsigned x[4];
-                along(gradients, k, 16 * m, x);
-                a[m][0] = x[0];
-                a[m][1] = x[2];
-                a[m][2] = x[1];
-                a[m][3] = x[3];
-            }
+            for (int m = 0; m < N / 16; m++) upright(gradients, k, 16 * m, a[m]);
             // Windows past the last one have no gradient; they repeat its pixels.
             int at[4];
             for (int i = 0; i < 4; i++) {

@@ -4,7 +4,7 @@ use super::model::{Pass, SideScratch};
 use super::norm::Joint;
 use super::plan::product;
 use super::tensors::{Gradients, Id};
-use crate::backend::{Backend, Dropout, Grid, Product};
+use crate::backend::{Backend, Dropout, Grid, Product, Window};
 use crate::random::Purpose;
 
 /// `y = x·Wᵀ + b`. Without dropout an adapter is merged into W; with it, it runs beside as a [`SidePath`].
@@ -204,6 +204,46 @@ impl Affine {
                 backend.linear_backward_weight(&scratch.low_gradient, input, down, da);
             }
         }
+    }
+
+    /// Channels that it reads, as a convolution.
+    pub fn channels(&self, window: Window) -> usize {
+        self.inputs / (window.side * window.side)
+    }
+
+    /// Whether, as a convolution of tokens of a grid, the gradient of its weight is summed without gathered patches.
+    pub fn sums_direct<B: Backend>(&self, backend: &B, grid: Grid, window: Window) -> bool {
+        self.side.is_none() && backend.sums_convolution_weight(grid, window, self.channels(window), self.outputs)
+    }
+
+    /// [`Affine::backward_weights`] of a convolution of tokens on their grid: from these, or from patches, which were kept or are
+    /// gathered in `room`.
+    pub fn backward_convolution<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        (tokens, grid): (&B::Act, Grid),
+        window: Window,
+        kept: Option<&B::Act>,
+        dy: &B::Act,
+        gradients: &mut Gradients<B>,
+        room: &mut B::Act,
+        scratch: &mut SideScratch<B>,
+    ) {
+        let (backend, channels) = (pass.backend, self.channels(window));
+        if self.sums_direct(backend, grid, window) {
+            if let Some(dw) = gradients.get_mut(self.weight) {
+                backend.convolution_backward_weight(tokens, dy, grid, window, channels, self.outputs, dw);
+            }
+            return;
+        }
+        let patches = match kept {
+            Some(patches) => patches,
+            None => {
+                backend.patches(tokens, grid, channels, window, room);
+                &*room
+            }
+        };
+        self.backward_weights(pass, patches, dy, grid.through(window).rows(), gradients, scratch);
     }
 
     /// `scratch.low = dropout(x)·Aᵀ`; true if the dropped x stands in `scratch.dropped`.

@@ -244,14 +244,8 @@ impl AttentionLayer {
                     let dx = Some((&mut *t1, false));
                     norm.backward(pass, t5, raw, raw_stats, key_rows, gradients, dx, Front::product(convolution));
                     if trains {
-                        let gathered = match &acts.patches {
-                            Some(gathered) => gathered,
-                            None => {
-                                backend.patches(normed, grid, self.channels, self.window, patches);
-                                &*patches
-                            }
-                        };
-                        convolution.backward_weights(pass, gathered, t1, key_rows, gradients, side);
+                        let (tokens, kept) = ((normed, grid), acts.patches.as_ref());
+                        convolution.backward_convolution(pass, tokens, self.window, kept, t1, gradients, patches, side);
                     }
                 }
                 if below && !is_joint {

@@ -7,7 +7,7 @@ use super::model::{Pass, Scratch, Worker};
 use super::norm::{Branch, Front, Joint, Norm, Normed};
 use super::patch_embed::{EmbedActs, EmbedInput, PatchEmbed};
 use super::tensors::Gradients;
-use crate::backend::{Backend, Dropout, Grid, Sample};
+use crate::backend::{Backend, Dropout, Grid, Sample, Window};
 use crate::random::Purpose;
 
 /// A transformer block.
@@ -88,8 +88,12 @@ impl Stage {
             let trains = wanted[product.weight.0] || product.side.is_some();
             (remembers && trains).then(|| backend.act(rows * product.inputs))
         };
-        let gathers = !self.embed.is_direct(backend) && !self.embed.sums_direct(backend, from);
-        let embedded = gathers.then(|| inputs(&self.embed.projection, rows));
+        let patches = |convolution: &Affine, from: Grid, window: Window| {
+            let gathers = !convolution.sums_direct(backend, from, window);
+            gathers.then(|| inputs(convolution, from.through(window).rows())).flatten()
+        };
+        let embedded =
+            (!self.embed.is_direct(backend)).then(|| patches(&self.embed.projection, from, self.embed.window));
         let blocks = (self.blocks[..held].iter())
             .map(|block| {
                 let keys = block.attention.keys(grid).rows();
@@ -101,7 +105,7 @@ impl Stage {
                         reduced: (block.attention.reduction.is_some())
                             .then(|| (backend.act(keys * channels), backend.full(2 * keys))),
                         patches: (block.attention.reduction.as_ref())
-                            .and_then(|(convolution, _)| inputs(convolution, keys)),
+                            .and_then(|(convolution, _)| patches(convolution, grid, block.attention.window)),
                         k: backend.act(keys * channels),
                         v: backend.act(keys * channels),
                         o: backend.act(if stored { rows * channels } else { 0 }),

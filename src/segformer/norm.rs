@@ -99,7 +99,7 @@ impl Norm {
         side: &mut SideScratch<B>,
     ) {
         let (backend, rows) = (pass.backend, grid.through(window).rows());
-        let (inputs, outputs) = (convolution.inputs / (window.side * window.side), convolution.outputs);
+        let (inputs, outputs) = (convolution.channels(window), convolution.outputs);
         if convolution.side.is_some() || !backend.fuses_convolution(grid, window, inputs, outputs) {
             let patches = patches.unwrap_or(room);
             backend.patches(tokens, grid, inputs, window, patches);

@@ -959,34 +959,58 @@ fn convolution_backward_weight<B: Backend>(
 
 case!(
     convolution_backward,
-    ConvolutionBackward { images: usize, height: usize, width: usize, channels: (usize, usize) },
+    ConvolutionBackward {
+        images: usize,
+        height: usize,
+        width: usize,
+        window: (usize, usize, usize),
+        channels: (usize, usize)
+    },
     |self, lab| {
-        let &Self { images, height, width, channels: (inputs, outputs) } = self;
-        let (grid, window) = (Grid { images, height, width }, Window { side: 3, stride: 2, padding: 1 });
-        let (rows, n) = (grid.through(window).rows(), grid.rows() * inputs);
-        let (dy, weight, mut dx) = (lab.act(rows * outputs, 1), lab.act(9 * inputs * outputs, 2), lab.act(n, 3));
+        let &Self { images, height, width, window: (side, stride, padding), channels: (inputs, outputs) } = self;
+        let (grid, window) = (Grid { images, height, width }, Window { side, stride, padding });
+        let (rows, n, numbers) = (grid.through(window).rows(), grid.rows() * inputs, side * side * inputs * outputs);
+        let (dy, weight, mut dx) = (lab.act(rows * outputs, 1), lab.act(numbers, 2), lab.act(n, 3));
         convolution_backward_input(lab.0, (&dy, &weight), (grid, window), (inputs, outputs), &mut dx);
         // Where they are not fused, what is added has been rounded.
-        let parts = if [64, 160, 256].contains(&outputs) { 0.0 } else { 1.0 };
-        let (x, mut dw) = (lab.act(n, 4), lab.full(9 * inputs * outputs, 5));
+        let parts = if stride == 2 && padding == 1 && [64, 160, 256].contains(&outputs) { 0.0 } else { 1.0 };
+        let (x, mut dw) = (lab.act(n, 4), lab.full(numbers, 5));
         convolution_backward_weight(lab.0, (&x, &dy), (grid, window), (inputs, outputs), &mut dw);
-        vec![lab.read("dx", &dx, n, 1.0, parts), lab.read_full("dw", &dw, 9 * inputs * outputs)]
+        vec![lab.read("dx", &dx, n, 1.0, parts), lab.read_full("dw", &dw, numbers)]
     },
     [
-        (1, 1, 1, (32, 64)),
-        (1, 2, 2, (32, 64)),
-        (3, 12, 9, (32, 64)),
+        (1, 1, 1, (3, 2, 1), (32, 64)),
+        (1, 2, 2, (3, 2, 1), (32, 64)),
+        (3, 12, 9, (3, 2, 1), (32, 64)),
         // More than a block each way, to whole blocks and to a single line and column of windows.
-        (2, 16, 32, (32, 64)),
-        (2, 18, 34, (32, 64)),
-        (1, 17, 33, (32, 64)),
-        (1, 1, 7, (64, 160)),
-        (3, 14, 10, (64, 160)),
-        (1, 19, 35, (64, 160)),
-        (1, 3, 5, (160, 256)),
-        (2, 16, 13, (160, 256)),
-        (1, 5, 37, (160, 256)),
-        (2, 7, 6, (40, 48))
+        (2, 16, 32, (3, 2, 1), (32, 64)),
+        (2, 18, 34, (3, 2, 1), (32, 64)),
+        (1, 17, 33, (3, 2, 1), (32, 64)),
+        (1, 1, 7, (3, 2, 1), (64, 160)),
+        (3, 14, 10, (3, 2, 1), (64, 160)),
+        (1, 19, 35, (3, 2, 1), (64, 160)),
+        (1, 3, 5, (3, 2, 1), (160, 256)),
+        (2, 16, 13, (3, 2, 1), (160, 256)),
+        (1, 5, 37, (3, 2, 1), (160, 256)),
+        (2, 7, 6, (3, 2, 1), (40, 48)),
+        // The sequence reductions.
+        (1, 8, 8, (8, 8, 0), (32, 32)),
+        (3, 24, 40, (8, 8, 0), (32, 32)),
+        (2, 12, 20, (4, 4, 0), (64, 64)),
+        (1, 68, 20, (4, 4, 0), (64, 64)),
+        (1, 2, 2, (2, 2, 0), (160, 160)),
+        (3, 6, 10, (2, 2, 0), (160, 160)),
+        // Lines of taps that end within a block's part, and windows of one token.
+        (2, 9, 15, (3, 3, 0), (32, 32)),
+        (5, 3, 7, (1, 1, 0), (32, 32)),
+        (5, 70, 1, (1, 1, 0), (160, 160)),
+        // A block's windows take every place of the ring, and more.
+        (1, 72, 1224, (24, 24, 0), (32, 32)),
+        (1, 108, 204, (12, 12, 0), (64, 64)),
+        (1, 88, 72, (8, 8, 0), (160, 160)),
+        // One more column of tokens than whole windows have.
+        (2, 4, 9, (4, 4, 0), (64, 64)),
+        (2, 6, 9, (3, 3, 0), (24, 24))
     ]
 );
 

@@ -10,12 +10,17 @@ const REDUCED: usize = 32;
 const DOWN: usize = 8;
 const ACROSS: usize = 16;
 const BAND: usize = 32;
-/// For the gradient of an embedding's weights: lines of windows that a block is at, outputs that it has, and its threads. And how
-/// many blocks there are at most: a number that fills an H100, but the same on every device, so that results are.
+/// Multiprocessors that the blocks of a weight's gradient fill at most: an H100's, but as many on every device, so that results
+/// are the same.
+const MULTIPROCESSORS: usize = 132;
+/// For the gradient of an embedding's weights: lines of windows that a block is at, outputs that it has, its threads, and how
+/// many blocks a multiprocessor is given.
 const TALL: usize = 2;
 const OUTPUTS: usize = 32;
 const WALKERS: usize = 128;
-const BLOCKS: usize = 396;
+const RESIDENT: usize = 3;
+/// Windows that a block of the gradient of a reduction's weights is at.
+const WINDOWS: usize = 32;
 /// SegFormer's windows from the second embedding on.
 const OVERLAPPING: Window = Window { side: 3, stride: 2, padding: 1 };
 
@@ -43,6 +48,20 @@ fn back(grid: Grid, window: Window, inputs: usize, outputs: usize) -> Option<[&'
         (OVERLAPPING, 32, 64) => Some(["embed_tokens_backward_64", "embed_tokens_backward_weights_64"]),
         (OVERLAPPING, 64, 160) => Some(["embed_tokens_backward_160", "embed_tokens_backward_weights_160"]),
         (OVERLAPPING, 160, 256) => Some(["embed_tokens_backward_256", "embed_tokens_backward_weights_256"]),
+        _ => None,
+    }
+}
+
+/// Of the kernel that sums the gradient of the weights of a sequence reduction of tokens from `grid`: its name, how many of an
+/// output's weights a block has, its threads, and how many blocks a multiprocessor is given. Each leaves what it has summed in
+/// memory, so that more of those with many outputs would cost more than they gain.
+fn reduction(grid: Grid, window: Window, inputs: usize, outputs: usize) -> Option<(&'static str, [usize; 3])> {
+    match (inputs, outputs) {
+        // Kernels count tokens in 32 bits.
+        _ if !tiles(grid, window) || grid.rows() > i32::MAX as usize => None,
+        (32, 32) => Some(("reduce_tokens_backward_weights_32", [128, 128, 2])),
+        (64, 64) => Some(("reduce_tokens_backward_weights_64", [64, 128, 2])),
+        (160, 160) => Some(("reduce_tokens_backward_weights_160", [64, 320, 1])),
         _ => None,
     }
 }
@@ -128,8 +147,12 @@ impl<D: Device> Convolution for Cuda<D> {
         self.launch_blocks(kernel, blocks, THREADS, &arguments);
     }
 
+    /// The sequence reductions and the embeddings of tokens of SegFormer-B0.
     fn sums_convolution_weight(&self, grid: Grid, window: Window, inputs: usize, outputs: usize) -> bool {
-        self.joins(Joint::EmbedTokensBackwardWeights) && back(grid, window, inputs, outputs).is_some()
+        let reduces = reduction(grid, window, inputs, outputs).is_some();
+        let embeds = back(grid, window, inputs, outputs).is_some();
+        reduces && self.joins(Joint::ReduceTokensBackwardWeights)
+            || embeds && self.joins(Joint::EmbedTokensBackwardWeights)
     }
 
     fn convolution_backward_weight(
@@ -142,21 +165,32 @@ impl<D: Device> Convolution for Cuda<D> {
         outputs: usize,
         dw: &mut Self::Full,
     ) {
-        let Some([_, kernel]) = back(grid, window, inputs, outputs) else {
-            panic!("{window:?} from {inputs} to {outputs} has no kernel for the way back")
-        };
         let to = grid.through(window);
         if to.rows() == 0 {
             return;
         }
-        let (tiles, numbers) = (outputs / OUTPUTS * (inputs / BAND), window.side * window.side * inputs * outputs);
-        let chunks = to.images * to.height.div_ceil(TALL) * to.width.div_ceil(ACROSS);
-        let shares = (BLOCKS / tiles).min(chunks);
-        let partial = self.scratch(shares * numbers);
+        let own = window.side * window.side * inputs;
+        let numbers = own * outputs;
         let mut arguments = vec![tokens.at(grid.rows() * inputs), dy.at(to.rows() * outputs)];
-        arguments.extend([grid.images, grid.height, grid.width, to.height, to.width].map(Argument::from));
+        // Blocks of a share are `tiles`; all shares together are `chunks`.
+        let (kernel, tiles, chunks, threads, resident) = match reduction(grid, window, inputs, outputs) {
+            Some((kernel, [columns, threads, resident])) => {
+                arguments.extend([to.rows(), grid.width, window.side].map(Argument::from));
+                (kernel, own.div_ceil(columns), to.rows().div_ceil(WINDOWS), threads, resident)
+            }
+            None => {
+                let Some([_, kernel]) = back(grid, window, inputs, outputs) else {
+                    panic!("{window:?} from {inputs} to {outputs} has no kernel for the way back")
+                };
+                arguments.extend([grid.images, grid.height, grid.width, to.height, to.width].map(Argument::from));
+                let chunks = to.images * to.height.div_ceil(TALL) * to.width.div_ceil(ACROSS);
+                (kernel, outputs / OUTPUTS * (inputs / BAND), chunks, WALKERS, RESIDENT)
+            }
+        };
+        let shares = (resident * MULTIPROCESSORS / tiles).clamp(1, chunks);
+        let partial = self.scratch(shares * numbers);
         arguments.push(Argument::partial(partial, shares * numbers));
-        self.launch_blocks(kernel, [tiles, shares, 1], WALKERS, &arguments);
+        self.launch_blocks(kernel, [tiles, shares, 1], threads, &arguments);
         self.sum_partials((partial, shares, numbers), 1, &[ColumnSums { kinds: 1, to: dw.both(numbers), add: true }]);
     }
 }

@@ -14,6 +14,8 @@ pub enum Joint {
     EmbedTokensBackwardWeights,
     /// Windows of the sequence reduction multiplied and normalised.
     ReduceTokens,
+    /// The gradients of its weights.
+    ReduceTokensBackwardWeights,
     /// Queries, attention, output product and residual.
     AttentionBranch,
     /// The way back through the output product, with its weight's gradient.
@@ -36,12 +38,13 @@ pub enum Joint {
 
 impl Joint {
     /// All there are.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::EmbedPixels,
         Self::EmbedTokens,
         Self::EmbedTokensBackward,
         Self::EmbedTokensBackwardWeights,
         Self::ReduceTokens,
+        Self::ReduceTokensBackwardWeights,
         Self::AttentionBranch,
         Self::AttentionOutputBackward,
         Self::LinearBackwardSquare,
@@ -61,6 +64,7 @@ impl Joint {
             Self::EmbedTokensBackward => "embed_tokens_backward",
             Self::EmbedTokensBackwardWeights => "embed_tokens_backward_weights",
             Self::ReduceTokens => "reduce_tokens",
+            Self::ReduceTokensBackwardWeights => "reduce_tokens_backward_weights",
             Self::AttentionBranch => "attention_branch",
             Self::AttentionOutputBackward => "attention_output_backward",
             Self::LinearBackwardSquare => "linear_backward_square",
