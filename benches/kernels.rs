@@ -370,10 +370,20 @@ fn blocks(batch: usize) -> Vec<Case> {
             cases.push(case(
                 name(what, c),
                 4 * rows * c * c,
-                move |Lab { cuda, x: [x, dq, dreduced], w: [query, reduction], p, y: [dx, z], s: [s, t], .. }| {
-                    let inputs = AttentionInputs { query, reduction, window, x, stats: p, gamma: p, channels: c };
+                move |Lab {
+                          cuda,
+                          x: [x, dq, dreduced],
+                          w: [query, reduction],
+                          p,
+                          y: [dx, z],
+                          s: [s, t],
+                          t: [dw, db],
+                          ..
+                      }| {
+                    let inputs = AttentionInputs { query, reduction, window, x, stats: p, affine: (p, p), channels: c };
                     let front = InFront { scaled: Some((drop, g, Some(z))), bias: None };
-                    cuda.attention_input_backward(dq, dreduced, &inputs, g, dx, trains.then_some((s, t)), front);
+                    let query = (trains && cuda.sums_attention_query(c)).then_some((dw, db));
+                    cuda.attention_input_backward(dq, dreduced, &inputs, g, dx, trains.then_some((s, t)), query, front);
                 },
             ));
         }

@@ -6,7 +6,8 @@
 // weight. Channels are in the order for 16-byte access (mma.cuh).
 //
 // A block has KEYS windows and all their tokens; its warps take turns by taps, each with the tap's weights in its own part of
-// shared memory.
+// shared memory. With few channels, they also sum the gradients of Q's weight and bias on tensor cores, from the gradients and
+// the normalised tokens that are in their registers, turned: products sum over tokens there.
 #include "common.cuh"
 #include "mma.cuh"
 #include "windows.cuh"
@@ -14,19 +15,32 @@
 constexpr int KEYS = 64, TILE = 16;
 // Sums per channel: gamma's gradient, beta's, and that of a bias in front.
 constexpr int KINDS = 3;
+// A pair of ones.
+constexpr unsigned ONES = 0x3f803f80;
 // With the least blocks that a multiprocessor shall hold at once.
 #define BOUNDS_32 256, 2
+#define BOUNDS_ALL_32 128, 3
 #define BOUNDS_64 128, 2
 
+// Eight channels of eight tokens in each lane, in the order for 16-byte access, as operands that hold pairs of tokens.
+__device__ __forceinline__ void turn(const uint4& row, unsigned (&pairs)[4]) {
+    pairs[0] = transpose(row.x);
+    pairs[1] = transpose(row.y);
+    pairs[2] = transpose(row.z);
+    pairs[3] = transpose(row.w);
+}
+
 // SUMS: of the parameters' gradients, too.
-template <int C, bool SUMS>
+template <int C, int WALKERS, bool SUMS>
 __device__ __forceinline__ void walk(const bf16* __restrict__ dq, const bf16* __restrict__ dreduced,
                                      const bf16* __restrict__ query, const bf16* __restrict__ reduction,
                                      const bf16* __restrict__ x, const float* __restrict__ stats,
-                                     const float* __restrict__ gamma, int keys, int height, int width, int side,
-                                     const DropPath& drop, bf16* __restrict__ dx, bf16* __restrict__ scaled,
-                                     float* __restrict__ partial) {
-    constexpr int WALKERS = 256 / C, BLOCK = 32 * WALKERS;
+                                     const float* __restrict__ gamma, const float* __restrict__ beta, int keys,
+                                     int height, int width, int side, const DropPath& drop, bf16* __restrict__ dx,
+                                     bf16* __restrict__ scaled, float* __restrict__ partial,
+                                     float* __restrict__ query_partial) {
+    constexpr int BLOCK = 32 * WALKERS;
+    constexpr bool QUERIES = SUMS && C == 32;
     SHARED(Square<C>, squares, [WALKERS + 1]);
     // Of each window: its first token, or -1, and the factor of its image.
     SHARED(int, origins, [KEYS]);
@@ -43,6 +57,8 @@ __device__ __forceinline__ void walk(const bf16* __restrict__ dq, const bf16* __
     __syncthreads();
 
     float sums[SUMS ? KINDS : 1][C / 4] = {};
+    // Of Q's weight, 16 outputs by 8 inputs; of its bias, in both columns of a lane.
+    float weight_sums[QUERIES ? 2 : 1][4][4] = {}, bias_sums[QUERIES ? 2 : 1][4] = {};
     for (int tap = warp; tap < taps; tap += WALKERS) {
         __syncwarp();
         squares[warp].copy(reduction + size_t(tap) * C, size_t(taps) * C, lane, 32);
@@ -70,6 +86,23 @@ __device__ __forceinline__ void walk(const bf16* __restrict__ dq, const bf16* __
                     size_t at = rows[half] * C + n * 32 + t * 8;
                     if (exists[half]) tokens[half][n] = sixteen(x + at);
                     if (exists[half]) before[half][n] = sixteen(dx + at);
+                }
+            }
+            if constexpr (QUERIES) {
+                // Where there is no token, dq is zero.
+                unsigned dy[2][4], normed[2][4];
+                Pack<8> slope = load<8>(gamma + t * 8), offset = load<8>(beta + t * 8);
+                for (int half = 0; half < 2; half++) {
+                    Pack<8> token = widen<8>(tokens[half][0]);
+                    float mean = measured[half].x, scale = measured[half].y;
+                    for (int i = 0; i < 8; i++) token.x[i] = (token.x[i] - mean) * scale * slope.x[i] + offset.x[i];
+                    turn(words_of(token.x), normed[half]);
+                    turn({queries[0][half], queries[0][half + 2], queries[1][half], queries[1][half + 2]}, dy[half]);
+                }
+                for (int m = 0; m < 2; m++) {
+                    unsigned a[4] = {dy[0][2 * m], dy[0][2 * m + 1], dy[1][2 * m], dy[1][2 * m + 1]};
+                    for (int n = 0; n < 4; n++) mma(weight_sums[m][n], a, normed[0][n], normed[1][n]);
+                    mma(bias_sums[m], a, ONES, ONES);
                 }
             }
             squares[WALKERS].multiply(queries, dn);
@@ -128,19 +161,42 @@ __device__ __forceinline__ void walk(const bf16* __restrict__ dq, const bf16* __
             }
         }
     }
+    if constexpr (QUERIES) {
+        // The warps' sums, one warp after the other.
+        float* total = reinterpret_cast<float*>(squares);
+        static_assert((C * C + C) * sizeof(float) <= sizeof(squares), "sums fit where weights were");
+        for (int w = 0; w < WALKERS; w++) {
+            __syncthreads();
+            for (int i = 0; w == warp && i < 4; i++) {
+                // Rows and columns of the products' tiles are channels by pairs.
+                int row = g / 2 * 8 + 2 * i + g % 2;
+                const float(&own)[4][4] = weight_sums[i / 2];
+                for (int n = 0; n < 4; n++) {
+                    float2* to = reinterpret_cast<float2*>(total + row * C + t * 8 + 2 * n);
+                    float2 sum = {own[n][i % 2 * 2], own[n][i % 2 * 2 + 1]};
+                    if (w > 0) add(sum, *to, {1.0f, 1.0f});
+                    *to = sum;
+                }
+                float* to = total + C * C + row;
+                if (t == 0) *to = bias_sums[i / 2][i % 2 * 2] + (w > 0 ? *to : 0.0f);
+            }
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < C * C + C; i += BLOCK) query_partial[size_t(blockIdx.x) * (C * C + C) + i] = total[i];
+    }
 }
 
 // dx += LayerNorm's gradient towards x; `scaled` receives dx times its image's factor, with which it counts for the bias in front. Windows are as in reduce_tokens
 // (convolution.cu).
-// Grid: ceil(keys / KEYS), blocks of 256 threads for 32 channels, of 128 for 64.
+// Grid: ceil(keys / KEYS), blocks of 256 threads for 32 channels without sums, else of 128.
 KERNEL(BOUNDS_32) attention_input_backward_32(
     const bf16* dq /* (images, height, width, 32) */, const bf16* dreduced /* (keys, 32) */,
     const bf16* query /* (32, 32) */, const bf16* reduction /* (32, side², 32) */, const bf16* x /* as dq */,
     const float* stats /* (tokens, 2): mean, 1/std */, const float* gamma /* (32) */, int keys, int height, int width,
     int side, unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first, float rate,
     bf16* dx /* as dq */, bf16* scaled /* as dq, or null */) {
-    walk<32, false>(dq, dreduced, query, reduction, x, stats, gamma, keys, height, width, side,
-                    {key0, key1, site, step, first, rate}, dx, scaled, nullptr);
+    walk<32, 8, false>(dq, dreduced, query, reduction, x, stats, gamma, nullptr, keys, height, width, side,
+                       {key0, key1, site, step, first, rate}, dx, scaled, nullptr, nullptr);
 }
 
 KERNEL(BOUNDS_64) attention_input_backward_64(
@@ -149,20 +205,21 @@ KERNEL(BOUNDS_64) attention_input_backward_64(
     const float* stats /* (tokens, 2): mean, 1/std */, const float* gamma /* (64) */, int keys, int height, int width,
     int side, unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first, float rate,
     bf16* dx /* as dq */, bf16* scaled /* as dq, or null */) {
-    walk<64, false>(dq, dreduced, query, reduction, x, stats, gamma, keys, height, width, side,
-                    {key0, key1, site, step, first, rate}, dx, scaled, nullptr);
+    walk<64, 4, false>(dq, dreduced, query, reduction, x, stats, gamma, nullptr, keys, height, width, side,
+                       {key0, key1, site, step, first, rate}, dx, scaled, nullptr, nullptr);
 }
 
-// The same with the parameters' gradients.
-KERNEL(BOUNDS_32) attention_input_backward_all_32(
+// The same with the parameters' gradients; with 32 channels, Q's too.
+KERNEL(BOUNDS_ALL_32) attention_input_backward_all_32(
     const bf16* dq /* (images, height, width, 32) */, const bf16* dreduced /* (keys, 32) */,
     const bf16* query /* (32, 32) */, const bf16* reduction /* (32, side², 32) */, const bf16* x /* as dq */,
-    const float* stats /* (tokens, 2): mean, 1/std */, const float* gamma /* (32) */, int keys, int height, int width,
-    int side, unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first, float rate,
-    bf16* dx /* as dq */, bf16* scaled /* as dq, or null */,
-    float* partial /* (blocks, 3, 32): gamma's, beta's, a bias's in front */) {
-    walk<32, true>(dq, dreduced, query, reduction, x, stats, gamma, keys, height, width, side,
-                   {key0, key1, site, step, first, rate}, dx, scaled, partial);
+    const float* stats /* (tokens, 2): mean, 1/std */, const float* gamma /* (32) */, const float* beta /* (32) */,
+    int keys, int height, int width, int side, unsigned key0, unsigned key1, unsigned site,
+    const unsigned* step /* (1) */, u64 first, float rate, bf16* dx /* as dq */, bf16* scaled /* as dq, or null */,
+    float* partial /* (blocks, 3, 32): gamma's, beta's, a bias's in front */,
+    float* query_partial /* (blocks, 32·32 + 32): of Q's weight and bias */) {
+    walk<32, 4, true>(dq, dreduced, query, reduction, x, stats, gamma, beta, keys, height, width, side,
+                      {key0, key1, site, step, first, rate}, dx, scaled, partial, query_partial);
 }
 
 KERNEL(BOUNDS_64) attention_input_backward_all_64(
@@ -172,6 +229,6 @@ KERNEL(BOUNDS_64) attention_input_backward_all_64(
     int side, unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */, u64 first, float rate,
     bf16* dx /* as dq */, bf16* scaled /* as dq, or null */,
     float* partial /* (blocks, 3, 64): gamma's, beta's, a bias's in front */) {
-    walk<64, true>(dq, dreduced, query, reduction, x, stats, gamma, keys, height, width, side,
-                   {key0, key1, site, step, first, rate}, dx, scaled, partial);
+    walk<64, 4, true>(dq, dreduced, query, reduction, x, stats, gamma, nullptr, keys, height, width, side,
+                      {key0, key1, site, step, first, rate}, dx, scaled, partial, nullptr);
 }

@@ -694,8 +694,8 @@ pub struct AttentionInputs<'a, B: Memory> {
     pub x: &'a B::Act,
     /// Its (mean, 1/std) per row.
     pub stats: &'a B::Full,
-    /// Its scale.
-    pub gamma: &'a B::Full,
+    /// Its scale and shift.
+    pub affine: (&'a B::Full, &'a B::Full),
     /// Channels.
     pub channels: usize,
 }
@@ -707,9 +707,14 @@ pub trait AttentionInput: LayerNorm + Patches {
     fn joins_attention_input(&self, _grid: Grid, _channels: usize, _window: Window) -> bool {
         false
     }
+    /// Whether it sums the gradients of Q's weight and bias, too, where it sums those of the LayerNorm's parameters.
+    fn sums_attention_query(&self, _channels: usize) -> bool {
+        false
+    }
     /// From `dq`, the gradient of Q `(grid, channels)`, and `dreduced`, that of what the sequence reduction made
     /// `(windows, channels)`, to that of the stream, which is added to `dx`. The same as [`Linear::linear_backward_input`],
-    /// [`Patches::patches_backward`], [`Linear::linear_backward_input`] and [`LayerNorm::layer_norm_backward_all`].
+    /// [`Patches::patches_backward`], [`Linear::linear_backward_input`] and [`LayerNorm::layer_norm_backward_all`]; and as
+    /// [`Linear::linear_backward_params`] of Q, if asked, which is only where it [sums](AttentionInput::sums_attention_query) them.
     fn attention_input_backward(
         &self,
         _dq: &Self::Act,
@@ -718,6 +723,7 @@ pub trait AttentionInput: LayerNorm + Patches {
         _grid: Grid,
         _dx: &mut Self::Act,
         _parameters: Option<(&mut Self::Full, &mut Self::Full)>,
+        _query: Option<(&mut Self::Full, &mut Self::Full)>,
         _front: InFront<'_, Self>,
     ) {
         unreachable!("a backend that joins operations has the joint one");

@@ -223,7 +223,14 @@ impl AttentionLayer {
             }
             _ => normed,
         };
-        if self.query.trains(gradients) {
+        let is_joint = below && self.input_gradient && self.joins_input(backend, grid);
+        // Whether the joint operation sums the gradients of Q's parameters.
+        let wanted = |id| gradients.get(id).is_some();
+        let sums_query = is_joint
+            && backend.sums_attention_query(self.channels)
+            && [self.norm.gamma, self.norm.beta, self.query.weight].into_iter().chain(self.query.bias).all(wanted)
+            && self.query.bias.is_some();
+        if self.query.trains(gradients) && !sums_query {
             self.query.backward_params(pass, normed, t2, rows, gradients, side);
         }
         for (affine, gradient) in [(&self.key, &*t3), (&self.value, &*t4)] {
@@ -234,7 +241,6 @@ impl AttentionLayer {
 
         // Towards the LayerNorm: t5 collects the gradient of its output, unless the backend goes on to the stream at once; and before,
         // that of the reduced tokens.
-        let is_joint = below && self.input_gradient && self.joins_input(backend, grid);
         match (&self.reduction, &acts.reduced) {
             (Some((convolution, norm)), Some((raw, raw_stats))) => {
                 let trains = convolution.trains(gradients);
@@ -272,12 +278,17 @@ impl AttentionLayer {
                     window: self.window,
                     x,
                     stats: x_stats,
-                    gamma: tensors.value(self.norm.gamma),
+                    affine: (tensors.value(self.norm.gamma), tensors.value(self.norm.beta)),
                     channels: self.channels,
                 };
                 let mut each = gradients.each();
                 let (parameters, front) = (self.norm.parameters(&mut each), front.wanted(&mut each));
-                backend.attention_input_backward(t2, t1, &inputs, grid, d, parameters, front);
+                let query = self
+                    .query
+                    .bias
+                    .filter(|_| sums_query)
+                    .and_then(|bias| each.take(self.query.weight).zip(each.take(bias)));
+                backend.attention_input_backward(t2, t1, &inputs, grid, d, parameters, query, front);
             }
             _ => {
                 self.query.backward_input(pass, t2, rows, t5, true, side);

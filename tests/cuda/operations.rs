@@ -826,11 +826,18 @@ fn attention_input_backward<B: Backend>(
     grid: Grid,
     dx: &mut B::Act,
     parameters: Option<(&mut B::Full, &mut B::Full)>,
+    query_sums: Option<(&mut B::Full, &mut B::Full)>,
     front: InFront<'_, B>,
 ) {
-    let &AttentionInputs { query, reduction, window, x, stats, gamma, channels } = inputs;
+    let &AttentionInputs { query, reduction, window, x, stats, affine: (gamma, beta), channels } = inputs;
     if backend.joins_attention_input(grid, channels, window) {
-        return backend.attention_input_backward(dq, dreduced, inputs, grid, dx, parameters, front);
+        return backend.attention_input_backward(dq, dreduced, inputs, grid, dx, parameters, query_sums, front);
+    }
+    if let Some((dw, db)) = query_sums {
+        let (mut normed, mut stats) = (backend.act(grid.rows() * channels), backend.full(2 * grid.rows()));
+        backend.layer_norm(x, gamma, beta, grid.rows(), channels, &mut normed, &mut stats);
+        let product = Product { rows: grid.rows(), inputs: channels, outputs: channels };
+        backend.linear_backward_params(dq, &normed, product, dw, db);
     }
     let (rows, keys, taps) = (grid.rows(), grid.through(window).rows(), window.side * window.side);
     let [mut gathered, mut dn] = [(); 2].map(|()| backend.act(rows * channels));
@@ -1028,26 +1035,29 @@ case!(
         let (mut normed, mut stats) = (lab.act(n, 8), lab.full(2 * rows, 9));
         lab.0.layer_norm(&x, &gamma, &beta, rows, channels, &mut normed, &mut stats);
         let window = Window { side, stride: side, padding: 0 };
-        let (query, reduction, x, stats, gamma) = (&query, &reduction, &x, &stats, &gamma);
-        let inputs = AttentionInputs { query, reduction, window, x, stats, gamma, channels };
+        let (query, reduction, x, stats, affine) = (&query, &reduction, &x, &stats, (&gamma, &beta));
+        let inputs = AttentionInputs { query, reduction, window, x, stats, affine, channels };
         let drop = drop_of(Purpose::DropPath, 0.4);
         let [mut dx, mut plain, mut summed, mut scaled, mut dropped] =
             [10, 10, 10, 11, 12].map(|site| lab.act(n, site));
         let [mut dgamma, mut dbeta, mut bias, mut alone] = [13, 14, 15, 16].map(|site| lab.full(channels, site));
-        let run = |dx: &mut B::Act, parameters, front| {
-            attention_input_backward(lab.0, (&dq, &dreduced), &inputs, grid, dx, parameters, front);
+        let run = |dx: &mut B::Act, parameters, query, front| {
+            attention_input_backward(lab.0, (&dq, &dreduced), &inputs, grid, dx, parameters, query, front);
         };
-        run(&mut dx, None, InFront { scaled: Some((drop, grid, Some(&mut scaled))), bias: None });
-        run(&mut plain, None, InFront { scaled: None, bias: Some(&mut alone) });
+        run(&mut dx, None, None, InFront { scaled: Some((drop, grid, Some(&mut scaled))), bias: None });
+        run(&mut plain, None, None, InFront { scaled: None, bias: Some(&mut alone) });
         let front = InFront { scaled: Some((drop, grid, Some(&mut dropped))), bias: Some(&mut bias) };
-        run(&mut summed, Some((&mut dgamma, &mut dbeta)), front);
+        // As the CUDA backend divides the work.
+        let (mut dw, mut db) = (lab.full(channels * channels, 19), lab.full(channels, 20));
+        let query = (channels == 32).then_some((&mut dw, &mut db));
+        run(&mut summed, Some((&mut dgamma, &mut dbeta)), query, front);
         // Without the branch's gradient in memory.
         let [mut unwritten, mut unwritten_too] = [10, 10].map(|site| lab.act(n, site));
         let [mut bias_unwritten, mut bias_unwritten_too] = [15, 15].map(|site| lab.full(channels, site));
         let front = |bias| InFront { scaled: Some((drop, grid, None)), bias: Some(bias) };
-        run(&mut unwritten, None, front(&mut bias_unwritten));
+        run(&mut unwritten, None, None, front(&mut bias_unwritten));
         let parameters = Some((&mut lab.full(channels, 17), &mut lab.full(channels, 18)));
-        run(&mut unwritten_too, parameters, front(&mut bias_unwritten_too));
+        run(&mut unwritten_too, parameters, None, front(&mut bias_unwritten_too));
         // Where the parts are not joined, the LayerNorm's gradient is rounded, and was before queries' came to it.
         let parts = if [32, 64].contains(&channels) { 0.0 } else { 2.0 };
         let full = |name, values| Output { summed: parts, ..lab.read_full(name, values, channels) };
@@ -1061,6 +1071,9 @@ case!(
             full("dgamma", &dgamma),
             full("dbeta", &dbeta),
             full("bias", &bias),
+            // Of the normalised tokens, which are rounded.
+            Output { summed: 1.0, ..lab.read_full("Q's weight", &dw, channels * channels) },
+            lab.read_full("Q's bias", &db, channels),
             lab.read("dx with a bias without scaled", &unwritten, n, 1.0, parts),
             full("bias alone without scaled", &bias_unwritten),
             lab.read("dx with parameters without scaled", &unwritten_too, n, 1.0, parts),

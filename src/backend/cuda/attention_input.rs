@@ -2,6 +2,7 @@
 
 use super::convolution::tiles;
 use super::layer_norm::NORM_KINDS;
+use super::memory::ColumnSums;
 use super::{Argument, Cuda, Device, Joint};
 use crate::backend::{AttentionInput, AttentionInputs, Grid, InFront, Linear, Window};
 
@@ -16,6 +17,11 @@ impl<D: Device> AttentionInput for Cuda<D> {
         self.joins(Joint::AttentionInputBackward) && matches!(channels, 32 | 64) && fits
     }
 
+    /// Of few channels, whose sums have room in registers.
+    fn sums_attention_query(&self, channels: usize) -> bool {
+        channels == 32
+    }
+
     fn attention_input_backward(
         &self,
         dq: &Self::Act,
@@ -24,9 +30,10 @@ impl<D: Device> AttentionInput for Cuda<D> {
         grid: Grid,
         dx: &mut Self::Act,
         parameters: Option<(&mut Self::Full, &mut Self::Full)>,
+        query_sums: Option<(&mut Self::Full, &mut Self::Full)>,
         InFront { mut scaled, bias }: InFront<'_, Self>,
     ) {
-        let &AttentionInputs { query, reduction, window, x, stats, gamma, channels } = inputs;
+        let &AttentionInputs { query, reduction, window, x, stats, affine: (gamma, beta), channels } = inputs;
         assert!(
             self.joins_attention_input(grid, channels, window),
             "{channels} channels, {window:?} have no joint kernel"
@@ -39,16 +46,20 @@ impl<D: Device> AttentionInput for Cuda<D> {
         let mut arguments = vec![dq.at(n), dreduced.at(keys * channels), query.at(square)];
         arguments.extend([reduction.at(window.side * window.side * square), x.at(n), stats.at(2 * rows)]);
         arguments.push(gamma.at(channels));
+        // The bias's gradient is summed there too; must be, where what it is summed from is not written.
+        let sums = parameters.is_some() || bias.is_some() && matches!(scaled, Some((.., None)));
+        let sums_query = sums && self.sums_attention_query(channels);
+        if sums_query {
+            arguments.push(beta.at(channels));
+        }
         arguments.extend([keys, grid.height, grid.width, window.side].map(Argument::from));
         arguments.extend(self.dropout_arguments(scaled.as_ref().map(|(drop, ..)| *drop)));
         arguments.push(dx.both(n));
         let room = scaled.as_mut().and_then(|(.., room)| room.as_mut());
         arguments.push(room.map_or(Argument::pointer(0), |room| room.to(n)));
-        // The bias's gradient is summed there too; must be, where what it is summed from is not written.
-        let sums = parameters.is_some() || bias.is_some() && matches!(scaled, Some((.., None)));
         let (kernel, threads) = match (channels, sums) {
             (32, false) => ("attention_input_backward_32", 256),
-            (32, true) => ("attention_input_backward_all_32", 256),
+            (32, true) => ("attention_input_backward_all_32", 128),
             (_, false) => ("attention_input_backward_64", 128),
             (_, true) => ("attention_input_backward_all_64", 128),
         };
@@ -60,9 +71,20 @@ impl<D: Device> AttentionInput for Cuda<D> {
             }
             return;
         }
-        let partial = self.scratch(blocks * NORM_KINDS * channels);
-        arguments.push(Argument::partial(partial, blocks * NORM_KINDS * channels));
+        let (norm_sums, both) = (blocks * NORM_KINDS * channels, square + channels);
+        let partial = self.scratch(norm_sums + if sums_query { blocks * both } else { 0 });
+        let query_partial = partial + (norm_sums * size_of::<f32>()) as u64;
+        arguments.push(Argument::partial(partial, norm_sums));
+        if sums_query {
+            arguments.push(Argument::partial(query_partial, blocks * both));
+        }
         self.launch_blocks(kernel, [blocks, 1, 1], threads, &arguments);
         self.sum_norm_partials((partial, blocks, channels), parameters, bias);
+        if let Some((dw, db)) = query_sums {
+            assert!(sums_query, "the gradients of Q's parameters, of {channels} channels");
+            let to = |kinds, to| ColumnSums { kinds, to, add: true };
+            let outputs = [to(channels, dw.both(square)), to(1, db.both(channels))];
+            self.sum_partials((query_partial, blocks, channels), channels + 1, &outputs);
+        }
     }
 }
