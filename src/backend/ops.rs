@@ -347,7 +347,7 @@ impl<B: Memory> Clone for Deltas<'_, B> {
 impl<B: Memory> Copy for Deltas<'_, B> {}
 
 /// Scaled dot-product attention (Vaswani et al., 2017).
-pub trait Attention: Memory {
+pub trait Attention: Linear {
     /// `o = softmax(q·kᵀ/sqrt(head))·v` per head; `lse` receives the logarithm of each softmax denominator,
     /// `(images, heads, queries)`, of the scaled scores.
     fn attention(
@@ -374,6 +374,11 @@ pub trait Attention: Memory {
         dk: &mut Self::Act,
         dv: &mut Self::Act,
     );
+    /// Adds the column sums of dk, `(rows, channels)`, which are the gradient of a constant added to all keys. It moves all scores of
+    /// a query alike, which softmax ignores, so they are zero but for rounding, and a backend may leave them out.
+    fn key_shift_gradient(&self, dk: &Self::Act, rows: usize, channels: usize, db: &mut Self::Full) {
+        self.linear_backward_bias(dk, rows, channels, db);
+    }
 }
 
 /// The products around attention: `(channels, channels)` each, with a bias.

@@ -233,10 +233,14 @@ impl AttentionLayer {
         if self.query.trains(gradients) && !sums_query {
             self.query.backward_params(pass, normed, t2, rows, gradients, side);
         }
-        for (affine, gradient) in [(&self.key, &*t3), (&self.value, &*t4)] {
-            if affine.trains(gradients) {
-                affine.backward_params(pass, source, gradient, key_rows, gradients, side);
+        if self.key.trains(gradients) {
+            self.key.backward_weights(pass, source, t3, key_rows, gradients, side);
+            if let Some(db) = self.key.bias.and_then(|id| gradients.get_mut(id)) {
+                backend.key_shift_gradient(t3, key_rows, self.channels, db);
             }
+        }
+        if self.value.trains(gradients) {
+            self.value.backward_params(pass, source, t4, key_rows, gradients, side);
         }
 
         // Towards the LayerNorm: t5 collects the gradient of its output, unless the backend goes on to the stream at once; and before,
