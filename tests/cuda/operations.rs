@@ -1280,32 +1280,43 @@ case!(
         b.classify(head, &mut room, &mut passed, &mut logits);
         b.classify_backward(head, &passed, &dlogits, &mut room, Some(&mut dw), &mut sums);
         b.classify_backward_input(head, &passed, &dlogits, (&total, 3 * rows), &mut again, &mut dz, None);
-        // As wide as a fused kernel takes it, and not.
-        let (first, mut dz_first) = (lab.act(channels * 32, 16), lab.act(n, 14));
-        let [mut wide, mut narrow] = [(32, 17), (20, 18)].map(|(inputs, site)| lab.act(rows * inputs, site));
-        for (inputs, tokens) in [(20, &mut narrow), (32, &mut wide)] {
-            let first = Some(FirstGradient { weight: &first, inputs, tokens });
-            b.classify_backward_input(head, &passed, &dlogits, (&total, 3 * rows), &mut again, &mut dz_first, first);
-        }
         // Where the classifier is not fused, activations and their gradients are rounded on the way.
         let fused = labels == 2 && channels <= 256 && channels % 8 == 0 && (channels / 8).is_power_of_two();
         let plain = if fused { 0.0 } else { 1.0 };
         let full = |name, full, n| Output { name, values: b.scalars(full, n), own: 0.0, summed: plain };
-        vec![
+        let mut outputs = vec![
             lab.read("logits", &logits, rows * labels, 1.0, 2.0 * plain),
             lab.read("logits alone", &silent, rows * labels, 1.0, 2.0 * plain),
             full("dw", &dw, labels * channels),
             full("sums", &sums, 2 * channels),
             lab.read("dz", &dz, n, 1.0, 2.0 * plain),
-            lab.read("dz with tokens", &dz_first, n, 1.0, 2.0 * plain),
-            lab.read("tokens", &wide, rows * 32, 1.0, 1.0 + 2.0 * plain),
-            lab.read("few tokens", &narrow, rows * 20, 1.0, 1.0 + 2.0 * plain),
-        ]
+        ];
+        // A first stage as wide as fused kernels take it, and not, of whose tokens and weight one gradient is wanted, or both.
+        let (weight, tokens) = (lab.act(channels * 32, 16), lab.act(rows * 32, 17));
+        for (inputs, of_tokens, of_weight) in [(20, true, true), (32, true, false), (32, false, true), (32, true, true)]
+        {
+            let (mut dz, mut to, mut dw) =
+                (lab.act(n, 14), lab.act(rows * inputs, 18), lab.full(channels * inputs, 19));
+            let (to_tokens, sum) = (of_tokens.then_some(&mut to), of_weight.then_some((&tokens, &mut dw)));
+            let first = Some(FirstGradient { weight: &weight, inputs, tokens: to_tokens, sum });
+            b.classify_backward_input(head, &passed, &dlogits, (&total, 3 * rows), &mut again, &mut dz, first);
+            outputs.extend([
+                lab.read("dz with the first stage", &dz, n, 1.0, 2.0 * plain),
+                lab.read("tokens", &to, rows * inputs, 1.0, 1.0 + 2.0 * plain),
+                // Sums of dz, which is rounded.
+                Output { summed: 1.0 + 2.0 * plain, ..lab.read_full("dw of the first stage", &dw, channels * inputs) },
+            ]);
+        }
+        outputs
     },
     [
         (70, 32, 2, 0.1),
         (301, 256, 2, 0.1),
         (530, 128, 2, 0.0),
+        // Of a tile of all gradients, of fewer rows; of more tiles than blocks take at once.
+        (32, 64, 2, 0.1),
+        (27, 256, 2, 0.1),
+        (17_000, 32, 2, 0.1),
         (5, 8, 2, 0.0),
         (33, 24, 2, 0.2),
         (20, 64, 3, 0.1),

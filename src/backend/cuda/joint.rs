@@ -32,11 +32,13 @@ pub enum Joint {
     ClassifyStages,
     /// The gradient of the first stage's tokens where that of the joined stages is made.
     ClassifyBackwardTokens,
+    /// That of the first stage's weight there, too.
+    ClassifyBackwardTokensAll,
 }
 
 impl Joint {
     /// All there are.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::EmbedPixels,
         Self::EmbedTokens,
         Self::EmbedTokensBackward,
@@ -51,6 +53,7 @@ impl Joint {
         Self::JoinTokens,
         Self::ClassifyStages,
         Self::ClassifyBackwardTokens,
+        Self::ClassifyBackwardTokensAll,
     ];
 
     /// The kernel's name, without its channels.
@@ -70,6 +73,7 @@ impl Joint {
             Self::JoinTokens => "join_tokens",
             Self::ClassifyStages => "classify_stages",
             Self::ClassifyBackwardTokens => "classify_backward_tokens",
+            Self::ClassifyBackwardTokensAll => "classify_backward_tokens_all",
         }
     }
 }
