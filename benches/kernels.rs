@@ -562,7 +562,15 @@ fn head(batch: usize) -> Vec<Case> {
         plain(
             name("classify_backward_input"),
             move |Lab { cuda, x: [z, d, passed], w: [w, b], p, y: [dz, tokens], s: [s, _], .. }| {
-                let first = Some(FirstGradient { weight: w, inputs: STAGES[0].1, tokens });
+                let first = Some(FirstGradient { weight: w, inputs: STAGES[0].1, tokens: Some(tokens), sum: None });
+                cuda.classify_backward_input(pass(z, p, w, b, drop, rows), passed, d, (p, rows), s, dz, first);
+            },
+        ),
+        plain(
+            name("classify_backward_tokens_all"),
+            move |Lab { cuda, x: [z, tokens, passed], w: [w, b], p, y: [dz, to], dw: [d, _], s: [s, dw], .. }| {
+                let sum = Some((&*tokens, dw));
+                let first = Some(FirstGradient { weight: w, inputs: STAGES[0].1, tokens: Some(to), sum });
                 cuda.classify_backward_input(pass(z, p, w, b, drop, rows), passed, d, (p, rows), s, dz, first);
             },
         ),

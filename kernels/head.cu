@@ -951,6 +951,20 @@ KERNEL(THREADS) classify_backward_input(const bf16* z /* (rows, channels) */, co
     }
 }
 
+// A channel's way from the logits' gradients to dz: what each of them counts, the constant and what z counts.
+__device__ __forceinline__ float4 way_back(const float* stats, const float* gamma, float kept, const bf16* w,
+                                           const float* total, float share, int channels, int c) {
+    float scale = stats[channels + c], slope = scale * gamma[c];
+    float linear = slope * share * total[channels + c] * scale, constant = slope * share * total[c] - linear * stats[c];
+    float low = slope * kept * __bfloat162float(w[c]), high = slope * kept * __bfloat162float(w[channels + c]);
+    return {low, high, constant, linear};
+}
+
+__device__ __forceinline__ float back_to(float z, const float4& way, float low, float high, bool passed) {
+    float back = passed ? low * way.x + high * way.y : 0.0f;
+    return back - (way.z + way.w * z);
+}
+
 // The same, and the gradient of the first stage's tokens, dz · first, for which dz is not read again. Channels are a multiple of
 // 32, up to 256. A warp takes 16 rows at a time, `each` times, in the order for 16-byte access (mma.cuh).
 // Grid: ceil(rows / (16·THREADS / 32·each)).
@@ -964,15 +978,12 @@ KERNEL(THREADS, 3) classify_backward_tokens(
     // Channels whose weights are square.
     constexpr int SLICE = FIRST, SLICES = 256 / SLICE, TALL = 16;
     SHARED(Square<FIRST>, weights, [SLICES]);
-    // Per channel: what the logits' gradients count, the constant and what z counts; what lanes read together side by side.
-    SHARED(float4, factors, [SLICES * SLICE]);
+    // Per channel; what lanes read together side by side.
+    SHARED(float4, ways, [SLICES * SLICE]);
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, slices = channels / SLICE;
     for (int s = 0; s < slices; s++) weights[s].copy(first + s * SLICE * FIRST, FIRST, threadIdx.x, THREADS);
     for (int c = threadIdx.x; c < channels; c += THREADS) {
-        float scale = stats[channels + c], slope = scale * gamma[c];
-        float linear = slope * share * total[channels + c] * scale, constant = slope * share * total[c] - linear * stats[c];
-        float low = slope * kept * __bfloat162float(w[c]), high = slope * kept * __bfloat162float(w[channels + c]);
-        factors[(c / SLICE * 8 + c % 8) * 4 + c % SLICE / 8] = {low, high, constant, linear};
+        ways[(c / SLICE * 8 + c % 8) * 4 + c % SLICE / 8] = way_back(stats, gamma, kept, w, total, share, channels, c);
     }
     copies_done();
     __syncthreads();
@@ -998,10 +1009,9 @@ KERNEL(THREADS, 3) classify_backward_tokens(
         for (int s = 0; s < slices; s++) {
             Pack<8> p[2] = {widen<8>(ahead[0]), widen<8>(ahead[1])};
             for (int i = 0; i < 8; i++) {
-                float4 factor = factors[(s * 8 + i) * 4 + t];
+                float4 way = ways[(s * 8 + i) * 4 + t];
                 for (int half = 0; half < 2; half++) {
-                    float back = bits[half] >> i & 1 ? d[half][0] * factor.x + d[half][1] * factor.y : 0.0f;
-                    p[half].x[i] = back - (factor.z + factor.w * p[half].x[i]);
+                    p[half].x[i] = back_to(p[half].x[i], way, d[half][0], d[half][1], bits[half] >> i & 1);
                 }
             }
             unsigned a[2][4];
@@ -1018,6 +1028,163 @@ KERNEL(THREADS, 3) classify_backward_tokens(
             for (int i = 0; i < 8; i++) own[i] = sums[i / 2][half * 2 + i % 2];
             if (start + half * 8 + g >= rows) continue;
             *reinterpret_cast<uint4*>(dtokens + row(half) * FIRST + t * 8) = words_of(own);
+        }
+    }
+}
+
+// Rows of a tile, and pieces of 8 channels of a row, of the most channels.
+constexpr int BACK_TALL = 32, BACK_PIECES = 256 / 8;
+
+// What a block has of a tile.
+struct Back {
+    Aligned dz[BACK_TALL * BACK_PIECES];
+    Turned<FIRST> tokens[BACK_TALL];
+    unsigned char passed[BACK_TALL][BACK_PIECES];
+    unsigned dlogits[BACK_TALL];
+
+    // The same piece of eight rows is in different banks.
+    __device__ __forceinline__ bf16* piece(int row, int piece) { return dz[row * BACK_PIECES + (piece ^ row % 8)].at; }
+};
+
+// The same, and the gradient of the first stage's weight, dzᵀ · tokens, for which dz is not read again either. One product sums
+// over channels, the other over rows, so tiles of dz go through shared memory: of the tokens' gradient, a warp makes 16 rows
+// and 8 columns of each tile, with its part of `first` in registers, and of the weight's it owns 32 channels, over all tiles of
+// the block. What a tile is made of is under way while the one before is multiplied, and two places take turns, so that one
+// barrier a tile is enough. Of fewer than 256 channels, the missing ones are zeros.
+//
+// A fixed number of blocks share the tiles: they leave few partial sums, and the same on every GPU. Grid: any number of blocks,
+// no more than there are tiles.
+KERNEL(THREADS, 2) classify_backward_tokens_all(
+    const bf16* __restrict__ z /* (rows, channels) */, const float* __restrict__ stats /* (2, channels) */,
+    const float* __restrict__ gamma /* (channels) */, const unsigned char* __restrict__ passed /* (rows, channels / 8) */,
+    float kept, const bf16* __restrict__ w /* (2, channels) */, const bf16* __restrict__ dlogits /* (rows, 2) */,
+    const float* __restrict__ total /* (2, channels) */, float share, const bf16* __restrict__ first /* (channels, 32) */,
+    const bf16* __restrict__ tokens /* (rows, 32) */, int rows, int channels, bf16* __restrict__ dz /* (rows, channels) */,
+    bf16* __restrict__ dtokens /* (rows, 32) */, float* __restrict__ partial /* (blocks, channels, 32) */) {
+    // Pieces of a thread, one in every so many rows.
+    constexpr int TALL = BACK_TALL, EACH = TALL * BACK_PIECES / THREADS, APART = TALL / EACH, SLICES = BACK_PIECES * 8 / FIRST;
+    SHARED(Back, rooms, [2]);
+    // Per channel; the first channels of all pieces side by side, then the second ones.
+    SHARED(float4, ways, [8][BACK_PIECES]);
+    int pieces = channels / 8;
+    // Made anew for each tile, which is cheaper than to keep all that follows from it.
+    auto own = [] { return opaque(threadIdx.x); };
+    unsigned ahead[EACH][4];
+    auto read = [&](int start) {
+        int lane = own() % 32, warp = own() / 32;
+        for (int k = 0; k < EACH; k++) {
+            int row = start + warp + k * APART;
+            uint4 raw = {0, 0, 0, 0};
+            if (lane < pieces && row < rows) raw = fetch<8>(z + (size_t(row) * pieces + lane) * 8);
+            ahead[k][0] = raw.x;
+            ahead[k][1] = raw.y;
+            ahead[k][2] = raw.z;
+            ahead[k][3] = raw.w;
+        }
+    };
+    // Tokens past the last one are zeros: what stands for dz there does not count.
+    auto copy_tokens = [&](Back& to, int start) {
+        unsigned thread = own();
+        int row = thread / 4, part = thread % 4;
+        if (row >= TALL) return;
+        bool exists = start + row < rows;
+        copy_async<16>(turned(to.tokens, row, part), tokens + size_t(start + row) * FIRST + part * 8, exists ? 16 : 0);
+    };
+    auto copy_gradients = [&](Back& to, int start) {
+        unsigned thread = own();
+        int row = thread / 8, piece = thread % 8 * 4;
+        size_t at = start + row;
+        int bytes = start + row < rows ? 4 : 0;
+        if (piece < pieces) copy_async<4>(&to.passed[row][piece], passed + at * pieces + piece, bytes);
+        if (piece == 0) copy_async<4>(&to.dlogits[row], dlogits + at * CLASSES, bytes);
+    };
+
+    int c = threadIdx.x, start = blockIdx.x * TALL, stride = gridDim.x * TALL, odd = 0;
+    // `first` passes through the place of a tile.
+    for (int i = c; i < channels * FIRST / 8; i += THREADS) copy_async<16>(&rooms[0].dz[i], first + i * 8, 16);
+    copy_tokens(rooms[0], start);
+    copy_gradients(rooms[0], start);
+    copy_gradients(rooms[1], start + stride);
+    read(start);
+    float4 way = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (c < channels) way = way_back(stats, gamma, kept, w, total, share, channels, c);
+    ways[c % 8][c / 8] = way;
+    copies_done();
+    __syncthreads();
+    unsigned weights[SLICES][4] = {};
+    for (int s = 0; s < SLICES; s++) {
+        int row = s * 32 + c % 32;
+        if (s * 32 < channels) load_matrices<true>(rooms[0].dz[row * (FIRST / 8) + c / 64].at, weights[s]);
+    }
+    __syncthreads();
+
+    float sums[2][FIRST / 8][4] = {};
+#pragma unroll 1
+    for (; start < rows; start += stride, odd ^= 1) {
+        Back& room = rooms[odd];
+        int lane = own() % 32, warp = own() / 32;
+        // A byte of each row.
+        unsigned bits = 0, d[EACH];
+        for (int k = 0; k < EACH; k++) {
+            bits |= unsigned(room.passed[warp + k * APART][lane]) << 8 * k;
+            d[k] = room.dlogits[warp + k * APART];
+        }
+        for (int i = 0; i < 4; i++) {
+            float4 low = ways[2 * i][lane], high = ways[2 * i + 1][lane];
+            for (int k = 0; k < EACH; k++) {
+                float2 x = widen(ahead[k][i]), both = widen(d[k]);
+                x.x = back_to(x.x, low, both.x, both.y, bits >> (8 * k + 2 * i) & 1);
+                x.y = back_to(x.y, high, both.x, both.y, bits >> (8 * k + 2 * i + 1) & 1);
+                ahead[k][i] = pair_of(x.x, x.y);
+            }
+        }
+        for (int k = 0; k < EACH; k++) {
+            int row = warp + k * APART;
+            uint4 raw = {ahead[k][0], ahead[k][1], ahead[k][2], ahead[k][3]};
+            *reinterpret_cast<uint4*>(room.piece(row, lane)) = raw;
+            row += start;
+            if (lane < pieces && row < rows) *reinterpret_cast<uint4*>(dz + (size_t(row) * pieces + lane) * 8) = raw;
+        }
+        read(start + stride);
+        copies_done();
+        // The tile is there, and all are done with the one before.
+        __syncthreads();
+        copy_tokens(rooms[odd ^ 1], start + stride);
+        copy_gradients(room, start + 2 * stride);
+
+        int tall = warp % 2 * 16, column = warp / 2 * 8;
+        float product[4] = {};
+        for (int s = 0; s < SLICES; s++) {
+            for (int h = 0; h < 2; h++) {
+                unsigned a[4];
+                load_matrices<false>(room.piece(tall + lane % 16, 4 * s + 2 * h + lane / 16), a);
+                mma(product, a, weights[s][2 * h], weights[s][2 * h + 1]);
+            }
+        }
+        for (int half = 0; half < 2; half++) {
+            int row = start + tall + half * 8 + lane / 4;
+            unsigned* to = reinterpret_cast<unsigned*>(dtokens + size_t(row) * FIRST + column + lane % 4 * 2);
+            if (row < rows) *to = pair_of(product[2 * half], product[2 * half + 1]);
+        }
+        for (int k = 0; k < TALL; k += 16) {
+            unsigned a[2][4], b[2][4];
+            for (int i = 0; i < 2; i++) {
+                load_matrices<true>(room.piece(k + lane / 16 * 8 + lane % 8, 4 * warp + 2 * i + lane / 8 % 2), a[i]);
+                along(room.tokens, k, 16 * i, b[i]);
+            }
+            for (int i = 0; i < 2; i++) {
+                for (int n = 0; n < FIRST / 8; n++) mma(sums[i][n], a[i], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+            }
+        }
+    }
+    copies_done();
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (warp * FIRST >= channels) return;
+    for (int i = 0; i < 4; i++) {
+        float* to = partial + (size_t(blockIdx.x) * channels + warp * 32 + i * 8 + lane / 4) * FIRST + lane % 4 * 2;
+        for (int n = 0; n < FIRST / 8; n++) {
+            const float* pair = sums[i / 2][n] + i % 2 * 2;
+            *reinterpret_cast<float2*>(to + n * 8) = float2{pair[0], pair[1]};
         }
     }
 }

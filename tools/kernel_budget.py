@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,13 +78,16 @@ def machine_code(nvdisasm, cubin):
 def measure(nvcc, nvdisasm):
     """{(architecture, kernel): row} and the faults that no budget allows."""
     rows, faults = {}, []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         ptx = Path(folder) / "kernels.ptx"
-        run(nvcc, "-ptx", "-arch=compute_80", "-o", ptx)
+        cubins = {arch: Path(folder) / f"{arch}.cubin" for arch in LIMITS}
+        made = pool.submit(run, nvcc, "-ptx", "-arch=compute_80", "-o", ptx)
+        compile_for = lambda arch: run(nvcc, "-cubin", f"-arch={arch}", "-Xptxas", "-v", "-o", cubins[arch])
+        logs = dict(zip(LIMITS, pool.map(compile_for, LIMITS)))
+        made.result()
         bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", ptx.read_text(), re.S))
-        for arch in LIMITS:
-            cubin = Path(folder) / "kernels.cubin"
-            log = run(nvcc, "-cubin", f"-arch={arch}", "-Xptxas", "-v", "-o", cubin)
+        for arch, cubin in cubins.items():
+            log = logs[arch]
             code = machine_code(nvdisasm, cubin)
             for part in log.split("Compiling entry function '")[1:]:
                 name = part.split("'")[0]

@@ -848,15 +848,22 @@ pub struct FirstGradient<'a, B: Memory> {
     pub weight: &'a B::Act,
     /// Channels of the stage.
     pub inputs: usize,
-    /// Receives the tokens' gradient, `dz·weight`, `(rows, inputs)`.
-    pub tokens: &'a mut B::Act,
+    /// Receives the tokens' gradient, `dz·weight`, `(rows, inputs)`, if that is wanted.
+    pub tokens: Option<&'a mut B::Act>,
+    /// Tokens `(rows, inputs)`, and what the weight's gradient, `dzᵀ·tokens`, is added to, if that is wanted.
+    pub sum: Option<(&'a B::Act, &'a mut B::Full)>,
 }
 
 impl<B: Linear> FirstGradient<'_, B> {
     /// Of dz `(rows, channels)`.
     pub(super) fn multiply(self, backend: &B, rows: usize, channels: usize, dz: &B::Act) {
         let product = Product { rows, inputs: self.inputs, outputs: channels };
-        backend.linear_backward_input(dz, self.weight, product, self.tokens, false);
+        if let Some(dtokens) = self.tokens {
+            backend.linear_backward_input(dz, self.weight, product, dtokens, false);
+        }
+        if let Some((tokens, dw)) = self.sum {
+            backend.linear_backward_weight(dz, tokens, product, dw);
+        }
     }
 }
 

@@ -241,11 +241,13 @@ impl Decoder {
         let DecoderActs { z, passed, dlogits, sums, .. } = acts;
         let head = self.head(pass, stats, grid, z);
         let folded = &self.folded[0];
-        let joint = self.reached[0] && folded.side.is_none();
+        // The way back to the first stage is made with dz, unless a separate path runs beside its product.
+        let joint = folded.side.is_none();
         let first = joint.then(|| FirstGradient {
             weight: folded.operands(pass).0,
             inputs: folded.inputs,
-            tokens: &mut out_gradients[0],
+            tokens: self.reached[0].then_some(&mut out_gradients[0]),
+            sum: gradients.get_mut(folded.weight).map(|dw| (&stages[0].out, dw)),
         });
         backend.classify_backward_input(head, passed, dlogits, (total, batch_rows), sums, dz, first);
         // Stages whose gradient nobody wants are left out, from the first on: what is trained lies in one piece.
@@ -265,13 +267,16 @@ impl Decoder {
         for (i, dy) in (skipped..stages.len()).zip(gradients_of) {
             let (folded, stage) = (&self.folded[i], &stages[i]);
             let stage_rows = stage.grid.rows();
-            if folded.trains(gradients) {
-                folded.backward_weights(pass, &stage.out, dy, stage_rows, gradients, side);
-            }
             if let Some(db) = folded.bias.and_then(|id| gradients.get_mut(id)) {
                 backend.shift_gradient(dy, stage_rows, self.width, db);
             }
-            if self.reached[i] && !(joint && i == 0) {
+            if i == 0 && joint {
+                continue;
+            }
+            if folded.trains(gradients) {
+                folded.backward_weights(pass, &stage.out, dy, stage_rows, gradients, side);
+            }
+            if self.reached[i] {
                 folded.backward_input(pass, dy, stage_rows, &mut out_gradients[i], false, side);
             }
         }

@@ -607,7 +607,7 @@ case!(
         (3, 2, 33, 600, 0.4, false),
         (2, 2, 290, 97, 0.0, true),
         // Several tiles of queries to a block.
-        (1024, 1, 257, 3, 0.4, true),
+        (1024, 1, 129, 3, 0.4, true),
     ]
 );
 
@@ -768,38 +768,47 @@ case!(
             if sums_expansion { MixFfnExpansion::Summed { normed: &normed, dw } } else { MixFfnExpansion::Product(dh) }
         });
         run(&mut dx, drop, MixFfnParts { sums: None, contract: None, expand: None });
-        run(&mut dx_sums, None, MixFfnParts { sums: Some(sums_alone.each_mut()), contract: None, expand: None });
         let parts = MixFfnParts { sums: Some(sums.each_mut()), contract: Some(&mut dw2), expand: Some(all) };
         run(&mut dx_all, drop, parts);
-        run(&mut dx_expand, None, MixFfnParts { sums: None, contract: None, expand: Some(alone) });
-        run(&mut dx_contract, None, MixFfnParts { sums: None, contract: Some(&mut dw2_alone), expand: None });
-        let mut outputs = if sums_expansion {
+        // Which of the sums are wanted is no matter of the size.
+        let each_alone = grid.rows() <= 256;
+        if each_alone {
+            run(&mut dx_sums, None, MixFfnParts { sums: Some(sums_alone.each_mut()), contract: None, expand: None });
+            run(&mut dx_expand, None, MixFfnParts { sums: None, contract: None, expand: Some(alone) });
+            run(&mut dx_contract, None, MixFfnParts { sums: None, contract: Some(&mut dw2_alone), expand: None });
+        }
+        let of_expansion = |name, dw, dh| match sums_expansion {
             // From dh, which is rounded twice.
-            let sum = |name, dw| Output { summed: 2.0, ..lab.read_full(name, dw, channels * hidden) };
-            vec![sum("dw1", &dw1), sum("dw1 alone", &dw1_alone)]
-        } else {
-            vec![lab.read("dh", &dh_all, wide, 1.0, 1.0), lab.read("dh alone", &dh_alone, wide, 1.0, 1.0)]
+            true => Output { summed: 2.0, ..lab.read_full(name, dw, channels * hidden) },
+            false => lab.read(name, dh, wide, 1.0, 1.0),
         };
         let [dw, db, shift] = &sums;
         let [dw_alone, db_alone, shift_alone] = &sums_alone;
         // The gradient behind the GELU is rounded; dh and dw are summed from that before it, which is rounded too, and dx from
         // dh, half of its sums waiting rounded where channels are many; dw2 from g, which is rounded.
         let dx_of = |name, dx| lab.read(name, dx, n, if channels > 32 { 2.0 } else { 1.0 }, 1.0);
-        outputs.extend([
+        let sum = |name, full, n, summed| Output { summed, ..lab.read_full(name, full, n) };
+        let mut outputs = vec![
             dx_of("dx", &dx),
             dx_of("dx with all", &dx_all),
-            dx_of("dx with dw1", &dx_expand),
-            dx_of("dx with dw2", &dx_contract),
-            dx_of("dx with sums", &dx_sums),
-            Output { summed: 1.0, ..lab.read_full("dw2", &dw2, channels * hidden) },
-            Output { summed: 1.0, ..lab.read_full("dw2 alone", &dw2_alone, channels * hidden) },
-            Output { summed: 1.0, ..lab.read_full("dw", dw, 9 * hidden) },
-            Output { summed: 1.0, ..lab.read_full("dw alone", dw_alone, 9 * hidden) },
-            Output { summed: 1.0, ..lab.read_full("db", db, hidden) },
-            Output { summed: 1.0, ..lab.read_full("db alone", db_alone, hidden) },
-            Output { summed: 4.0, ..lab.read_full("shift", shift, hidden) },
-            Output { summed: 4.0, ..lab.read_full("shift alone", shift_alone, hidden) },
-        ]);
+            of_expansion("of dw1", &dw1, &dh_all),
+            sum("dw2", &dw2, channels * hidden, 1.0),
+            sum("dw", dw, 9 * hidden, 1.0),
+            sum("db", db, hidden, 1.0),
+            sum("shift", shift, hidden, 4.0),
+        ];
+        if each_alone {
+            outputs.extend([
+                dx_of("dx with dw1", &dx_expand),
+                dx_of("dx with dw2", &dx_contract),
+                dx_of("dx with sums", &dx_sums),
+                of_expansion("of dw1 alone", &dw1_alone, &dh_alone),
+                sum("dw2 alone", &dw2_alone, channels * hidden, 1.0),
+                sum("dw alone", dw_alone, 9 * hidden, 1.0),
+                sum("db alone", db_alone, hidden, 1.0),
+                sum("shift alone", shift_alone, hidden, 4.0),
+            ]);
+        }
         outputs
     },
     [
@@ -1353,32 +1362,43 @@ case!(
         b.classify(head, &mut room, &mut passed, &mut logits);
         b.classify_backward(head, &passed, &dlogits, &mut room, Some(&mut dw), &mut sums);
         b.classify_backward_input(head, &passed, &dlogits, (&total, 3 * rows), &mut again, &mut dz, None);
-        // As wide as a fused kernel takes it, and not.
-        let (first, mut dz_first) = (lab.act(channels * 32, 16), lab.act(n, 14));
-        let [mut wide, mut narrow] = [(32, 17), (20, 18)].map(|(inputs, site)| lab.act(rows * inputs, site));
-        for (inputs, tokens) in [(20, &mut narrow), (32, &mut wide)] {
-            let first = Some(FirstGradient { weight: &first, inputs, tokens });
-            b.classify_backward_input(head, &passed, &dlogits, (&total, 3 * rows), &mut again, &mut dz_first, first);
-        }
         // Where the classifier is not fused, activations and their gradients are rounded on the way.
         let fused = labels == 2 && channels <= 256 && channels % 8 == 0 && (channels / 8).is_power_of_two();
         let plain = if fused { 0.0 } else { 1.0 };
         let full = |name, full, n| Output { name, values: b.scalars(full, n), own: 0.0, summed: plain };
-        vec![
+        let mut outputs = vec![
             lab.read("logits", &logits, rows * labels, 1.0, 2.0 * plain),
             lab.read("logits alone", &silent, rows * labels, 1.0, 2.0 * plain),
             full("dw", &dw, labels * channels),
             full("sums", &sums, 2 * channels),
             lab.read("dz", &dz, n, 1.0, 2.0 * plain),
-            lab.read("dz with tokens", &dz_first, n, 1.0, 2.0 * plain),
-            lab.read("tokens", &wide, rows * 32, 1.0, 1.0 + 2.0 * plain),
-            lab.read("few tokens", &narrow, rows * 20, 1.0, 1.0 + 2.0 * plain),
-        ]
+        ];
+        // A first stage as wide as fused kernels take it, and not, of whose tokens and weight one gradient is wanted, or both.
+        let (weight, tokens) = (lab.act(channels * 32, 16), lab.act(rows * 32, 17));
+        for (inputs, of_tokens, of_weight) in [(20, true, true), (32, true, false), (32, false, true), (32, true, true)]
+        {
+            let (mut dz, mut to, mut dw) =
+                (lab.act(n, 14), lab.act(rows * inputs, 18), lab.full(channels * inputs, 19));
+            let (to_tokens, sum) = (of_tokens.then_some(&mut to), of_weight.then_some((&tokens, &mut dw)));
+            let first = Some(FirstGradient { weight: &weight, inputs, tokens: to_tokens, sum });
+            b.classify_backward_input(head, &passed, &dlogits, (&total, 3 * rows), &mut again, &mut dz, first);
+            outputs.extend([
+                lab.read("dz with the first stage", &dz, n, 1.0, 2.0 * plain),
+                lab.read("tokens", &to, rows * inputs, 1.0, 1.0 + 2.0 * plain),
+                // Sums of dz, which is rounded.
+                Output { summed: 1.0 + 2.0 * plain, ..lab.read_full("dw of the first stage", &dw, channels * inputs) },
+            ]);
+        }
+        outputs
     },
     [
         (70, 32, 2, 0.1),
         (301, 256, 2, 0.1),
         (530, 128, 2, 0.0),
+        // Of a tile of all gradients, of fewer rows; of more tiles than blocks take at once.
+        (32, 64, 2, 0.1),
+        (27, 256, 2, 0.1),
+        (17_000, 32, 2, 0.1),
         (5, 8, 2, 0.0),
         (33, 24, 2, 0.2),
         (20, 64, 3, 0.1),

@@ -28,6 +28,9 @@ const TOTALS: (usize, usize) = (1024, 8);
 const EACH: (usize, usize, usize) = (16, 8, 4);
 /// Rows of a tile of all warps of a block of `classify_backward_tokens`.
 const BACK_ROWS: usize = 16 * THREADS / 32;
+/// Rows of a tile of `classify_backward_tokens_all`, and the blocks that share the tiles, at most: two for each multiprocessor
+/// of an H100. A fixed number, so that sums do not depend on the device.
+const ALL: (usize, usize) = (32, 264);
 
 /// Whether the fused kernels serve these sizes.
 fn fuses(channels: usize, labels: usize) -> bool {
@@ -293,18 +296,36 @@ impl<D: Device> Head for Cuda<D> {
             classifier.weight.at(2 * channels),
         ]);
         arguments.extend([dlogits.at(2 * rows), total.at(2 * channels), share]);
-        let joins = channels.is_multiple_of(TILE.1) && self.joins(Joint::ClassifyBackwardTokens);
-        let takes = |inputs| inputs == FIRST && joins;
-        if let Some(FirstGradient { weight, inputs, tokens }) = first.take_if(|first| takes(first.inputs)) {
-            arguments.push(weight.at(channels * inputs));
-            arguments.extend([rows, channels, EACH.2].map(Argument::from));
-            arguments.extend([dz.to(rows * channels), tokens.to(rows * inputs)]);
-            let blocks = [rows.div_ceil(BACK_ROWS * EACH.2), 1, 1];
-            return self.launch_blocks("classify_backward_tokens", blocks, THREADS, &arguments);
+        // What a kernel makes with dz is taken from `first`; what is left are products.
+        let takes = channels.is_multiple_of(TILE.1) && self.joins(Joint::ClassifyBackwardTokens);
+        let joint = first.as_mut().filter(|first| takes && first.inputs == FIRST).and_then(|first| {
+            let dtokens = first.tokens.take()?;
+            let sum = first.sum.take_if(|_| self.joins(Joint::ClassifyBackwardTokensAll));
+            Some((first.weight.at(channels * FIRST), dtokens.to(rows * FIRST), sum))
+        });
+        match joint {
+            None => {
+                arguments.extend([rows, channels, EACH.1].map(Argument::from));
+                arguments.push(dz.to(rows * channels));
+                self.launch("classify_backward_input", rows.div_ceil(EACH.1) * channels / 8, &arguments);
+            }
+            Some((weight, dtokens, None)) => {
+                arguments.extend([weight, rows.into(), channels.into(), EACH.2.into()]);
+                arguments.extend([dz.to(rows * channels), dtokens]);
+                let blocks = [rows.div_ceil(BACK_ROWS * EACH.2), 1, 1];
+                self.launch_blocks("classify_backward_tokens", blocks, THREADS, &arguments);
+            }
+            Some((weight, dtokens, Some((tokens, dw)))) => {
+                let blocks = rows.div_ceil(ALL.0).min(ALL.1);
+                let sums = blocks * channels * FIRST;
+                let partial = self.scratch(sums);
+                arguments.extend([weight, tokens.at(rows * FIRST), rows.into(), channels.into()]);
+                arguments.extend([dz.to(rows * channels), dtokens, Argument::partial(partial, sums)]);
+                self.launch_blocks("classify_backward_tokens_all", [blocks, 1, 1], THREADS, &arguments);
+                let to = ColumnSums { kinds: FIRST, to: dw.both(channels * FIRST), add: true };
+                self.sum_partials((partial, blocks, channels), FIRST, &[to]);
+            }
         }
-        arguments.extend([rows, channels, EACH.1].map(Argument::from));
-        arguments.push(dz.to(rows * channels));
-        self.launch("classify_backward_input", rows.div_ceil(EACH.1) * channels / 8, &arguments);
         if let Some(first) = first {
             first.multiply(self, rows, channels, dz);
         }

@@ -34,11 +34,13 @@ pub enum Joint {
     ClassifyStages,
     /// The gradient of the first stage's tokens where that of the joined stages is made.
     ClassifyBackwardTokens,
+    /// That of the first stage's weight there, too.
+    ClassifyBackwardTokensAll,
 }
 
 impl Joint {
     /// All there are.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::EmbedPixels,
         Self::EmbedTokens,
         Self::EmbedTokensBackward,
@@ -54,6 +56,7 @@ impl Joint {
         Self::JoinTokens,
         Self::ClassifyStages,
         Self::ClassifyBackwardTokens,
+        Self::ClassifyBackwardTokensAll,
     ];
 
     /// The kernel's name, without its channels.
@@ -74,6 +77,7 @@ impl Joint {
             Self::JoinTokens => "join_tokens",
             Self::ClassifyStages => "classify_stages",
             Self::ClassifyBackwardTokens => "classify_backward_tokens",
+            Self::ClassifyBackwardTokensAll => "classify_backward_tokens_all",
         }
     }
 }
