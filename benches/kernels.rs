@@ -16,8 +16,8 @@ use segpeft_native::backend::{
     Attention, AttentionBranch, AttentionInput, AttentionInputs, AttentionOutput, AttentionOutputs, AttentionShape,
     AttentionWeights, BatchNormView, Classifier, Convolution, ConvolutionNorm, Deltas, Depthwise, Dropout, EmbedPixels,
     FfnOutputs, FfnWeights, FirstGradient, FirstStage, Grid, Head, HeadPass, InFront, LayerNorm, Linear, Loss, Memory,
-    MixFfn, MixFfnBackward, MixFfnExpansion, MixFfnParts, MixFfnWeights, Patches, Product, Residual, Resize, Sample,
-    Window,
+    MixFfn, MixFfnBackward, MixFfnExpansion, MixFfnParts, MixFfnWeights, NextNorm, Patches, Product, Residual, Resize,
+    Sample, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -315,7 +315,8 @@ fn blocks(batch: usize) -> Vec<Case> {
             ));
         }
 
-        // The sequence reduction and the embedding of the next stage, each with its LayerNorm, in evaluation.
+        // The sequence reduction and the embedding of the next stage, each with its LayerNorm, the latter with the one behind, in
+        // evaluation.
         let reduces = Window { side: reduction, stride: reduction, padding: 0 };
         let mut convolutions = vec![("reduce_tokens", reduces, c)];
         convolutions.extend(STAGES.get(i + 1).map(|next| ("embed_tokens", OVERLAPPING, next.1)));
@@ -328,10 +329,11 @@ fn blocks(batch: usize) -> Vec<Case> {
             cases.push(case(
                 format!("{what} {} {made}x{outputs}", i + 1),
                 2 * made * window.side * window.side * c * outputs,
-                move |Lab { cuda, x: [x, ..], w: [weight, bias], p, y: [y, _], .. }| {
+                move |Lab { cuda, x: [x, ..], w: [weight, bias], p, y: [y, out], s: [stats, _], .. }| {
                     let (bias, norm) = (Some(&*bias), (&*p, &*p));
+                    let next = (window == OVERLAPPING).then_some(NextNorm { norm, out, stats });
                     let convolution = ConvolutionNorm { window, weight, bias, norm, inputs: c, outputs };
-                    cuda.convolution_norm(x, g, &convolution, y, None);
+                    cuda.convolution_norm(x, g, &convolution, y, None, next);
                 },
             ));
         }
@@ -600,8 +602,9 @@ fn head(batch: usize) -> Vec<Case> {
         }),
         plain(
             format!("embed_pixels {batch}x{SIZE}x{SIZE}"),
-            move |Lab { cuda, w: [w, bias], p, y: [y, _], samples, .. }| {
-                cuda.embed_pixels(samples, SIZE, PIXELS, (w, Some(bias)), (p, p), STAGES[0].1, y, None);
+            move |Lab { cuda, w: [w, bias], p, y: [y, out], s: [stats, _], samples, .. }| {
+                let next = Some(NextNorm { norm: (p, p), out, stats });
+                cuda.embed_pixels(samples, SIZE, PIXELS, (w, Some(bias)), (p, p), STAGES[0].1, y, None, next);
             },
         ),
         plain(

@@ -4,6 +4,7 @@
 #include "common.cuh"
 #include "gelu.cuh"
 #include "interpolate.cuh"
+#include "layer_norm.cuh"
 #include "mma.cuh"
 #include "square_gradient.cuh"
 #include "tables.cuh"

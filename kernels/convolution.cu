@@ -1,12 +1,12 @@
 // Convolutions over tokens with the LayerNorm behind, without gathered patches: the sequence reductions, whose windows share no
-// token, and the overlapping patch embeddings; the way back through these to their input, and through both to their weights.
-// The convolution's weights are (outputs, side², inputs).
+// token, and the overlapping patch embeddings, whose outputs may be normalised once more, for attention; the way back through
+// these to their input, and through both to their weights. The convolution's weights are (outputs, side², inputs).
 #include "common.cuh"
+#include "layer_norm.cuh"
 #include "mma.cuh"
 #include "windows.cuh"
 
 constexpr int TILE = 16;
-constexpr float EPSILON = 1e-5f;
 
 // ---- the sequence reduction
 //
@@ -117,7 +117,7 @@ __device__ __forceinline__ void embed(const bf16* __restrict__ tokens, const bf1
                                       const bf16* __restrict__ bias, const float* __restrict__ gamma,
                                       const float* __restrict__ beta, int height, int width, int out_height,
                                       int out_width, int rows, bf16* __restrict__ raw, bf16* __restrict__ y,
-                                      float* __restrict__ stats) {
+                                      float* __restrict__ stats, const NextNorm& next) {
     constexpr int BLOCK = 32 * LINES * COLUMNS, TALL = TILE * LINES, OWN = OUT / COLUMNS, GROUPS = OWN / 32;
     constexpr int CHUNKS = SIDE * SIDE * IN / CHUNK, PIECES = CHUNK / 8;
     // Rows of a chunk that a block copies at a time.
@@ -126,7 +126,6 @@ __device__ __forceinline__ void embed(const bf16* __restrict__ tokens, const bf1
     static_assert(AT_ONCE % 32 == 0, "whole groups of outputs");
     SHARED(Turned<CHUNK>, windows, [RING][TALL]);
     SHARED(Turned<CHUNK>, weights, [RING][OUT]);
-    SHARED(float, sums, [2][COLUMNS][TALL]);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int line = warp / COLUMNS, column = warp % COLUMNS, start = blockIdx.x * TALL;
 
@@ -183,79 +182,89 @@ __device__ __forceinline__ void embed(const bf16* __restrict__ tokens, const bf1
 
     // A lane's channels of group n: 8 from here on.
     auto channel = [&](int n) { return column * OWN + n * 32 + t * 8; };
-    int own[2] = {start + line * TILE + g, start + line * TILE + g + 8};
-    auto value = [&](int half, int n, int i) -> float& { return d[4 * n + i / 2][2 * half + i % 2]; };
-    // The sum over a row's channels of what its lanes have.
-    auto row_sum = [&](int kind, int half, float x) {
-        x = group_sum(x, 4);
-        if constexpr (COLUMNS == 1) return x;
-        int row = line * TILE + g + 8 * half;
-        if (t == 0) sums[kind][column][row] = x;
-        __syncthreads();
-        float total = 0;
-        for (int c = 0; c < COLUMNS; c++) total += sums[kind][c][row];
-        return total;
+    // What warps that share rows exchange, where weights were.
+    typedef float4 Sums[COLUMNS][LINES * 8][4];
+    Sums* sums = reinterpret_cast<Sums*>(weights);
+    static_assert(COLUMNS == 1 || (COLUMNS == 2 && GROUPS == 4 && 2 * sizeof(Sums) <= sizeof(weights)), "one other warp");
+    int turn = 0;
+    auto join = [&](float (&parts)[GROUPS]) {
+        if constexpr (COLUMNS == 2) {
+            sums[turn][column][line * 8 + g][t] = {parts[0], parts[1], parts[2], parts[3]};
+            // Who has come to this one has read the turn before, whose place the next takes.
+            __syncthreads();
+            float4 other = sums[turn][1 - column][line * 8 + g][t];
+            turn = 1 - turn;
+            parts[0] += other.x;
+            parts[1] += other.y;
+            parts[2] += other.z;
+            parts[3] += other.w;
+        }
     };
+    // All have read the last chunk.
+    if (COLUMNS > 1) __syncthreads();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float sum = 0, square = 0;
+        int own = start + line * TILE + g + 8 * half;
+        bool exists = own < rows;
+        float x[8 * GROUPS];
+        // What is normalised, here and behind, is what is stored.
+        auto put = [&](int n, const Pack<8>& p, bf16* to) {
+            uint4 words = words_of(p.x);
+            if (exists && to != nullptr) *reinterpret_cast<uint4*>(to + (size_t(own) * OUT + channel(n))) = words;
+            Pack<8> rounded = widen<8>(words);
+            for (int i = 0; i < 8; i++) x[8 * n + i] = rounded.x[i];
+        };
+        auto normalise = [&](const float* gamma, const float* beta, bf16* to, float* stats) {
+            float2 own_stats = centre<OUT, 4>(x, join);
+            for (int n = 0; n < GROUPS; n++) {
+                Pack<8> p, slope = load<8>(gamma + channel(n)), offset = load<8>(beta + channel(n));
+                for (int i = 0; i < 8; i++) p.x[i] = x[8 * n + i] * own_stats.y * slope.x[i] + offset.x[i];
+                put(n, p, to);
+            }
+            bool writes = exists && stats != nullptr && t == 0 && column == 0;
+            if (writes) *reinterpret_cast<float2*>(stats + 2 * size_t(own)) = own_stats;
+        };
         for (int n = 0; n < GROUPS; n++) {
             Pack<8> p = {};
             if (bias != nullptr) p = load<8>(bias + channel(n));
-            for (int i = 0; i < 8; i++) p.x[i] += value(half, n, i);
-            // What is normalised is what is stored.
-            uint4 words = words_of(p.x);
-            p = widen<8>(words);
-            for (int i = 0; i < 8; i++) {
-                value(half, n, i) = p.x[i];
-                sum += p.x[i];
-            }
-            size_t at = size_t(own[half]) * OUT + channel(n);
-            if (raw != nullptr && own[half] < rows) *reinterpret_cast<uint4*>(raw + at) = words;
+            for (int i = 0; i < 8; i++) p.x[i] += d[4 * n + i / 2][2 * half + i % 2];
+            put(n, p, raw);
         }
-        float mean = row_sum(0, half, sum) / OUT;
-        for (int n = 0; n < GROUPS; n++) {
-            for (int i = 0; i < 8; i++) square += (value(half, n, i) - mean) * (value(half, n, i) - mean);
-        }
-        float scale = rsqrtf(row_sum(1, half, square) / OUT + EPSILON);
-        if (own[half] >= rows) continue;
-        for (int n = 0; n < GROUPS; n++) {
-            Pack<8> p, slope = load<8>(gamma + channel(n)), offset = load<8>(beta + channel(n));
-            for (int i = 0; i < 8; i++) p.x[i] = (value(half, n, i) - mean) * scale * slope.x[i] + offset.x[i];
-            store(y + size_t(own[half]) * OUT + channel(n), p);
-        }
-        bool first = t == 0 && column == 0;
-        if (stats != nullptr && first) *reinterpret_cast<float2*>(stats + 2 * size_t(own[half])) = {mean, scale};
+        normalise(gamma, beta, y, stats);
+        if (next.y != nullptr) normalise(next.gamma, next.beta, next.y, next.stats);
     }
 }
 
-// The embeddings of SegFormer-B0 from the second stage on: raw = the convolution of tokens, y its LayerNorm; rows are images ·
-// out_height · out_width. Blocks of 256, 128 and 256 threads, with 128, 64 and 64 rows each.
+// The embeddings of SegFormer-B0 from the second stage on: raw = the convolution of tokens, y its LayerNorm, next that of y; rows
+// are images · out_height · out_width. Blocks of 256, 128 and 256 threads, with 128, 64 and 64 rows each.
 KERNEL(256, 2) embed_tokens_64(
     const bf16* tokens /* (images, height, width, 32) */, const bf16* weight /* (64, 3·3, 32) */,
     const bf16* bias /* (64) or null */, const float* gamma /* (64) */, const float* beta /* (64) */, int height,
     int width, int out_height, int out_width, int rows, bf16* raw /* (rows, 64) or null */, bf16* y /* (rows, 64) */,
-    float* stats /* (rows, 2): mean, 1/std; or null */) {
+    float* stats /* (rows, 2): mean, 1/std; or null */, const float* next_gamma /* (64) */,
+    const float* next_beta /* (64) */, bf16* next /* (rows, 64) or null */, float* next_stats /* (rows, 2) */) {
     embed<32, 64, 8, 1, 3>(tokens, weight, bias, gamma, beta, height, width, out_height, out_width, rows, raw, y,
-                            stats);
+                            stats, {next_gamma, next_beta, next, next_stats});
 }
 
 KERNEL(128, 3) embed_tokens_160(
     const bf16* tokens /* (images, height, width, 64) */, const bf16* weight /* (160, 3·3, 64) */,
     const bf16* bias /* (160) or null */, const float* gamma /* (160) */, const float* beta /* (160) */, int height,
     int width, int out_height, int out_width, int rows, bf16* raw /* (rows, 160) or null */, bf16* y /* (rows, 160) */,
-    float* stats /* (rows, 2): mean, 1/std; or null */) {
+    float* stats /* (rows, 2): mean, 1/std; or null */, const float* next_gamma /* (160) */,
+    const float* next_beta /* (160) */, bf16* next /* (rows, 160) or null */, float* next_stats /* (rows, 2) */) {
     embed<64, 160, 4, 1, 3>(tokens, weight, bias, gamma, beta, height, width, out_height, out_width, rows, raw, y,
-                            stats);
+                            stats, {next_gamma, next_beta, next, next_stats});
 }
 
 KERNEL(256, 2) embed_tokens_256(
     const bf16* tokens /* (images, height, width, 160) */, const bf16* weight /* (256, 3·3, 160) */,
     const bf16* bias /* (256) or null */, const float* gamma /* (256) */, const float* beta /* (256) */, int height,
     int width, int out_height, int out_width, int rows, bf16* raw /* (rows, 256) or null */, bf16* y /* (rows, 256) */,
-    float* stats /* (rows, 2): mean, 1/std; or null */) {
+    float* stats /* (rows, 2): mean, 1/std; or null */, const float* next_gamma /* (256) */,
+    const float* next_beta /* (256) */, bf16* next /* (rows, 256) or null */, float* next_stats /* (rows, 2) */) {
     embed<160, 256, 4, 2, 2>(tokens, weight, bias, gamma, beta, height, width, out_height, out_width, rows, raw, y,
-                            stats);
+                            stats, {next_gamma, next_beta, next, next_stats});
 }
 
 // ---- the way back through the patch embeddings

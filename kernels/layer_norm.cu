@@ -3,9 +3,7 @@
 // A row belongs to a group of neighbouring lanes, as many as it has packs of 8 channels (up to a warp): with 32 channels
 // a warp works on 8 rows at once. The mean is taken first and the variance from the deviations; the row stays in
 // registers, or comes from the cache the second time, so memory is read once.
-#include "common.cuh"
-
-constexpr float EPSILON = 1e-5f;
+#include "layer_norm.cuh"
 
 template <int V>
 __device__ void normalise(const bf16* x, const float* gamma, const float* beta, int rows, int channels, int lanes,
@@ -57,7 +55,7 @@ __device__ __forceinline__ void normalise_pack(Pack<8>& p, const Place& place, c
     auto [row, at, c, inside] = place;
     float sum = 0, square = 0, inverse = 1.0f / channels;
     for (int i = 0; i < 8; i++) sum += p.x[i];
-    float mean = group_sum(sum, lanes) * inverse;
+    float mean = __fmul_rn(group_sum(sum, lanes), inverse);
     for (int i = 0; i < 8; i++) {
         p.x[i] -= mean;
         square += p.x[i] * p.x[i];

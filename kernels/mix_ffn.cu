@@ -11,9 +11,9 @@
 #include <climits>
 
 #include "gelu.cuh"
+#include "layer_norm.cuh"
 #include "mma.cuh"
 
-constexpr float EPSILON = 1e-5f;
 constexpr int BLOCK = 128, WARPS = BLOCK / 32;
 // The tile; with the tokens around it, which are called cells; and these as rows of products.
 constexpr int TALL = 8, WIDE = 16, ACROSS = WIDE + 2, CELLS = (TALL + 2) * ACROSS, ROWS = 192;
@@ -47,28 +47,6 @@ __device__ __forceinline__ int settled(int x) {
     asm("" : "+r"(x));
 #endif
     return x;
-}
-
-// Makes deviations from their mean of the C channels of a token, of which each of C/N neighbouring lanes has N; returns
-// (mean, 1/std).
-template <int C, int N> __device__ __forceinline__ float2 centre(float (&x)[N]) {
-    // By eights, as layer_norm adds them, to the same bits.
-    float sum = 0, square = 0;
-    for (int k = 0; k < N; k += 8) {
-        float part = 0;
-        for (int i = 0; i < 8; i++) part += x[k + i];
-        sum += part;
-    }
-    float mean = group_sum(sum, C / N) * (1.0f / C);
-    for (int k = 0; k < N; k += 8) {
-        float part = 0;
-        for (int i = k; i < k + 8; i++) {
-            x[i] -= mean;
-            part += x[i] * x[i];
-        }
-        square += part;
-    }
-    return {mean, rsqrtf(group_sum(square, C / N) * (1.0f / C) + EPSILON)};
 }
 
 // What the kernel reads of the layer, in its order.

@@ -4,9 +4,10 @@
 // of 256 levels) and ImageNet normalisation cost no pass of their own. A block normalises the lines that a strip of
 // windows needs, by a table, into shared memory, and from there writes the strip's rows, one behind the other and 16
 // bytes at a time. Where a picture is only embedded, its rows are never written: embed_pixels multiplies them by the
-// weights as they lie in shared memory, and normalises what comes out. patches_backward gathers per input token instead of
-// scattering per window, so no two threads add to one number.
+// weights as they lie in shared memory, and normalises what comes out, once for the tokens and once more for attention.
+// patches_backward gathers per input token instead of scattering per window, so no two threads add to one number.
 #include "common.cuh"
+#include "layer_norm.cuh"
 #include "mma.cuh"
 
 // Numbers of the lines that a strip needs at most: side·((strip - 1)·stride + side)·3.
@@ -123,9 +124,8 @@ struct Pixels {
 template <int N>
 __device__ void embed(const unsigned char* pixels, const int* positions, const unsigned char* levels,
                       const unsigned char* flips, int size, int out_size, int lines, const bf16* w, const bf16* bias,
-                      const float* gamma, const float* beta, bf16* y, bf16* raw, float* stats, unsigned short (*table)[3],
-                      unsigned short* staged, Row<DEPTH>* weights) {
-    constexpr float EPSILON = 1e-5f;
+                      const float* gamma, const float* beta, bf16* y, bf16* raw, float* stats, const NextNorm& next,
+                      unsigned short (*table)[3], unsigned short* staged, Row<DEPTH>* weights) {
     constexpr int TILES = N / 8;
     for (int i = threadIdx.x; i < N * DEPTH; i += THREADS) {
         int n = i / DEPTH, k = i % DEPTH, ky = k / (2 * PAIRS), x = k % (2 * PAIRS);
@@ -196,10 +196,13 @@ __device__ void embed(const unsigned char* pixels, const int* positions, const u
                 normed[n] = pair_of(a * scale * scales.x + shifts.x, b * scale * scales.y + shifts.y);
             }
             // A lane receives whole tiles, 16 bytes each.
+            float x[N / 4];
             for (int n = 0; n < TILES; n += 4) {
                 unsigned out[4] = {normed[n], normed[n + 1], normed[n + 2], normed[n + 3]};
                 transpose_quad(out);
                 if (inside) *reinterpret_cast<uint4*>(y + token * N + 8 * (n + t)) = {out[0], out[1], out[2], out[3]};
+                Pack<8> rounded = widen<8>({out[0], out[1], out[2], out[3]});
+                for (int i = 0; i < 8; i++) x[2 * n + i] = rounded.x[i];
                 if (raw == nullptr) continue;
                 unsigned before[4] = {words[n], words[n + 1], words[n + 2], words[n + 3]};
                 transpose_quad(before);
@@ -208,24 +211,36 @@ __device__ void embed(const unsigned char* pixels, const int* positions, const u
                 }
             }
             if (raw != nullptr && inside && t == 0) *reinterpret_cast<float2*>(stats + 2 * token) = {mean, scale};
+            if (next.y == nullptr) continue;
+            float2 next_stats = centre<N>(x);
+            for (int n = 0; n < TILES; n += 4) {
+                int c = 8 * (n + t);
+                Pack<8> p, slope = load<8>(next.gamma + c), offset = load<8>(next.beta + c);
+                for (int i = 0; i < 8; i++) p.x[i] = x[2 * n + i] * next_stats.y * slope.x[i] + offset.x[i];
+                if (inside) store(next.y + token * N + c, p);
+            }
+            if (inside && t == 0) *reinterpret_cast<float2*>(next.stats + 2 * token) = next_stats;
         }
     }
 }
 
 // y = layer_norm(patches·wᵀ + bias) for windows of 7 x 7 pixels, 4 apart, padded by 3, in pictures of a multiple of 4;
-// what the LayerNorm's gradient takes, if raw is given. Grid: (ceil(out_size / STRIP), ceil(out_size / lines), images).
+// what the LayerNorm's gradient takes, if raw is given; next = layer_norm(y), if that is given. Grid:
+// (ceil(out_size / STRIP), ceil(out_size / lines), images).
 KERNEL(THREADS, 3) embed_pixels_32(
     const unsigned char* pixels /* (pictures, size, size, 3) */, const int* positions /* (images): which picture */,
     const unsigned char* levels /* (images, 256) */, const unsigned char* flips /* (images) */, int size, int out_size,
     int lines, const bf16* w /* (32, 7·7·3) */, const bf16* bias /* (32) or null */, const float* gamma /* (32) */,
     const float* beta /* (32) */, bf16* y /* (images·out_size², 32) */,
     bf16* raw /* (images·out_size², 32) or null: before the LayerNorm */,
-    float* stats /* (images·out_size², 2), with raw: mean, 1/std */) {
+    float* stats /* (images·out_size², 2), with raw: mean, 1/std */, const float* next_gamma /* (32) */,
+    const float* next_beta /* (32) */, bf16* next /* (images·out_size², 32) or null */,
+    float* next_stats /* (images·out_size², 2), with next */) {
     SHARED(unsigned short, table, [THREADS][3]);
     SHARED(uint2, staged, [STAGED_LINES * PITCH / 4]);
     SHARED(Row<DEPTH>, weights, [32]);
-    embed<32>(pixels, positions, levels, flips, size, out_size, lines, w, bias, gamma, beta, y, raw, stats, table,
-              reinterpret_cast<unsigned short*>(staged), weights);
+    embed<32>(pixels, positions, levels, flips, size, out_size, lines, w, bias, gamma, beta, y, raw, stats,
+              {next_gamma, next_beta, next, next_stats}, table, reinterpret_cast<unsigned short*>(staged), weights);
 }
 
 // The same with 64 channels.
@@ -233,12 +248,14 @@ KERNEL(THREADS, 2) embed_pixels_64(
     const unsigned char* pixels, const int* positions, const unsigned char* levels, const unsigned char* flips, int size,
     int out_size, int lines, const bf16* w /* (64, 7·7·3) */, const bf16* bias /* (64) or null */,
     const float* gamma /* (64) */, const float* beta /* (64) */, bf16* y /* (images·out_size², 64) */,
-    bf16* raw /* (images·out_size², 64) or null */, float* stats /* (images·out_size², 2) */) {
+    bf16* raw /* (images·out_size², 64) or null */, float* stats /* (images·out_size², 2) */,
+    const float* next_gamma /* (64) */, const float* next_beta /* (64) */,
+    bf16* next /* (images·out_size², 64) or null */, float* next_stats /* (images·out_size², 2) */) {
     SHARED(unsigned short, table, [THREADS][3]);
     SHARED(uint2, staged, [STAGED_LINES * PITCH / 4]);
     SHARED(Row<DEPTH>, weights, [64]);
-    embed<64>(pixels, positions, levels, flips, size, out_size, lines, w, bias, gamma, beta, y, raw, stats, table,
-              reinterpret_cast<unsigned short*>(staged), weights);
+    embed<64>(pixels, positions, levels, flips, size, out_size, lines, w, bias, gamma, beta, y, raw, stats,
+              {next_gamma, next_beta, next, next_stats}, table, reinterpret_cast<unsigned short*>(staged), weights);
 }
 
 // Channels by taps: a warp takes tiles of 8 taps, as many apart as there are warps, and sums over the block's windows.

@@ -200,6 +200,16 @@ pub struct InFront<'a, B: Memory> {
     pub bias: Option<&'a mut B::Full>,
 }
 
+/// A LayerNorm behind what an operation makes.
+pub struct NextNorm<'a, B: Memory> {
+    /// Scale and shift.
+    pub norm: (&'a B::Full, &'a B::Full),
+    /// Receives its output.
+    pub out: &'a mut B::Act,
+    /// Receives its (mean, 1/std) per row.
+    pub stats: &'a mut B::Full,
+}
+
 /// Normalisation over channels (Ba, Kiros, Hinton, "Layer Normalization", 2016), eps 1e-5.
 pub trait LayerNorm: Residual {
     /// `y = (x - mean)/sqrt(var + eps)·gamma + beta` per row of `channels`; `stats` receives (mean, 1/std) per row.
@@ -228,6 +238,12 @@ pub trait LayerNorm: Residual {
     ) {
         self.residual(x, branch, drop, grid, channels, y);
         self.layer_norm(y, gamma, beta, grid.rows(), channels, normed, stats);
+    }
+    /// [`LayerNorm::layer_norm`] of y, for what does not make it with y.
+    fn next_norm(&self, y: &Self::Act, rows: usize, channels: usize, next: Option<NextNorm<'_, Self>>) {
+        if let Some(NextNorm { norm: (gamma, beta), out, stats }) = next {
+            self.layer_norm(y, gamma, beta, rows, channels, out, stats);
+        }
     }
     /// Gradient towards x; with `add`, adds to dx.
     fn layer_norm_backward(
@@ -301,7 +317,8 @@ pub trait EmbedPixels: Memory {
         false
     }
     /// `y = layer_norm(raw)` with scale and shift `(gamma, beta)`, where raw is the convolution `(images·windows, channels)` of
-    /// the pixels of `samples`, with weights and bias `(w, bias)`; `kept` receives raw and its (mean, 1/std) per row.
+    /// the pixels of `samples`, with weights and bias `(w, bias)`; `kept` receives raw and its (mean, 1/std) per row. And the
+    /// LayerNorm behind y.
     fn embed_pixels(
         &self,
         _samples: &[Sample<'_>],
@@ -312,6 +329,7 @@ pub trait EmbedPixels: Memory {
         _channels: usize,
         _y: &mut Self::Act,
         _kept: Option<(&mut Self::Act, &mut Self::Full)>,
+        _next: Option<NextNorm<'_, Self>>,
     ) {
         unreachable!("this backend gathers patches")
     }
@@ -615,7 +633,8 @@ pub trait Convolution: LayerNorm + Patches {
         false
     }
     /// `y = layer_norm(raw)`, where raw `(windows, outputs)` is the convolution of `tokens` `(grid, inputs)`; `kept` receives raw
-    /// and its (mean, 1/std) per row. The same as [`Patches::patches`], [`Linear::linear`] and [`LayerNorm::layer_norm`].
+    /// and its (mean, 1/std) per row. And the LayerNorm behind y. The same as [`Patches::patches`], [`Linear::linear`],
+    /// [`LayerNorm::layer_norm`] and [`LayerNorm::next_norm`].
     fn convolution_norm(
         &self,
         _tokens: &Self::Act,
@@ -623,6 +642,7 @@ pub trait Convolution: LayerNorm + Patches {
         _convolution: &ConvolutionNorm<'_, Self>,
         _y: &mut Self::Act,
         _kept: Option<(&mut Self::Act, &mut Self::Full)>,
+        _next: Option<NextNorm<'_, Self>>,
     ) {
         unreachable!("this backend gathers patches")
     }

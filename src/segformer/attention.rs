@@ -114,7 +114,7 @@ impl AttentionLayer {
             (Some((convolution, norm)), Some((raw, stats))) => {
                 let goes_back = self.trains || self.input_gradient;
                 let kept = (acts.patches.as_mut(), raw, stats, goes_back);
-                norm.convolve(pass, convolution, (normed, grid), self.window, kept, t1, patches, side);
+                norm.convolve(pass, convolution, (normed, grid), self.window, kept, t1, None, patches, side);
                 &*t1
             }
             _ => normed,

@@ -149,17 +149,13 @@ impl Stage {
         middle: &mut B::Act,
         scratch: &mut Scratch<B>,
     ) {
-        self.embed.forward(pass, input, acts.from, &mut acts.embed, &mut acts.stream[0], scratch);
-        let StageActs { grid, stream, norms, blocks, stats, out, .. } = acts;
-        let (grid, rows) = (*grid, grid.rows());
-        match self.blocks.first() {
-            Some(block) => {
-                let Normed { out, stats } = &mut norms[0];
-                let normed = out.as_mut().unwrap_or(&mut scratch.tokens[0]);
-                block.attention.norm.forward(pass, &stream[0], rows, normed, stats);
-            }
-            None => self.norm.forward(pass, &stream[0], rows, out, stats),
-        }
+        let StageActs { grid, from, embed, stream, norms, blocks, stats, out } = acts;
+        let grid = *grid;
+        let joint = match self.blocks.first() {
+            Some(block) => norms[0].joint(&mut stream[0], &block.attention.norm),
+            None => Joint { y: &mut stream[0], norm: &self.norm, out: Some(&mut *out), stats: &mut *stats },
+        };
+        self.embed.forward(pass, input, *from, embed, joint, scratch);
         // Evaluation uses the first block's storage again and again, while it is in cache.
         let (held, streams) = if pass.keeps() { (self.blocks.len(), stream.len()) } else { (1, 2) };
         for (j, block) in self.blocks.iter().enumerate() {

@@ -3,7 +3,7 @@
 use super::affine::Affine;
 use super::model::{Pass, SideScratch};
 use super::tensors::{EachGradient, Gradients, Id};
-use crate::backend::{Backend, ConvolutionNorm, Dropout, Grid, InFront, Window};
+use crate::backend::{Backend, ConvolutionNorm, Dropout, Grid, InFront, NextNorm, Window};
 
 /// What a LayerNorm made.
 pub struct Normed<B: Backend> {
@@ -14,13 +14,13 @@ pub struct Normed<B: Backend> {
 }
 
 impl<B: Backend> Normed<B> {
-    /// Where a branch joins the stream, which goes to `y`, in front of `norm`.
+    /// Where the stream begins or a branch joins it, which goes to `y`, in front of `norm`.
     pub fn joint<'a>(&'a mut self, y: &'a mut B::Act, norm: &'a Norm) -> Joint<'a, B> {
         Joint { y, norm, out: self.out.as_mut(), stats: &mut self.stats }
     }
 }
 
-/// Where a branch joins the residual stream, and what the LayerNorm behind makes of it.
+/// Where the residual stream begins or a branch joins it, and what the LayerNorm behind makes of it.
 pub struct Joint<'a, B: Backend> {
     /// Receives the stream.
     pub y: &'a mut B::Act,
@@ -30,6 +30,14 @@ pub struct Joint<'a, B: Backend> {
     pub out: Option<&'a mut B::Act>,
     /// Its (mean, 1/std) per row.
     pub stats: &'a mut B::Full,
+}
+
+impl<'a, B: Backend> Joint<'a, B> {
+    /// Where the stream goes, and the LayerNorm as operations take it; its output goes to `room` unless it is kept.
+    pub fn parts(self, pass: &Pass<'a, B>, room: &'a mut B::Act) -> (&'a mut B::Act, NextNorm<'a, B>) {
+        let norm = (pass.tensors.value(self.norm.gamma), pass.tensors.value(self.norm.beta));
+        (self.y, NextNorm { norm, out: self.out.unwrap_or(room), stats: self.stats })
+    }
 }
 
 /// The product in front of a LayerNorm, which the gradient goes on to.
@@ -85,8 +93,8 @@ pub struct Norm {
 }
 
 impl Norm {
-    /// `y = norm(raw)`, where raw is `convolution` of `tokens` on their grid. What is kept for the pass back: patches, where there
-    /// is room for them, and, if one comes, raw and its (mean, 1/std) per row. `room` is for patches.
+    /// `y = norm(raw)`, where raw is `convolution` of `tokens` on their grid, and the LayerNorm behind y. What is kept for the pass
+    /// back: patches, where there is room for them, and, if one comes, raw and its (mean, 1/std) per row. `room` is for patches.
     pub fn convolve<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
@@ -95,6 +103,7 @@ impl Norm {
         window: Window,
         (patches, raw, stats, goes_back): (Option<&mut B::Act>, &mut B::Act, &mut B::Full, bool),
         y: &mut B::Act,
+        next: Option<NextNorm<'_, B>>,
         room: &mut B::Act,
         side: &mut SideScratch<B>,
     ) {
@@ -104,7 +113,8 @@ impl Norm {
             let patches = patches.unwrap_or(room);
             backend.patches(tokens, grid, inputs, window, patches);
             convolution.forward(pass, patches, rows, raw, side);
-            return self.forward(pass, raw, rows, y, stats);
+            self.forward(pass, raw, rows, y, stats);
+            return backend.next_norm(y, rows, outputs, next);
         }
         if let Some(patches) = patches.filter(|_| pass.keeps()) {
             backend.patches(tokens, grid, inputs, window, patches);
@@ -113,7 +123,7 @@ impl Norm {
         let norm = (pass.tensors.value(self.gamma), pass.tensors.value(self.beta));
         let convolution = ConvolutionNorm { window, weight, bias, norm, inputs, outputs };
         let kept = (pass.keeps() && goes_back).then_some((raw, stats));
-        backend.convolution_norm(tokens, grid, &convolution, y, kept);
+        backend.convolution_norm(tokens, grid, &convolution, y, kept, next);
     }
 
     /// `y = norm(x)` over `rows` rows; `stats` receives (mean, 1/std) per row.

@@ -2,7 +2,7 @@
 
 use super::affine::Affine;
 use super::model::{Pass, Scratch};
-use super::norm::{Front, Norm};
+use super::norm::{Front, Joint, Norm};
 use super::tensors::Gradients;
 use crate::backend::{Backend, Grid, Sample, Window};
 
@@ -55,34 +55,37 @@ impl PatchEmbed {
             && backend.fuses_convolution_backward(from, self.window, self.channels_in, self.projection.outputs)
     }
 
-    /// Tokens `(from.through(window), channels)` to `y`.
+    /// Tokens `(from.through(window), channels)`, with which the stream of `joint` begins, and the LayerNorm behind.
     pub fn forward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
         input: &EmbedInput<'_, '_, B>,
         from: Grid,
         acts: &mut EmbedActs<B>,
-        y: &mut B::Act,
+        joint: Joint<'_, B>,
         scratch: &mut Scratch<B>,
     ) {
         let EmbedActs { raw, stats, patches } = acts;
-        let Scratch { wide: [room, _], side, .. } = scratch;
+        let Scratch { tokens: [t0, ..], wide: [room, _], side, .. } = scratch;
+        let (y, next) = joint.parts(pass, t0);
+        let next = Some(next);
         match input {
             EmbedInput::Tokens(x) => {
                 let kept = (patches.as_mut(), raw, stats, self.trains || self.input_gradient);
-                self.norm.convolve(pass, &self.projection, (x, from), self.window, kept, y, room, side);
+                self.norm.convolve(pass, &self.projection, (x, from), self.window, kept, y, next, room, side);
             }
             EmbedInput::Pixels(samples) if self.is_direct(pass.backend) => {
                 let (convolution, outputs) = (self.projection.operands(pass), self.projection.outputs);
                 let norm = (pass.tensors.value(self.norm.gamma), pass.tensors.value(self.norm.beta));
                 let kept = (pass.keeps() && self.trains).then_some((raw, stats));
-                pass.backend.embed_pixels(samples, from.height, self.window, convolution, norm, outputs, y, kept);
+                pass.backend.embed_pixels(samples, from.height, self.window, convolution, norm, outputs, y, kept, next);
             }
             EmbedInput::Pixels(samples) => {
                 let (patches, rows) = (patches.as_mut().unwrap_or(room), from.through(self.window).rows());
                 pass.backend.pixel_patches(samples, from.height, self.window, patches);
                 self.projection.forward(pass, patches, rows, raw, side);
                 self.norm.forward(pass, raw, rows, y, stats);
+                pass.backend.next_norm(y, rows, self.norm.channels, next);
             }
         }
     }

@@ -13,8 +13,8 @@ use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
     AdamW, AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Base, BatchNormView,
     Classifier, ConvolutionNorm, Deltas, Dropout, FfnOutputs, FfnWeights, FirstGradient, FirstStage, Grid, Head as _,
-    HeadPass, InFront, Loss as _, Memory, MixFfnExpansion, MixFfnParts, MixFfnWeights, Moving, Patches as _, Product,
-    Sample, Scaled, SmallProduct, Transpose, Window,
+    HeadPass, InFront, Loss as _, Memory, MixFfnExpansion, MixFfnParts, MixFfnWeights, Moving, NextNorm, Patches as _,
+    Product, Sample, Scaled, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -146,6 +146,44 @@ macro_rules! case {
     };
 }
 
+/// LayerNorms behind what an operation made: what they left, against [`LayerNorm::layer_norm`] of what was made, to the bit.
+struct Behind<B: Backend> {
+    norm: [B::Full; 2],
+    out: B::Act,
+    stats: B::Full,
+    rows: usize,
+    channels: usize,
+}
+
+impl<B: Backend> Behind<B> {
+    fn new(lab: &Lab<'_, B>, rows: usize, channels: usize) -> Self {
+        let norm = [40, 41].map(|site| lab.full(channels, site));
+        Self { norm, out: lab.act(rows * channels, 42), stats: lab.full(2 * rows, 43), rows, channels }
+    }
+
+    fn next(&mut self) -> Option<NextNorm<'_, B>> {
+        let Self { norm: [gamma, beta], out, stats, .. } = self;
+        Some(NextNorm { norm: (gamma, beta), out, stats })
+    }
+
+    /// Compares the bits with those made of `y`.
+    fn check(&self, lab: &Lab<'_, B>, y: &B::Act, what: &impl std::fmt::Debug) {
+        let mut again = Self::new(lab, self.rows, self.channels);
+        lab.0.next_norm(y, self.rows, self.channels, again.next());
+        let bits = |of: &Self| {
+            let numbers = lab.0.download_act(&of.out, self.rows * self.channels).into_iter();
+            numbers.chain(lab.0.download(&of.stats)).map(f32::to_bits).collect::<Vec<_>>()
+        };
+        assert_eq!(bits(self), bits(&again), "{what:?}");
+    }
+
+    /// Made of a rounded LayerNorm of what was rounded.
+    fn read(&self, lab: &Lab<'_, B>) -> [Output; 2] {
+        let stats = lab.read_full("next stats", &self.stats, 2 * self.rows);
+        [lab.read("next", &self.out, self.rows * self.channels, 1.0, 2.0), Output { summed: 2.0, ..stats }]
+    }
+}
+
 fn drop_of(purpose: Purpose, rate: f32) -> Dropout {
     Dropout { rate, stream: Philox::new(5, purpose, 3, 9), first: 6 }
 }
@@ -242,12 +280,20 @@ case!(
         let (mut y, mut alone, mut raw, mut stats) =
             (lab.act(n, 6), lab.act(n, 7), lab.act(n, 8), lab.full(2 * rows, 9));
         let mut dw = lab.full(channels * 147, 10);
+        let [mut next, mut next_alone] = [(); 2].map(|()| Behind::new(lab, rows, channels));
         // A backend that rounds; the other is what it is compared with.
         let rounds = B::unrounded(&gamma).is_none();
         if rounds && lab.0.embeds_pixels(window, channels) {
-            let (convolution, norm, kept) = ((&w, bias.as_ref()), (&gamma, &beta), Some((&mut raw, &mut stats)));
-            lab.0.embed_pixels(&samples, size, window, convolution, norm, channels, &mut y, kept);
-            lab.0.embed_pixels(&samples, size, window, convolution, norm, channels, &mut alone, None);
+            let (convolution, norm) = ((&w, bias.as_ref()), (&gamma, &beta));
+            let run = |y: &mut B::Act, kept, next| {
+                lab.0.embed_pixels(&samples, size, window, convolution, norm, channels, y, kept, next);
+            };
+            let mut plain = lab.act(n, 12);
+            run(&mut y, Some((&mut raw, &mut stats)), next.next());
+            run(&mut alone, None, next_alone.next());
+            run(&mut plain, None, None);
+            next_alone.check(lab, &alone, self);
+            assert_eq!(lab.0.download_act(&plain, n), lab.0.download_act(&y, n), "{self:?}");
             lab.0.embed_pixels_backward(&samples, size, window, &draw, channels, &mut dw);
         } else {
             let mut patches = lab.act(rows * 147, 11);
@@ -259,16 +305,20 @@ case!(
             for y in [&mut y, &mut alone] {
                 lab.0.layer_norm(&raw, &gamma, &beta, rows, channels, y, &mut stats);
             }
+            lab.0.next_norm(&y, rows, channels, next.next());
             lab.0.linear_backward_weight(&draw, &patches, product, &mut dw);
         }
-        vec![
+        next.check(lab, &y, self);
+        let mut outputs = Vec::from(next.read(lab));
+        outputs.extend([
             lab.read("y", &y, n, 1.0, 1.0),
             lab.read("y alone", &alone, n, 1.0, 1.0),
             lab.read("raw", &raw, n, 1.0, 0.0),
             // Of what has been rounded.
             Output { summed: 1.0, ..lab.read_full("stats", &stats, 2 * rows) },
             lab.read_full("dw", &dw, channels * 147),
-        ]
+        ]);
+        outputs
     },
     [(1, 8, 32, true), (2, 36, 64, false), (3, 68, 32, true), (1, 264, 32, true), (2, 40, 64, true)]
 );
@@ -864,10 +914,11 @@ fn convolution_norm<B: Backend>(
     convolution: &ConvolutionNorm<'_, B>,
     y: &mut B::Act,
     kept: Option<(&mut B::Act, &mut B::Full)>,
+    next: Option<NextNorm<'_, B>>,
 ) {
     let &ConvolutionNorm { window, weight, bias, norm: (gamma, beta), inputs, outputs } = convolution;
     if backend.fuses_convolution(grid, window, inputs, outputs) {
-        return backend.convolution_norm(tokens, grid, convolution, y, kept);
+        return backend.convolution_norm(tokens, grid, convolution, y, kept, next);
     }
     let (rows, gathered) = (grid.through(window).rows(), window.side * window.side * inputs);
     let (mut own_raw, mut own_stats) = (backend.act(rows * outputs), backend.full(2 * rows));
@@ -876,6 +927,7 @@ fn convolution_norm<B: Backend>(
     backend.patches(tokens, grid, inputs, window, &mut patches);
     backend.linear(&patches, weight, bias, Product { rows, inputs: gathered, outputs }, raw, false);
     backend.layer_norm(raw, gamma, beta, rows, outputs, y, stats);
+    backend.next_norm(y, rows, outputs, next);
 }
 
 case!(
@@ -892,10 +944,14 @@ case!(
         let mut stats = lab.full(2 * rows, 10);
         let norm = (&gamma, &beta);
         let layer = |bias| ConvolutionNorm { window, weight: &weight, bias, norm, inputs, outputs };
-        convolution_norm(lab.0, (&x, grid), &layer(Some(&shift)), &mut y, Some((&mut raw, &mut stats)));
-        convolution_norm(lab.0, (&x, grid), &layer(Some(&shift)), &mut alone, None);
-        convolution_norm(lab.0, (&x, grid), &layer(None), &mut plain, None);
-        // Whether raw is kept changes no bit.
+        let [mut next, mut next_alone] = [(); 2].map(|()| Behind::new(lab, rows, outputs));
+        let (tokens, kept) = ((&x, grid), Some((&mut raw, &mut stats)));
+        convolution_norm(lab.0, tokens, &layer(Some(&shift)), &mut y, kept, next.next());
+        convolution_norm(lab.0, tokens, &layer(Some(&shift)), &mut alone, None, None);
+        convolution_norm(lab.0, tokens, &layer(None), &mut plain, None, next_alone.next());
+        next.check(lab, &y, self);
+        next_alone.check(lab, &plain, self);
+        // Whether raw is kept, and what is behind is made, changes no bit.
         let bits = |act| lab.0.download_act(act, n).into_iter().map(f32::to_bits).collect::<Vec<_>>();
         assert_eq!(bits(&y), bits(&alone), "{self:?}");
         // Against what the rounded raw has: one more than means are off by, and the ratio of the inverse deviations.
@@ -909,14 +965,16 @@ case!(
             };
             raw.chunks_exact(outputs).zip(stats.chunks_exact(2)).flat_map(off).collect()
         };
-        vec![
+        let mut made = Vec::from(next.read(lab));
+        made.extend([
             lab.read("raw", &raw, n, 1.0, 0.0),
             // Of the rounded raw.
             lab.read("y", &y, n, 1.0, 1.0),
             lab.read("y alone", &alone, n, 1.0, 1.0),
             lab.read("y without a bias", &plain, n, 1.0, 1.0),
             Output { name: "measured", values: measured, own: 0.0, summed: 0.0 },
-        ]
+        ]);
+        made
     },
     [
         (1, 8, 8, (8, 8, 0), (32, 32)),

@@ -7,7 +7,7 @@ use super::linear::{View, Weights, linear, product};
 use super::room::{strip, take, with_room};
 use super::simd::{each, vectorised};
 use super::{Buffer, Cpu, Real};
-use crate::backend::{EmbedPixels, Grid, Patches, Product, Sample, Window};
+use crate::backend::{EmbedPixels, Grid, LayerNorm, NextNorm, Patches, Product, Sample, Window};
 use crate::dataset::{IMAGENET_MEAN, IMAGENET_STD};
 
 /// Calls `visit(window number, ky·side + kx, taps, row-major position of the first input token or None in the padding)` for
@@ -140,6 +140,7 @@ impl<T: Real> EmbedPixels for Cpu<T> {
         channels: usize,
         y: &mut Buffer<T>,
         kept: Option<(&mut Buffer<T>, &mut Buffer<T>)>,
+        next: Option<NextNorm<'_, Self>>,
     ) {
         let (grid, row) = (windows(size, window), PixelWindows::<T>::row(window));
         let (strip, line, pairs) = (strip(grid), grid.width * channels, 2 * grid.width);
@@ -180,6 +181,7 @@ impl<T: Real> EmbedPixels for Cpu<T> {
                 });
             }
         });
+        self.next_norm(y, samples.len() * grid.area(), channels, next);
     }
 
     fn embed_pixels_backward(

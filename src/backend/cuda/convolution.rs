@@ -1,8 +1,9 @@
 //! Convolutions over tokens without gathered patches: with their LayerNorm, and the way back.
 
+use super::layer_norm::behind;
 use super::memory::{ColumnSums, THREADS};
 use super::{Argument, Cuda, Device, Joint};
-use crate::backend::{Convolution, ConvolutionNorm, Grid, Window};
+use crate::backend::{Convolution, ConvolutionNorm, Grid, LayerNorm, NextNorm, Window};
 
 /// Windows of a block of `reduce_tokens`.
 const REDUCED: usize = 32;
@@ -83,6 +84,7 @@ impl<D: Device> Convolution for Cuda<D> {
         convolution: &ConvolutionNorm<'_, Self>,
         y: &mut Self::Act,
         kept: Option<(&mut Self::Act, &mut Self::Full)>,
+        next: Option<NextNorm<'_, Self>>,
     ) {
         let &ConvolutionNorm { window, weight, bias, norm: (gamma, beta), inputs, outputs } = convolution;
         assert!(
@@ -99,7 +101,8 @@ impl<D: Device> Convolution for Cuda<D> {
             vec![tokens.at(grid.rows() * inputs), weight.at(window.side * window.side * inputs * outputs)];
         arguments.push(bias.map_or(Argument::pointer(0), |bias| bias.at(outputs)));
         arguments.extend([gamma.at(outputs), beta.at(outputs)]);
-        let (kernel, windows, threads) = match embedding(window, inputs, outputs) {
+        let embedding = embedding(window, inputs, outputs);
+        let (kernel, windows, threads) = match embedding {
             Some(kernel) => {
                 arguments.extend([grid.height, grid.width, to.height, to.width, rows].map(Argument::from));
                 kernel
@@ -114,7 +117,16 @@ impl<D: Device> Convolution for Cuda<D> {
             None => [Argument::pointer(0); 2],
         };
         arguments.extend([raw, y.to(n), stats]);
+        // The kernels of reductions leave it out.
+        let apart = match embedding {
+            Some(_) => {
+                arguments.extend(behind(next, rows, outputs));
+                None
+            }
+            None => next,
+        };
         self.launch_blocks(kernel, [rows.div_ceil(windows), 1, 1], threads, &arguments);
+        self.next_norm(y, rows, outputs, apart);
     }
 
     /// The embeddings of tokens of SegFormer-B0.

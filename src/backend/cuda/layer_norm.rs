@@ -2,7 +2,7 @@
 
 use super::memory::{ColumnSums, THREADS, slabs, width};
 use super::{Argument, Cuda, Device};
-use crate::backend::{Dropout, Grid, InFront, LayerNorm, Linear, Memory, Residual};
+use crate::backend::{Dropout, Grid, InFront, LayerNorm, Linear, Memory, NextNorm, Residual};
 
 /// Sums per channel that kernels leave for [`Cuda::sum_norm_partials`].
 pub(super) const NORM_KINDS: usize = 3;
@@ -15,6 +15,12 @@ fn lanes(channels: usize) -> usize {
 /// Whether a row is a warp's at most, each lane having one pack of 8 channels.
 fn short(channels: usize) -> bool {
     channels <= 256 && channels.is_multiple_of(8)
+}
+
+/// A LayerNorm behind, of `rows` rows, as arguments of a kernel that makes it.
+pub(super) fn behind<D: Device>(next: Option<NextNorm<'_, Cuda<D>>>, rows: usize, channels: usize) -> [Argument; 4] {
+    let Some(NextNorm { norm: (gamma, beta), out, stats }) = next else { return [Argument::pointer(0); 4] };
+    [gamma.at(channels), beta.at(channels), out.to(rows * channels), stats.to(2 * rows)]
 }
 
 impl<D: Device> LayerNorm for Cuda<D> {

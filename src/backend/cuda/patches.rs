@@ -1,9 +1,10 @@
 //! Gathering convolution windows.
 
+use super::layer_norm::behind;
 use super::memory::{ColumnSums, THREADS, width};
 use super::pictures::Part;
 use super::{Argument, Cuda, Device, Joint};
-use crate::backend::{EmbedPixels, Grid, Patches, Sample, Window};
+use crate::backend::{EmbedPixels, Grid, NextNorm, Patches, Sample, Window};
 
 /// Numbers of pixels that a block of `pixel_patches` keeps in shared memory at most.
 const STAGED: usize = 12288;
@@ -96,6 +97,7 @@ impl<D: Device> EmbedPixels for Cuda<D> {
         channels: usize,
         y: &mut Self::Act,
         kept: Option<(&mut Self::Act, &mut Self::Full)>,
+        next: Option<NextNorm<'_, Self>>,
     ) {
         let rows = samples.len() * window.out(size).pow(2);
         if rows == 0 {
@@ -109,6 +111,7 @@ impl<D: Device> EmbedPixels for Cuda<D> {
             Some((raw, stats)) => [raw.to(n), stats.to(2 * rows)],
             None => [Argument::pointer(0), Argument::pointer(0)],
         });
+        arguments.extend(behind(next, rows, channels));
         let name = if channels == 32 { "embed_pixels_32" } else { "embed_pixels_64" };
         self.launch_blocks(name, blocks(samples.len(), size), THREADS, &arguments);
     }
