@@ -316,7 +316,8 @@ __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w
             if (partial == nullptr) continue;
             // Made anew, as registers were short.
             unsigned thread = opaque(threadIdx.x), lane = thread % 32, line = lane / 4;
-            int block = blockIdx.y * gridDim.x + blockIdx.x, c = base + thread / 32 * 8 + lane % 4 * 2;
+            int c = base + thread / 32 * 8 + lane % 4 * 2;
+            float* own_partial = partial + size_t(blockIdx.y * gridDim.x + blockIdx.x) * (ALL_KINDS * HIDDEN);
             for (int kind = 0; kind < KINDS; kind++) {
                 float2 total = gradient[kind];
                 for (int other = 4; other < 32; other *= 2) {
@@ -324,10 +325,10 @@ __device__ __forceinline__ void walk(const bf16* d, const bf16* h, const bf16* w
                     total.y += __shfl_xor_sync(ALL_LANES, total.y, other);
                 }
                 if (line == 0) {
-                    *reinterpret_cast<float2*>(partial + (block * ALL_KINDS + kind) * HIDDEN + c) = total;
+                    *reinterpret_cast<float2*>(own_partial + kind * HIDDEN + c) = total;
                 }
             }
-            float* contracted = partial + (block * ALL_KINDS + KINDS) * HIDDEN;
+            float* contracted = own_partial + KINDS * HIDDEN;
             float* expanded = contracted + C * HIDDEN;
             for (int i = 0; i < C / 8; i++) {
                 int row = 8 * i + line;

@@ -164,7 +164,7 @@ impl AttentionLayer {
     }
 
     /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients. With `drop`, `tokens[0]` of
-    /// `scratch` holds the branch's gradient; it is left holding that of `before`, if x was made by adding that.
+    /// `scratch` holds the branch's gradient; it is left holding that of `before`, if x was made by adding that and it is wanted.
     pub fn backward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,

@@ -194,7 +194,8 @@ impl Stage {
     ) {
         let rows = acts.grid.rows();
         let last = &acts.stream[self.blocks.len()];
-        // What block j's input was made by; tokens[0] passes on the gradient of the branch that comes next.
+        // What block j's input was made by; tokens[0] passes on the gradient of the branch that comes next, where that does not take
+        // the stream's.
         let before = |j: usize, gradients: &Gradients<B>| -> Option<Branch<'_>> {
             let block = &self.blocks[j.checked_sub(1)?];
             let takes_stream = block.ffn.joins_backward(pass.backend, acts.grid, gradients);
