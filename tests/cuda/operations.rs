@@ -146,7 +146,7 @@ macro_rules! case {
     };
 }
 
-/// LayerNorms behind what an operation made: what they left, against [`LayerNorm::layer_norm`] of what was made, to the bit.
+/// A LayerNorm behind what an operation makes; it leaves what [`LayerNorm::layer_norm`] leaves, to the bit.
 struct Behind<B: Backend> {
     norm: [B::Full; 2],
     out: B::Act,

@@ -117,7 +117,7 @@ impl<D: Device> Convolution for Cuda<D> {
             None => [Argument::pointer(0); 2],
         };
         arguments.extend([raw, y.to(n), stats]);
-        // The kernels of reductions leave it out.
+        // A reduction's kernel makes no LayerNorm behind y.
         let apart = match embedding {
             Some(_) => {
                 arguments.extend(behind(next, rows, outputs));
