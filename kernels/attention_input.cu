@@ -15,8 +15,6 @@
 constexpr int KEYS = 64, TILE = 16;
 // Sums per channel: gamma's gradient, beta's, and that of a bias in front.
 constexpr int KINDS = 3;
-// A pair of ones.
-constexpr unsigned ONES = 0x3f803f80;
 // With the least blocks that a multiprocessor shall hold at once.
 #define BOUNDS_32 256, 2
 #define BOUNDS_ALL_32 128, 3

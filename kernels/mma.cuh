@@ -31,6 +31,9 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsig
 #endif
 }
 
+// A pair of ones, with which a product sums the columns of its other operand.
+constexpr unsigned ONES = 0x3f803f80;
+
 // ---- the order for 16-byte access
 //
 // Products may have their channels in another order: where they sum, pair i of the channels 8·t.. 8·t + 8 stands at

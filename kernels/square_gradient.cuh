@@ -14,8 +14,6 @@ constexpr int WALK_BLOCK = 256, WALK_WARPS = WALK_BLOCK / 32;
 constexpr int TILES_AHEAD = 3;
 // Tokens of a tile.
 template <int C> constexpr int WALK_TOKENS = 4096 / C;
-// A pair of ones.
-constexpr unsigned ONES = 0x3f803f80;
 
 // Tokens of both operands, (WALK_TOKENS, C) each.
 template <int C> struct Pieces {
