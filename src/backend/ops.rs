@@ -210,6 +210,13 @@ pub struct NextNorm<'a, B: Memory> {
     pub stats: &'a mut B::Full,
 }
 
+impl<B: Memory> InFront<'_, B> {
+    /// Whether the bias's gradient must be summed where dx is made, as what it is summed from is not written.
+    pub(super) fn sums_unwritten(&self) -> bool {
+        self.bias.is_some() && matches!(self.scaled, Some((.., None)))
+    }
+}
+
 /// Normalisation over channels (Ba, Kiros, Hinton, "Layer Normalization", 2016), eps 1e-5.
 pub trait LayerNorm: Residual {
     /// `y = (x - mean)/sqrt(var + eps)·gamma + beta` per row of `channels`; `stats` receives (mean, 1/std) per row.

@@ -224,13 +224,13 @@ impl AttentionLayer {
             _ => normed,
         };
         let is_joint = below && self.input_gradient && self.joins_input(backend, grid);
-        // Whether the joint operation sums the gradients of Q's parameters.
-        let wanted = |id| gradients.get(id).is_some();
-        let sums_query = is_joint
-            && backend.sums_attention_query(self.channels)
-            && [self.norm.gamma, self.norm.beta, self.query.weight].into_iter().chain(self.query.bias).all(wanted)
-            && self.query.bias.is_some();
-        if self.query.trains(gradients) && !sums_query {
+        // Q's bias, where the joint operation sums the gradients of Q's parameters.
+        let query_bias = self.query.bias.filter(|&bias| {
+            let needed = [self.norm.gamma, self.norm.beta, self.query.weight, bias];
+            let all_wanted = needed.into_iter().all(|id| gradients.get(id).is_some());
+            is_joint && backend.sums_attention_query(self.channels) && all_wanted
+        });
+        if self.query.trains(gradients) && query_bias.is_none() {
             self.query.backward_params(pass, normed, t2, rows, gradients, side);
         }
         if self.key.trains(gradients) {
@@ -287,11 +287,7 @@ impl AttentionLayer {
                 };
                 let mut each = gradients.each();
                 let (parameters, front) = (self.norm.parameters(&mut each), front.wanted(&mut each));
-                let query = self
-                    .query
-                    .bias
-                    .filter(|_| sums_query)
-                    .and_then(|bias| each.take(self.query.weight).zip(each.take(bias)));
+                let query = query_bias.and_then(|bias| each.take(self.query.weight).zip(each.take(bias)));
                 backend.attention_input_backward(t2, t1, &inputs, grid, d, parameters, query, front);
             }
             _ => {

@@ -657,7 +657,7 @@ case!(
         (3, 2, 33, 600, 0.4, false),
         (2, 2, 290, 97, 0.0, true),
         // Several tiles of queries to a block.
-        (1024, 1, 129, 3, 0.4, true),
+        (1024, 1, 257, 3, 0.4, true),
     ]
 );
 

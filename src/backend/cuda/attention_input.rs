@@ -2,7 +2,6 @@
 
 use super::convolution::tiles;
 use super::layer_norm::NORM_KINDS;
-use super::memory::ColumnSums;
 use super::{Argument, Cuda, Device, Joint};
 use crate::backend::{AttentionInput, AttentionInputs, Grid, InFront, Linear, Window};
 
@@ -31,7 +30,7 @@ impl<D: Device> AttentionInput for Cuda<D> {
         dx: &mut Self::Act,
         parameters: Option<(&mut Self::Full, &mut Self::Full)>,
         query_sums: Option<(&mut Self::Full, &mut Self::Full)>,
-        InFront { mut scaled, bias }: InFront<'_, Self>,
+        front: InFront<'_, Self>,
     ) {
         let &AttentionInputs { query, reduction, window, x, stats, affine: (gamma, beta), channels } = inputs;
         assert!(
@@ -46,8 +45,8 @@ impl<D: Device> AttentionInput for Cuda<D> {
         let mut arguments = vec![dq.at(n), dreduced.at(keys * channels), query.at(square)];
         arguments.extend([reduction.at(window.side * window.side * square), x.at(n), stats.at(2 * rows)]);
         arguments.push(gamma.at(channels));
-        // The bias's gradient is summed there too; must be, where what it is summed from is not written.
-        let sums = parameters.is_some() || bias.is_some() && matches!(scaled, Some((.., None)));
+        let sums = parameters.is_some() || front.sums_unwritten();
+        let InFront { mut scaled, bias } = front;
         let sums_query = sums && self.sums_attention_query(channels);
         if sums_query {
             arguments.push(beta.at(channels));
@@ -82,9 +81,7 @@ impl<D: Device> AttentionInput for Cuda<D> {
         self.sum_norm_partials((partial, blocks, channels), parameters, bias);
         if let Some((dw, db)) = query_sums {
             assert!(sums_query, "the gradients of Q's parameters, of {channels} channels");
-            let to = |kinds, to| ColumnSums { kinds, to, add: true };
-            let outputs = [to(channels, dw.both(square)), to(1, db.both(channels))];
-            self.sum_partials((query_partial, blocks, channels), channels + 1, &outputs);
+            self.sum_square_partials((query_partial, blocks, channels), dw, db);
         }
     }
 }

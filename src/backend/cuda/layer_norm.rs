@@ -95,8 +95,10 @@ impl<D: Device> LayerNorm for Cuda<D> {
         channels: usize,
         (dx, add): (&mut Self::Act, bool),
         mut parameters: Option<(&mut Self::Full, &mut Self::Full)>,
-        InFront { mut scaled, bias }: InFront<'_, Self>,
+        front: InFront<'_, Self>,
     ) {
+        let sums_unwritten = front.sums_unwritten();
+        let InFront { mut scaled, bias } = front;
         let (n, lanes, (slab, slabs)) = (rows * channels, lanes(channels), slabs(rows));
         if let Some((dgamma, dbeta)) = parameters.take_if(|_| !short(channels)) {
             self.layer_norm_backward_params(dy, x, stats, rows, channels, dgamma, dbeta);
@@ -107,9 +109,7 @@ impl<D: Device> LayerNorm for Cuda<D> {
         factors.push(room.map_or(Argument::pointer(0), |room| room.to(n)));
         let mut arguments = vec![dy.at(n), x.at(n), stats.at(2 * rows), gamma.at(channels)];
         arguments.extend([rows, channels, lanes].map(Argument::from));
-        // The bias's gradient is summed there too; must be, where what it is summed from is not written.
-        let sums_bias = bias.is_some() && matches!(scaled, Some((.., None)));
-        if parameters.is_some() || sums_bias {
+        if parameters.is_some() || sums_unwritten {
             assert!(short(channels), "{channels} channels of a gradient that is not written");
             let partial = self.scratch(slabs * NORM_KINDS * channels);
             arguments.extend([slab.into(), dx.sum_to(n, add), add.into()]);
@@ -165,9 +165,11 @@ impl<D: Device> Cuda<D> {
         bias: Option<&mut <Self as Memory>::Full>,
     ) {
         let (dgamma, dbeta) = parameters.unzip();
-        let to = |sum: &mut <Self as Memory>::Full| sum.both(partial.2);
-        let outputs = [dgamma, dbeta, bias].map(|sum| sum.map_or(Argument::pointer(0), to));
-        let outputs = outputs.map(|to| ColumnSums { kinds: 1, to, add: true });
+        let both = |sum: &mut <Self as Memory>::Full| sum.both(partial.2);
+        let mut wanted = vec![dgamma.map(both), dbeta.map(both)];
+        wanted.extend(bias.map(|bias| Some(both(bias))));
+        let to = |to: Option<_>| ColumnSums { kinds: 1, to: to.unwrap_or(Argument::pointer(0)), add: true };
+        let outputs: Vec<_> = wanted.into_iter().map(to).collect();
         self.sum_partials(partial, NORM_KINDS, &outputs);
     }
 }

@@ -119,8 +119,21 @@ impl<D: Device> Linear for Cuda<D> {
         let kernel = if inputs == 32 { "linear_backward_square_32" } else { "linear_backward_square_64" };
         let arguments = [dy.at(n), x.at(n), rows.into(), Argument::partial(partial, sums)];
         self.launch_blocks(kernel, [blocks, 1, 1], SQUARE_BLOCK, &arguments);
+        self.sum_square_partials((partial, blocks, inputs), dw, db);
+    }
+}
+
+impl<D: Device> Cuda<D> {
+    /// Adds up what blocks left of the gradients of a square weight and its bias.
+    pub(super) fn sum_square_partials(
+        &self,
+        partial: (u64, usize, usize),
+        dw: &mut <Self as Memory>::Full,
+        db: &mut <Self as Memory>::Full,
+    ) {
+        let channels = partial.2;
         let to = |kinds, to| ColumnSums { kinds, to, add: true };
-        let outputs = [to(inputs, dw.both(square)), to(1, db.both(inputs))];
-        self.sum_partials((partial, blocks, inputs), inputs + 1, &outputs);
+        let outputs = [to(channels, dw.both(channels * channels)), to(1, db.both(channels))];
+        self.sum_partials(partial, channels + 1, &outputs);
     }
 }
