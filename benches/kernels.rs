@@ -290,13 +290,29 @@ fn blocks(batch: usize) -> Vec<Case> {
                     cuda.attention_backward(q, k, v, Deltas::Made(p), p, d, shape, dq, dk, dv);
                 },
             ));
-            cases.push(case(
-                name("attention_output_backward", c),
-                4 * rows * c * c,
-                move |Lab { cuda, x: [d, o, _], w: [weight, _], y: [d_o, _], s: [deltas, dw], .. }| {
-                    cuda.attention_output_backward(d, o, weight, shape, d_o, deltas, dw);
-                },
-            ));
+            for (what, sums) in [("attention_output_backward", false), ("attention_output_backward_all", true)] {
+                cases.push(case(
+                    name(what, c),
+                    4 * rows * c * c,
+                    move |Lab {
+                              cuda,
+                              x: [dy, x, o],
+                              w: [weight, _],
+                              p,
+                              y: [d, d_o],
+                              s: [deltas, dw],
+                              t: [dgamma, dbeta],
+                              ..
+                          }| {
+                        let norm = NormBack { dy, x, stats: p, gamma: p };
+                        let parameters = sums.then_some((dgamma, dbeta));
+                        let drop = Some(drop);
+                        cuda.attention_output_backward(
+                            norm, drop, o, weight, shape, d, d_o, deltas, dw, parameters, None,
+                        );
+                    },
+                ));
+            }
         }
 
         // With its products and the residual: for a pass back, and for none.

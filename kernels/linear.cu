@@ -17,12 +17,45 @@ KERNEL(THREADS) linear_backward_bias(const bf16* dy /* (rows, outputs) */, int r
     BY_WIDTH(outputs, bias_partials, dy, rows, outputs, slab, partial);
 }
 
+// Tiles in shared memory at a time.
+constexpr int TILES_AHEAD = 3;
+// Two blocks share a multiprocessor: at most 128 registers, and 48 KB.
+#define WALK_BOUNDS WALK_BLOCK, 2
+
 // The weight's gradient and the bias's in one pass over both operands: dyᵀ·x, and the column sums of dy.
 template <int C>
 __device__ __forceinline__ void square_gradient(const bf16* dy, const bf16* x, int rows, float* partial) {
-    SHARED(Pieces<C>, tiles, [TILES_AHEAD]);
+    // Tokens of both operands, (TOKENS, C) each.
+    struct Tile {
+        uint4 dy[WALK_TOKENS<C> * C / 8], x[WALK_TOKENS<C> * C / 8];
+    };
+    constexpr int TOKENS = WALK_TOKENS<C>;
+    SHARED(Tile, tiles, [TILES_AHEAD]);
+    Copied<C> own(threadIdx.x);
+    int row = blockIdx.x * TOKENS + own.token;
+    size_t from = size_t(row) * C + own.part * 8;
+    auto copy = [&](int stage) {
+        for (int k = 0; k < 2; k++) {
+            int bytes = row + k * own.APART < rows ? 16 : 0;
+            copy_async<16>(at_place(tiles[stage].dy, own.place(k)), dy + from + k * own.APART * C, bytes);
+            copy_async<16>(at_place(tiles[stage].x, own.place(k)), x + from + k * own.APART * C, bytes);
+        }
+        copies_end_group();
+        row += gridDim.x * TOKENS;
+        from += size_t(gridDim.x) * TOKENS * C;
+    };
+    for (int stage = 0; stage < TILES_AHEAD - 1; stage++) copy(stage);
     SquareGradient<C, true> gradient;
-    gradient.walk(dy, x, rows, tiles, [](Pieces<C>&, int) {});
+    int stage = 0;
+#pragma unroll 1
+    for (int first = blockIdx.x * TOKENS; first < rows; first += gridDim.x * TOKENS) {
+        copies_done_but<TILES_AHEAD - 2>();
+        meet_walkers<C>();
+        // All are done with the tile before, so its place is free.
+        copy(stage > 0 ? stage - 1 : TILES_AHEAD - 1);
+        gradient.add(tiles[stage].dy, tiles[stage].x);
+        stage = stage + 1 < TILES_AHEAD ? stage + 1 : 0;
+    }
     gradient.store(tiles, partial);
 }
 

@@ -691,24 +691,43 @@ pub trait Convolution: LayerNorm + Patches {
     }
 }
 
-/// The way back through the output product as one operation, on a device where moving tokens is what takes the time.
-pub trait AttentionOutput: Attention + Linear {
+/// A LayerNorm as the way back takes it.
+pub struct NormBack<'a, B: Memory> {
+    /// The gradient of its output, `(rows, channels)`.
+    pub dy: &'a B::Act,
+    /// Its input.
+    pub x: &'a B::Act,
+    /// Its (mean, 1/std) per row.
+    pub stats: &'a B::Full,
+    /// Its scale.
+    pub gamma: &'a B::Full,
+}
+
+/// The way back through attention's output product, and the LayerNorm behind the branch, as one operation, on a device where moving
+/// tokens is what takes the time.
+pub trait AttentionOutput: Attention + LayerNorm + Linear {
     /// Whether [`AttentionOutput::attention_output_backward`] does this shape.
     fn joins_attention_output(&self, _shape: AttentionShape) -> bool {
         false
     }
-    /// From `d`, the gradient of the product of `o` with `weight`, `(channels, channels)`, that of o, `d_o`; the
-    /// [sums](Deltas::Made) of both's products; and the weight's gradient, which is added to `dw`. The same as
-    /// [`Linear::linear_backward_weight`] and [`Linear::linear_backward_input`] but for the sums.
+    /// Adds to `d`, the gradient of the residual stream behind the LayerNorm `norm`, what that makes of it, and goes on
+    /// through the branch that was added to the stream in front, with its stochastic depth, the product of `o` with
+    /// `weight`, `(channels, channels)`: the gradient of o, `d_o`; the [sums](Deltas::Made) of both's products; the weight's
+    /// gradient, which is added to `dw`; and, if wanted, those of the LayerNorm's scale and shift, and of the product's bias. The same as
+    /// [`LayerNorm::layer_norm_backward_all`], [`Linear::linear_backward_weight`] and [`Linear::linear_backward_input`] but for the sums.
     fn attention_output_backward(
         &self,
-        _d: &Self::Act,
+        _norm: NormBack<'_, Self>,
+        _drop: Option<Dropout>,
         _o: &Self::Act,
         _weight: &Self::Act,
         _shape: AttentionShape,
+        _d: &mut Self::Act,
         _d_o: &mut Self::Act,
         _deltas: &mut Self::Full,
         _dw: &mut Self::Full,
+        _parameters: Option<(&mut Self::Full, &mut Self::Full)>,
+        _bias: Option<&mut Self::Full>,
     ) {
         unreachable!("a backend that joins operations has the joint one");
     }

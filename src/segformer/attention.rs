@@ -3,10 +3,11 @@
 
 use super::affine::Affine;
 use super::model::{Pass, Scratch};
-use super::norm::{Branch, Front, Norm, Normed};
+use super::norm::{Behind, Branch, Front, Norm, Normed, Takes};
 use super::tensors::Gradients;
 use crate::backend::{
-    AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Deltas, Dropout, Grid, Window,
+    AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Deltas, Dropout, Grid, NormBack,
+    Window,
 };
 
 /// The layer.
@@ -88,9 +89,16 @@ impl AttentionLayer {
         reduces && backend.joins_attention_input(grid, self.channels, self.window)
     }
 
-    /// Whether the backend goes back through the output product in one operation, where its weight is trained.
+    /// Whether the backend goes back through the LayerNorm behind and the output product in one operation, where the
+    /// product's weight is trained.
     pub fn joins_output<B: Backend>(&self, backend: &B, grid: Grid) -> bool {
         self.output.side.is_none() && backend.joins_attention_output(self.shape(grid))
+    }
+
+    /// What the way back begins with.
+    pub fn takes<B: Backend>(&self, backend: &B, grid: Grid, gradients: &Gradients<B>) -> Takes {
+        let joins = gradients.get(self.output.weight).is_some() && self.joins_output(backend, grid);
+        if joins { Takes::Normed } else { Takes::Product }
     }
 
     /// `y = x + drop·attention(norm(x))`, and the LayerNorm behind, unless what follows makes that; `normed` is norm(x).
@@ -165,6 +173,8 @@ impl AttentionLayer {
 
     /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients. With `drop`, `tokens[0]` of
     /// `scratch` holds the branch's gradient; it is left holding that of `before`, if x was made by adding that and it is wanted.
+    /// If the way back [takes in](AttentionLayer::takes) that through the LayerNorm `behind`, `tokens[5]` holds the gradient of what
+    /// that made, `d` is the gradient of the stream behind it, and its parameters' gradients are summed, too.
     pub fn backward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
@@ -172,6 +182,7 @@ impl AttentionLayer {
         grid: Grid,
         drop: Option<Dropout>,
         before: Option<Branch<'_>>,
+        behind: Behind<'_, B>,
         normed: &Normed<B>,
         acts: &AttentionActs<B>,
         d: &mut B::Act,
@@ -187,13 +198,18 @@ impl AttentionLayer {
 
         // Output product. Afterwards t1 is the gradient of the attention output.
         let shape = self.shape(grid);
-        let branch = if drop.is_some() { &*t0 } else { &*d };
-        let joint = if self.joins_output(backend, grid) { gradients.get_mut(self.output.weight) } else { None };
-        let deltas = if let Some(dw) = joint {
+        let joins = self.takes(backend, grid, gradients) == Takes::Normed;
+        let mut each = gradients.each();
+        let deltas = if let Some(dw) = each.take(self.output.weight).filter(|_| joins) {
             let weight = pass.tensors.product(self.output.weight);
-            backend.attention_output_backward(branch, &acts.o, weight, shape, t1, deltas, dw);
+            let bias = self.output.bias.and_then(|id| each.take(id));
+            let Behind { norm, x, stats } = behind;
+            let parameters = norm.parameters(&mut each);
+            let norm = NormBack { dy: &*t5, x, stats, gamma: pass.tensors.value(norm.gamma) };
+            backend.attention_output_backward(norm, drop, &acts.o, weight, shape, d, t1, deltas, dw, parameters, bias);
             Deltas::Made(deltas)
         } else {
+            let branch = if drop.is_some() { &*t0 } else { &*d };
             if self.output.trains(gradients) {
                 self.output.backward_weights(pass, &acts.o, branch, rows, gradients, side);
             }

@@ -4,7 +4,7 @@ use super::affine::Affine;
 use super::attention::{AttentionActs, AttentionLayer};
 use super::mix_ffn::{FfnActs, MixFfn};
 use super::model::{Pass, Scratch, Worker};
-use super::norm::{Branch, Front, Joint, Norm, Normed};
+use super::norm::{Behind, Branch, Front, Joint, Norm, Normed, Takes};
 use super::patch_embed::{EmbedActs, EmbedInput, PatchEmbed};
 use super::tensors::Gradients;
 use crate::backend::{Backend, Dropout, Grid, Sample, Window};
@@ -198,8 +198,9 @@ impl Stage {
         // the stream's.
         let before = |j: usize, gradients: &Gradients<B>| -> Option<Branch<'_>> {
             let block = &self.blocks[j.checked_sub(1)?];
-            let takes_stream = block.ffn.joins_backward(pass.backend, acts.grid, gradients);
-            Some(Branch { product: &block.ffn.contract, drop: block.drop(pass, 1), takes_stream })
+            let joins = block.ffn.joins_backward(pass.backend, acts.grid, gradients);
+            let takes = if joins { Takes::Stream } else { Takes::Product };
+            Some(Branch { product: &block.ffn.contract, drop: block.drop(pass, 1), takes })
         };
         let front = before(self.blocks.len(), gradients);
         let front = front.map_or(Front::none(), |front| Front::branch(front, acts.grid, &mut scratch.tokens[0]));
@@ -215,12 +216,15 @@ impl Stage {
                     &*middle
                 }
             };
-            let output = Branch { product: &block.attention.output, drop, takes_stream: false };
+            let takes = block.attention.takes(pass.backend, acts.grid, gradients);
+            let output = Branch { product: &block.attention.output, drop, takes };
             let [first, second] = [0, 1].map(|half| &acts.norms[2 * j + half]);
+            let behind = Behind { norm: &block.ffn.norm, x: middle, stats: &second.stats };
             let drop_ffn = block.drop(pass, 1);
             block.ffn.backward(pass, middle, acts.grid, drop_ffn, output, second, &saved.ffn, d, gradients, scratch);
             let (attention, before) = (&block.attention, before(j, gradients));
-            attention.backward(pass, x, acts.grid, drop, before, first, &saved.attention, d, gradients, scratch);
+            let (grid, acts) = (acts.grid, &saved.attention);
+            attention.backward(pass, x, grid, drop, before, behind, first, acts, d, gradients, scratch);
         }
         if self.embed.input_gradient || self.embed.trains {
             self.embed.backward(pass, input, acts.from, &acts.embed, d, gradients, below, scratch);

@@ -2,7 +2,7 @@
 
 use super::affine::Affine;
 use super::model::{Pass, Scratch};
-use super::norm::{Branch, Front, Joint, Norm, Normed};
+use super::norm::{Branch, Front, Joint, Norm, Normed, Takes};
 use super::tensors::{Gradients, Id};
 use crate::backend::{Backend, Dropout, FfnOutputs, FfnWeights, Grid, MixFfnExpansion, MixFfnParts, MixFfnWeights};
 
@@ -112,7 +112,8 @@ impl MixFfn {
 
     /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients. With `drop`, `tokens[0]` of
     /// `scratch` holds the branch's gradient, unless the way back is [joined](MixFfn::joins_backward); it is left holding that of
-    /// `before`, which was added to make x, if that wants it.
+    /// `before`, which was added to make x, if that wants it. If that goes back through the LayerNorm itself, `tokens[5]` is left
+    /// holding the gradient of norm(x), and `d` and the LayerNorm's gradients are as they were.
     pub fn backward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
@@ -131,7 +132,7 @@ impl MixFfn {
         }
         let backend = pass.backend;
         let rows = grid.rows();
-        let Scratch { tokens: [t0, t1, t2, ..], wide: [du, other], side, stats, .. } = scratch;
+        let Scratch { tokens: [t0, _, t2, _, _, dn], wide: [du, other], side, stats, .. } = scratch;
 
         let contract_trains = self.contract.trains(gradients);
         let expand_trains = self.expand.trains(gradients);
@@ -164,7 +165,7 @@ impl MixFfn {
                 None => None,
             };
             let parts = MixFfnParts { sums, contract: each.take(self.contract.weight), expand };
-            backend.mix_ffn_backward(d, drop, &acts.h, weights, grid, self.channels, self.hidden, t1, parts);
+            backend.mix_ffn_backward(d, drop, &acts.h, weights, grid, self.channels, self.hidden, dn, parts);
         } else {
             let branch = if drop.is_some() { &*t0 } else { &*d };
             // Back through the contraction and the convolution; unless it was kept, the contraction's input is made again on the
@@ -189,10 +190,12 @@ impl MixFfn {
         }
         if below {
             if !joint {
-                self.expand.backward_input(pass, dh, rows, t1, false, side);
+                self.expand.backward_input(pass, dh, rows, dn, false, side);
             }
-            let dx = self.input_gradient.then_some((d, true));
-            self.norm.backward(pass, t1, x, &normed.stats, rows, gradients, dx, Front::branch(before, grid, t0));
+            if before.takes != Takes::Normed {
+                let dx = self.input_gradient.then_some((d, true));
+                self.norm.backward(pass, dn, x, &normed.stats, rows, gradients, dx, Front::branch(before, grid, t0));
+            }
         }
     }
 }

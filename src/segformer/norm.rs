@@ -61,8 +61,9 @@ impl<'a, B: Backend> Front<'a, B> {
 
     /// A product that was added to the residual stream. `room` receives its gradient where there is stochastic depth, unless
     /// its way back takes the stream's: else that is the stream's.
-    pub fn branch(Branch { product, drop, takes_stream }: Branch<'_>, grid: Grid, room: &'a mut B::Act) -> Self {
-        Self { scaled: drop.map(|drop| (drop, grid, (!takes_stream).then_some(room))), bias: product.bias }
+    pub fn branch(Branch { product, drop, takes }: Branch<'_>, grid: Grid, room: &'a mut B::Act) -> Self {
+        let room = (takes == Takes::Product).then_some(room);
+        Self { scaled: drop.map(|drop| (drop, grid, room)), bias: product.bias }
     }
 
     /// What an operation hands on to it.
@@ -77,8 +78,29 @@ pub struct Branch<'a> {
     pub product: &'a Affine,
     /// Its stochastic depth.
     pub drop: Option<Dropout>,
-    /// Whether its way back takes the stream's gradient, and applies the stochastic depth itself.
-    pub takes_stream: bool,
+    /// What its way back takes.
+    pub takes: Takes,
+}
+
+/// What the way back through a branch begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Takes {
+    /// The gradient of its last product.
+    Product,
+    /// The gradient of the stream that it joins; it applies the stochastic depth itself.
+    Stream,
+    /// The gradient of what the LayerNorm behind made of that stream; it goes back through that itself.
+    Normed,
+}
+
+/// The LayerNorm behind a branch, for a way back that [takes in](Takes::Normed) that through the LayerNorm.
+pub struct Behind<'a, B: Backend> {
+    /// The LayerNorm.
+    pub norm: &'a Norm,
+    /// Its input, the stream.
+    pub x: &'a B::Act,
+    /// Its (mean, 1/std) per row.
+    pub stats: &'a B::Full,
 }
 
 /// Scale and shift over `channels`.

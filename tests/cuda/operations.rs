@@ -13,8 +13,8 @@ use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
     AdamW, AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Base, BatchNormView,
     Classifier, ConvolutionNorm, Deltas, Dropout, FfnOutputs, FfnWeights, FirstGradient, FirstStage, Grid, Head as _,
-    HeadPass, InFront, Loss as _, Memory, MixFfnExpansion, MixFfnParts, MixFfnWeights, Moving, NextNorm, Patches as _,
-    Product, Sample, Scaled, SmallProduct, Transpose, Window,
+    HeadPass, InFront, Loss as _, Memory, MixFfnExpansion, MixFfnParts, MixFfnWeights, Moving, NextNorm, NormBack,
+    Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -94,7 +94,7 @@ fn run<D: Device>(what: &str, case: &impl Case, backend: Cuda<D>) -> Vec<Output>
 /// (`tools/sanitize.sh`), which are slow and find the same in any order, once.
 fn repeated(what: &str, run: impl Fn(Order) -> Vec<Output>) -> Vec<Output> {
     let forward = run(Order::Forward);
-    if std::env::var_os("SEGPEFT_SANITIZE").is_some() {
+    if std::env::var_os("SEGPEFT_SANITIZED_KERNELS").is_some() {
         return forward;
     }
     for order in [Order::Reverse, Order::Random(1), Order::Random(2)] {
@@ -477,20 +477,30 @@ case!(
 /// By the joint operation where there is one, else by those that it joins.
 fn attention_output_backward<B: Backend>(
     backend: &B,
-    (d, o): (&B::Act, &B::Act),
-    weight: &B::Act,
+    norm: NormBack<'_, B>,
+    drop: Option<Dropout>,
+    (o, weight): (&B::Act, &B::Act),
     shape: AttentionShape,
-    (d_o, deltas): (&mut B::Act, &mut B::Full),
+    (d, d_o, deltas): (&mut B::Act, &mut B::Act, &mut B::Full),
     dw: &mut B::Full,
+    parameters: Option<(&mut B::Full, &mut B::Full)>,
+    bias: Option<&mut B::Full>,
 ) {
     if backend.joins_attention_output(shape) {
-        return backend.attention_output_backward(d, o, weight, shape, d_o, deltas, dw);
+        return backend.attention_output_backward(norm, drop, o, weight, shape, d, d_o, deltas, dw, parameters, bias);
     }
     let AttentionShape { images, heads, head, queries, .. } = shape;
     let (rows, channels) = (images * queries, heads * head);
-    let product = Product { rows, inputs: channels, outputs: channels };
-    backend.linear_backward_weight(d, o, product, dw);
-    backend.linear_backward_input(d, weight, product, d_o, false);
+    let (product, grid) =
+        (Product { rows, inputs: channels, outputs: channels }, Grid { images, height: queries, width: 1 });
+    let NormBack { dy, x, stats, gamma } = norm;
+    let mut branch = backend.act(rows * channels);
+    let scaled = drop.map(|drop| (drop, grid, Some(&mut branch)));
+    let front = InFront { scaled, bias };
+    backend.layer_norm_backward_all(dy, x, stats, gamma, rows, channels, (&mut *d, true), parameters, front);
+    let branch = if drop.is_some() { &branch } else { &*d };
+    backend.linear_backward_weight(branch, o, product, dw);
+    backend.linear_backward_input(branch, weight, product, d_o, false);
     let [o, d_o] = [o, &*d_o].map(|x| backend.download_act(x, rows * channels));
     let products: Vec<f64> = o.iter().zip(&d_o).map(|(&o, &d_o)| f64::from(o) * f64::from(d_o)).collect();
     let mut sums = vec![0.0f32; rows * heads];
@@ -503,34 +513,52 @@ fn attention_output_backward<B: Backend>(
 
 case!(
     attention_output,
-    AttentionOutput { images: usize, heads: usize, queries: usize },
+    AttentionOutput { images: usize, heads: usize, queries: usize, drop: f32, sums: bool },
     |self, lab| {
-        let &Self { images, heads, queries } = self;
+        let &Self { images, heads, queries, drop, sums } = self;
         let shape = AttentionShape { images, heads, head: 32, queries, keys: 256 };
-        let (channels, n_lse) = (heads * 32, images * heads * queries);
-        let (n, square) = (images * queries * channels, channels * channels);
-        let (d, o, weight) = (lab.act(n, 1), lab.act(n, 2), lab.act(square, 3));
-        let (mut d_o, mut deltas, mut dw) = (lab.act(n, 4), lab.full(n_lse, 5), lab.full(square, 6));
-        attention_output_backward(lab.0, (&d, &o), &weight, shape, (&mut d_o, &mut deltas), &mut dw);
-        vec![
-            lab.read("d_o", &d_o, n, 1.0, 0.0),
+        let (rows, channels, n_lse) = (images * queries, heads * 32, images * heads * queries);
+        let (n, square) = (rows * channels, channels * channels);
+        let (dn, x, o, weight) = (lab.act(n, 1), lab.act(n, 2), lab.act(n, 3), lab.act(square, 4));
+        let (gamma, beta) = (lab.full(channels, 5), lab.full(channels, 6));
+        let (mut normed, mut stats) = (lab.act(n, 7), lab.full(2 * rows, 8));
+        lab.0.layer_norm(&x, &gamma, &beta, rows, channels, &mut normed, &mut stats);
+        let (mut d, mut d_o, mut deltas) = (lab.act(n, 9), lab.act(n, 10), lab.full(n_lse, 11));
+        let (mut dw, mut bias) = (lab.full(square, 12), lab.full(channels, 13));
+        let (mut dgamma, mut dbeta) = (lab.full(channels, 14), lab.full(channels, 15));
+        let norm = NormBack { dy: &dn, x: &x, stats: &stats, gamma: &gamma };
+        let drop = (drop > 0.0).then(|| drop_of(Purpose::DropPath, drop));
+        let (parameters, db) = (sums.then_some((&mut dgamma, &mut dbeta)), sums.then_some(&mut bias));
+        let streams = (&mut d, &mut d_o, &mut deltas);
+        attention_output_backward(lab.0, norm, drop, (&o, &weight), shape, streams, &mut dw, parameters, db);
+        let mut outputs = vec![
+            lab.read("d", &d, n, 1.0, 0.0),
+            // The branch's gradient is rounded, which both products read.
+            lab.read("d_o", &d_o, n, 1.0, 1.0),
             // d_o is rounded, and its products with o may cancel.
             Output { summed: 2.0, ..lab.read_full("deltas", &deltas, n_lse) },
-            lab.read_full("dw", &dw, square),
-        ]
+            Output { summed: 1.0, ..lab.read_full("dw", &dw, square) },
+        ];
+        if sums {
+            outputs.extend(
+                [("dgamma", &dgamma), ("dbeta", &dbeta), ("bias", &bias)]
+                    .map(|(name, sum)| lab.read_full(name, sum, channels)),
+            );
+        }
+        outputs
     },
     [
-        (1, 1, 1),
-        (1, 1, 100),
-        (3, 1, 129),
+        (1, 1, 1, 0.0, true),
+        (1, 1, 100, 0.5, false),
+        (3, 1, 129, 0.5, true),
         // More tiles than blocks have room for at a time, the last one short.
-        (5, 1, 21001),
-        (1, 2, 1),
-        (3, 2, 65),
-        (7, 2, 33),
-        (5, 2, 10501),
+        (5, 1, 13601, 0.5, true),
+        (1, 2, 1, 0.0, false),
+        (3, 2, 65, 0.5, true),
+        (7, 2, 33, 0.5, false),
+        (5, 2, 6801, 0.0, true),
         // Not joined.
-        (2, 3, 40)
+        (2, 3, 40, 0.5, true)
     ]
 );
 

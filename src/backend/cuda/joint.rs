@@ -18,7 +18,7 @@ pub enum Joint {
     ReduceTokensBackwardWeights,
     /// Queries, attention, output product and residual.
     AttentionBranch,
-    /// The way back through the output product, with its weight's gradient.
+    /// The way back through the LayerNorm behind attention and its output product, with the weight's gradient.
     AttentionOutputBackward,
     /// The gradients of a square weight and of its bias.
     LinearBackwardSquare,
