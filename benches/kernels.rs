@@ -334,13 +334,10 @@ fn blocks(batch: usize) -> Vec<Case> {
         // The sequence reduction and the embedding of the next stage, each with its LayerNorm, the latter with the one behind, in
         // evaluation.
         let reduces = Window { side: reduction, stride: reduction, padding: 0 };
-        let mut convolutions = vec![("reduce_tokens", reduces, c)];
+        let mut convolutions = Vec::new();
+        convolutions.extend((reduction > 1).then_some(("reduce_tokens", reduces, c)));
         convolutions.extend(STAGES.get(i + 1).map(|next| ("embed_tokens", OVERLAPPING, next.1)));
         for (what, window, outputs) in convolutions {
-            // All others are gathered patches, a product and a LayerNorm.
-            if !matches!((window == OVERLAPPING, c), (true, _) | (false, 32 | 64)) {
-                continue;
-            }
             let made = g.through(window).rows();
             cases.push(case(
                 format!("{what} {} {made}x{outputs}", i + 1),

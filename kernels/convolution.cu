@@ -8,7 +8,7 @@
 
 constexpr int TILE = 16;
 
-// ---- the sequence reduction
+// ---- the sequence reductions with few channels
 //
 // A block has REDUCED windows; its warps take turns by taps, and what they have summed is added up at the end, and normalised.
 constexpr int WARPS = 8, TILES = 2, REDUCED = TILE * TILES;
@@ -105,21 +105,22 @@ KERNEL(THREADS, 2) reduce_tokens_64(const bf16* tokens /* (images, height, width
     reduce<64>(tokens, weight, bias, gamma, beta, keys, width, side, raw, y, stats);
 }
 
-// ---- the patch embeddings
+// ---- the patch embeddings, and the sequence reduction with many channels and few taps
 //
 // A block has 16 windows per line of warps and all their outputs, which COLUMNS warps share. It goes through the sums by CHUNK
 // channels of a tap: tokens and weights pass through shared memory, where of RING chunks one is read and the others are on
 // their way; what lies outside of the picture is zero there. So LayerNorm finds a row in the registers of its warps.
-constexpr int SIDE = 3, STRIDE = 2, PADDING = 1, CHUNK = 32;
+// Windows begin STRIDE tokens apart: an embedding's overlap, and a reduction's share none.
+constexpr int STRIDE = 2, OVERLAPPING = 3, APART = 2, CHUNK = 32;
 
-template <int IN, int OUT, int LINES, int COLUMNS, int RING>
+template <int SIDE, int IN, int OUT, int LINES, int COLUMNS, int RING>
 __device__ __forceinline__ void embed(const bf16* __restrict__ tokens, const bf16* __restrict__ weight,
                                       const bf16* __restrict__ bias, const float* __restrict__ gamma,
                                       const float* __restrict__ beta, int height, int width, int out_height,
                                       int out_width, int rows, bf16* __restrict__ raw, bf16* __restrict__ y,
                                       float* __restrict__ stats, const NextNorm& next) {
     constexpr int BLOCK = 32 * LINES * COLUMNS, TALL = TILE * LINES, OWN = OUT / COLUMNS, GROUPS = OWN / 32;
-    constexpr int CHUNKS = SIDE * SIDE * IN / CHUNK, PIECES = CHUNK / 8;
+    constexpr int PADDING = SIDE - STRIDE, CHUNKS = SIDE * SIDE * IN / CHUNK, PIECES = CHUNK / 8;
     // Rows of a chunk that a block copies at a time.
     constexpr int AT_ONCE = BLOCK / PIECES, PLACES = TALL / AT_ONCE;
     static_assert(IN % CHUNK == 0 && OWN % 32 == 0 && TALL % AT_ONCE == 0 && OUT % AT_ONCE == 0, "whole copies");
@@ -243,8 +244,8 @@ KERNEL(256, 2) embed_tokens_64(
     int width, int out_height, int out_width, int rows, bf16* raw /* (rows, 64) or null */, bf16* y /* (rows, 64) */,
     float* stats /* (rows, 2): mean, 1/std; or null */, const float* next_gamma /* (64) */,
     const float* next_beta /* (64) */, bf16* next /* (rows, 64) or null */, float* next_stats /* (rows, 2) */) {
-    embed<32, 64, 8, 1, 3>(tokens, weight, bias, gamma, beta, height, width, out_height, out_width, rows, raw, y,
-                            stats, {next_gamma, next_beta, next, next_stats});
+    embed<OVERLAPPING, 32, 64, 8, 1, 3>(tokens, weight, bias, gamma, beta, height, width, out_height, out_width, rows,
+                                        raw, y, stats, {next_gamma, next_beta, next, next_stats});
 }
 
 KERNEL(128, 3) embed_tokens_160(
@@ -253,8 +254,8 @@ KERNEL(128, 3) embed_tokens_160(
     int width, int out_height, int out_width, int rows, bf16* raw /* (rows, 160) or null */, bf16* y /* (rows, 160) */,
     float* stats /* (rows, 2): mean, 1/std; or null */, const float* next_gamma /* (160) */,
     const float* next_beta /* (160) */, bf16* next /* (rows, 160) or null */, float* next_stats /* (rows, 2) */) {
-    embed<64, 160, 4, 1, 3>(tokens, weight, bias, gamma, beta, height, width, out_height, out_width, rows, raw, y,
-                            stats, {next_gamma, next_beta, next, next_stats});
+    embed<OVERLAPPING, 64, 160, 4, 1, 3>(tokens, weight, bias, gamma, beta, height, width, out_height, out_width, rows,
+                                         raw, y, stats, {next_gamma, next_beta, next, next_stats});
 }
 
 KERNEL(256, 2) embed_tokens_256(
@@ -263,8 +264,19 @@ KERNEL(256, 2) embed_tokens_256(
     int width, int out_height, int out_width, int rows, bf16* raw /* (rows, 256) or null */, bf16* y /* (rows, 256) */,
     float* stats /* (rows, 2): mean, 1/std; or null */, const float* next_gamma /* (256) */,
     const float* next_beta /* (256) */, bf16* next /* (rows, 256) or null */, float* next_stats /* (rows, 2) */) {
-    embed<160, 256, 4, 2, 2>(tokens, weight, bias, gamma, beta, height, width, out_height, out_width, rows, raw, y,
-                            stats, {next_gamma, next_beta, next, next_stats});
+    embed<OVERLAPPING, 160, 256, 4, 2, 2>(tokens, weight, bias, gamma, beta, height, width, out_height, out_width, rows,
+                                          raw, y, stats, {next_gamma, next_beta, next, next_stats});
+}
+
+// The reduction of SegFormer-B0's third stage, in the same way. Blocks of 128 threads, with 64 rows each.
+KERNEL(128, 3) reduce_tokens_160(
+    const bf16* tokens /* (images, height, width, 160) */, const bf16* weight /* (160, 2·2, 160) */,
+    const bf16* bias /* (160) or null */, const float* gamma /* (160) */, const float* beta /* (160) */, int height,
+    int width, int out_height, int out_width, int rows, bf16* raw /* (rows, 160) or null */, bf16* y /* (rows, 160) */,
+    float* stats /* (rows, 2): mean, 1/std; or null */, const float* next_gamma /* (160) */,
+    const float* next_beta /* (160) */, bf16* next /* (rows, 160) or null */, float* next_stats /* (rows, 2) */) {
+    embed<APART, 160, 160, 4, 1, 3>(tokens, weight, bias, gamma, beta, height, width, out_height, out_width, rows, raw, y,
+                                    stats, {next_gamma, next_beta, next, next_stats});
 }
 
 // ---- the way back through the patch embeddings
@@ -276,6 +288,7 @@ KERNEL(256, 2) embed_tokens_256(
 //
 // A block has DOWN x ACROSS windows, and of their tokens BAND channels. It goes through the sums by DEPTH outputs, which pass
 // through shared memory like the chunks above, the weights in the order for 16-byte access. Sums begin with what dx has.
+constexpr int SIDE = OVERLAPPING, PADDING = SIDE - STRIDE;
 constexpr int DOWN = 8, ACROSS = TILE, PITCH = ACROSS + 1, BAND = 32, DEPTH = 16, SLOTS = 3, TAPS = SIDE * SIDE;
 // Lines of windows of a warp, and how many warps share these: one the parities that are equal, the other those that are not.
 constexpr int OWN_LINES = 2, PARITIES = 2;

@@ -5,7 +5,7 @@ use super::memory::{ColumnSums, THREADS};
 use super::{Argument, Cuda, Device, Joint};
 use crate::backend::{Convolution, ConvolutionNorm, Grid, LayerNorm, NextNorm, Window};
 
-/// Windows of a block of `reduce_tokens`.
+/// Windows of a block of `reduce_tokens` of few channels.
 const REDUCED: usize = 32;
 /// Lines of windows of a block of the way back through an embedding, windows in each, and channels of dx.
 const DOWN: usize = 8;
@@ -22,8 +22,9 @@ const WALKERS: usize = 128;
 const RESIDENT: usize = 3;
 /// Windows that a block of the gradient of a reduction's weights is at.
 const WINDOWS: usize = 32;
-/// SegFormer's windows from the second embedding on.
+/// SegFormer's windows from the second embedding on, and those of the third stage's sequence reduction.
 const OVERLAPPING: Window = Window { side: 3, stride: 2, padding: 1 };
+const APART: Window = Window { side: 2, stride: 2, padding: 0 };
 
 /// Whether windows share no token, and leave none out.
 pub(super) fn tiles(grid: Grid, window: Window) -> bool {
@@ -31,12 +32,14 @@ pub(super) fn tiles(grid: Grid, window: Window) -> bool {
     window.stride == window.side && window.padding == 0 && whole
 }
 
-/// Name of an embedding's kernel, windows of its blocks, and their threads, as the kernels have them.
+/// Name of the kernel of an embedding, or of a reduction that is done as one, windows of its blocks, and their threads, as the
+/// kernels have them.
 fn embedding(window: Window, inputs: usize, outputs: usize) -> Option<(&'static str, usize, usize)> {
     match (window, inputs, outputs) {
         (OVERLAPPING, 32, 64) => Some(("embed_tokens_64", 128, 256)),
         (OVERLAPPING, 64, 160) => Some(("embed_tokens_160", 64, 128)),
         (OVERLAPPING, 160, 256) => Some(("embed_tokens_256", 64, 256)),
+        (APART, 160, 160) => Some(("reduce_tokens_160", 64, 128)),
         _ => None,
     }
 }
@@ -68,13 +71,13 @@ fn reduction(grid: Grid, window: Window, inputs: usize, outputs: usize) -> Optio
 }
 
 impl<D: Device> Convolution for Cuda<D> {
-    /// The sequence reductions of SegFormer-B0's first two stages, and its embeddings of tokens.
+    /// The sequence reductions of SegFormer-B0, and its embeddings of tokens.
     fn fuses_convolution(&self, grid: Grid, window: Window, inputs: usize, outputs: usize) -> bool {
         let reduces = matches!(inputs, 32 | 64) && inputs == outputs && tiles(grid, window);
-        let embeds = embedding(window, inputs, outputs).is_some();
-        let joins = reduces && self.joins(Joint::ReduceTokens) || embeds && self.joins(Joint::EmbedTokens);
+        let has_kernel = reduces || embedding(window, inputs, outputs).is_some();
+        let joint = if window == OVERLAPPING { Joint::EmbedTokens } else { Joint::ReduceTokens };
         // Kernels count tokens in 32 bits.
-        joins && grid.rows() <= i32::MAX as usize
+        has_kernel && self.joins(joint) && grid.rows() <= i32::MAX as usize
     }
 
     fn convolution_norm(
@@ -117,7 +120,7 @@ impl<D: Device> Convolution for Cuda<D> {
             None => [Argument::pointer(0); 2],
         };
         arguments.extend([raw, y.to(n), stats]);
-        // A reduction's kernel makes no LayerNorm behind y.
+        // A reduction's kernel of few channels makes no LayerNorm behind y.
         let apart = match embedding {
             Some(_) => {
                 arguments.extend(behind(next, rows, outputs));
