@@ -350,11 +350,14 @@ fn blocks(batch: usize) -> Vec<Case> {
                 },
             ));
         }
-        // Back from the embedding of the next stage to this one's tokens.
-        if let Some(&(_, outputs, ..)) = STAGES.get(i + 1) {
-            let (window, made) = (OVERLAPPING, g.through(OVERLAPPING).rows());
+        // Back from the embedding of the next stage to this one's tokens, and from the sequence reduction of the third.
+        let mut convolutions = Vec::new();
+        convolutions.extend((reduction == 2).then_some(("reduce_tokens_backward", reduces, c)));
+        convolutions.extend(STAGES.get(i + 1).map(|next| ("embed_tokens_backward", OVERLAPPING, next.1)));
+        for (what, window, outputs) in convolutions {
+            let made = g.through(window).rows();
             cases.push(case(
-                format!("embed_tokens_backward {} {made}x{outputs}", i + 1),
+                format!("{what} {} {made}x{outputs}", i + 1),
                 2 * made * window.side * window.side * c * outputs,
                 move |Lab { cuda, x: [d, ..], w: [weight, _], y: [dx, _], .. }| {
                     cuda.convolution_backward_input(d, weight, g, window, c, outputs, dx);
@@ -500,7 +503,7 @@ fn blocks(batch: usize) -> Vec<Case> {
                 cuda.patches(x, g, c, window, y);
             }));
             cases.push(plain(what("_backward"), move |Lab { cuda, x: [d, ..], y: [y, _], .. }| {
-                cuda.patches_backward(d, g, c, window, y, false);
+                cuda.patches_backward(d, g, c, window, y);
             }));
         }
     }

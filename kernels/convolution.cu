@@ -1,6 +1,7 @@
 // Convolutions over tokens with the LayerNorm behind, without gathered patches: the sequence reductions, whose windows share no
 // token, and the overlapping patch embeddings, whose outputs may be normalised once more, for attention; the way back through
-// these to their input, and through both to their weights. The convolution's weights are (outputs, side², inputs).
+// these, and through the reduction of many channels, to their input, and through all to their weights. The convolution's weights
+// are (outputs, side², inputs).
 #include "common.cuh"
 #include "layer_norm.cuh"
 #include "mma.cuh"
@@ -8,7 +9,7 @@
 
 constexpr int TILE = 16;
 
-// ---- the sequence reductions with few channels
+// ---- the sequence reductions of few channels
 //
 // A block has REDUCED windows; its warps take turns by taps, and what they have summed is added up at the end, and normalised.
 constexpr int WARPS = 8, TILES = 2, REDUCED = TILE * TILES;
@@ -105,7 +106,7 @@ KERNEL(THREADS, 2) reduce_tokens_64(const bf16* tokens /* (images, height, width
     reduce<64>(tokens, weight, bias, gamma, beta, keys, width, side, raw, y, stats);
 }
 
-// ---- the patch embeddings, and the sequence reduction with many channels and few taps
+// ---- the patch embeddings, and the sequence reduction of many channels
 //
 // A block has 16 windows per line of warps and all their outputs, which COLUMNS warps share. It goes through the sums by CHUNK
 // channels of a tap: tokens and weights pass through shared memory, where of RING chunks one is read and the others are on
@@ -279,47 +280,50 @@ KERNEL(128, 3) reduce_tokens_160(
                                     stats, {next_gamma, next_beta, next, next_stats});
 }
 
-// ---- the way back through the patch embeddings
+// ---- the way back through the patch embeddings, and through the sequence reduction of many channels
 //
 // Windows are two tokens apart and three wide: a token of an even line lies on the middle line of one window, one of an odd line
 // on the last line of one and on the first of the next; so it is across. Window (i, j) therefore has four tokens, of each
 // parity one, (2·i + py, 2·j + px), whose gradients are sums of 1, 2, 2 and 4 products: of the gradients of windows (i, j) up to
-// (i + py, j + px) with the weights at the tap where that window has the token. These are all nine taps, each once.
+// (i + py, j + px) with the weights at the tap where that window has the token. These are all nine taps, each once. Where windows
+// share no token, one has all four, each at one of its four taps.
 //
 // A block has DOWN x ACROSS windows, and of their tokens BAND channels. It goes through the sums by DEPTH outputs, which pass
 // through shared memory like the chunks above, the weights in the order for 16-byte access. Sums begin with what dx has.
-constexpr int SIDE = OVERLAPPING, PADDING = SIDE - STRIDE;
-constexpr int DOWN = 8, ACROSS = TILE, PITCH = ACROSS + 1, BAND = 32, DEPTH = 16, SLOTS = 3, TAPS = SIDE * SIDE;
+constexpr int DOWN = 8, ACROSS = TILE, BAND = 32, DEPTH = 16, SLOTS = 3;
 // Lines of windows of a warp, and how many warps share these: one the parities that are equal, the other those that are not.
 constexpr int OWN_LINES = 2, PARITIES = 2;
-// The windows whose gradients a block reads: one line and one column more.
-constexpr int READ = (DOWN + 1) * PITCH;
+// The windows whose gradients a block reads: one line and one column more, where they overlap.
+template <int SIDE> constexpr int PITCH = ACROSS + SIDE - STRIDE;
+template <int SIDE> constexpr int READ = (DOWN + SIDE - STRIDE) * PITCH<SIDE>;
 static_assert(THREADS / 32 * OWN_LINES == DOWN * PARITIES, "a warp for each");
 
 // Eight outputs of a window's gradient. Windows side by side are in different banks.
+template <int SIDE>
 __device__ __forceinline__ uint4* gradient_at(Turned<DEPTH>* gradients, int line, int column, int piece) {
-    return &gradients[line * PITCH + column].at[piece ^ column / 4 % 2];
+    return &gradients[line * PITCH<SIDE> + column].at[piece ^ column / 4 % 2];
 }
 
 // A warp's products of a chunk; its parities are (0, UNEQUAL) and (1, !UNEQUAL).
-template <bool UNEQUAL>
+template <int SIDE, bool UNEQUAL>
 __device__ __forceinline__ void spread(Turned<DEPTH>* gradients, Turned<BAND> (*weights)[DEPTH], int line,
                                        float (&d)[PARITIES][OWN_LINES][BAND / 8][4]) {
+    constexpr int PADDING = SIDE - STRIDE, REACHED = PADDING > 0 ? 4 : 1;
     int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int beyond = 0; beyond < 4; beyond++) {
+    for (int beyond = 0; beyond < REACHED; beyond++) {
         int below = beyond / 2, right = beyond % 2;
         if (UNEQUAL && below + right == 2) continue;
         unsigned a[OWN_LINES][4];
         for (int m = 0; m < OWN_LINES; m++) {
-            uint4* row = gradient_at(gradients, line + m + below, lane % 16 + right, lane / 16);
+            uint4* row = gradient_at<SIDE>(gradients, line + m + below, lane % 16 + right, lane / 16);
             load_matrices<false>(reinterpret_cast<bf16*>(row), a[m]);
         }
 #pragma unroll
         for (int py = 0; py < PARITIES; py++) {
             int px = UNEQUAL ? 1 - py : py;
             if (below > py || right > px) continue;
-            int ky = py == 0 ? 1 : below == 0 ? 2 : 0, kx = px == 0 ? 1 : right == 0 ? 2 : 0;
+            int ky = py + PADDING - below * STRIDE, kx = px + PADDING - right * STRIDE;
             for (int n = 0; n < BAND / 8; n += 2) {
                 unsigned b[4];
                 along(weights[ky * SIDE + kx], 0, n * 8, b);
@@ -364,13 +368,13 @@ struct OwnTokens {
     }
 };
 
-template <int IN, int OUT>
+template <int SIDE, int IN, int OUT>
 __device__ __forceinline__ void embed_back(const bf16* __restrict__ draw, const bf16* __restrict__ weight, int height,
                                            int width, int out_height, int out_width, bf16* __restrict__ dx) {
     constexpr int BANDS = IN / BAND, CHUNKS = OUT / DEPTH, PIECES = DEPTH / 8, PAIRS = BAND / 2;
-    constexpr int COPIES = (READ * PIECES + THREADS - 1) / THREADS;
+    constexpr int TAPS = SIDE * SIDE, COPIES = (READ<SIDE> * PIECES + THREADS - 1) / THREADS;
     static_assert(IN % BAND == 0 && OUT % DEPTH == 0 && THREADS == DEPTH * PAIRS, "whole copies");
-    SHARED(Turned<DEPTH>, gradients, [SLOTS][READ]);
+    SHARED(Turned<DEPTH>, gradients, [SLOTS][READ<SIDE>]);
     SHARED(Turned<BAND>, weights, [SLOTS][TAPS][DEPTH]);
     int top = blockIdx.y * DOWN, left = int(blockIdx.x) / BANDS * ACROSS, band = int(blockIdx.x) % BANDS * BAND;
     draw += size_t(blockIdx.z) * out_height * out_width * OUT + threadIdx.x % PIECES * 8;
@@ -379,7 +383,7 @@ __device__ __forceinline__ void embed_back(const bf16* __restrict__ draw, const 
     int windows[COPIES];
     for (int i = 0; i < COPIES; i++) {
         int number = threadIdx.x + i * THREADS, window = number / PIECES;
-        int y = top + window / PITCH, x = left + window % PITCH;
+        int y = top + window / PITCH<SIDE>, x = left + window % PITCH<SIDE>;
         windows[i] = y < out_height && x < out_width ? y * out_width + x : -1;
     }
     int output = threadIdx.x / PAIRS, pair = threadIdx.x % PAIRS;
@@ -389,8 +393,9 @@ __device__ __forceinline__ void embed_back(const bf16* __restrict__ draw, const 
             int slot = chunk % SLOTS;
             for (int i = 0; i < COPIES; i++) {
                 int number = threadIdx.x + i * THREADS, window = number / PIECES;
-                if (window >= READ) break;
-                uint4* to = gradient_at(gradients[slot], window / PITCH, window % PITCH, number % PIECES);
+                if (window >= READ<SIDE>) break;
+                int line = window / PITCH<SIDE>, column = window % PITCH<SIDE>;
+                uint4* to = gradient_at<SIDE>(gradients[slot], line, column, number % PIECES);
                 const bf16* from = draw + size_t(max(windows[i], 0)) * OUT;
                 copy_async<16>(to, from, windows[i] >= 0 ? 16 : 0);
             }
@@ -422,8 +427,8 @@ __device__ __forceinline__ void embed_back(const bf16* __restrict__ draw, const 
         __syncthreads();
         bring(chunk + SLOTS - 1);
         int slot = chunk % SLOTS;
-        if (own.unequal) spread<true>(gradients[slot], weights[slot], own.line, d);
-        else spread<false>(gradients[slot], weights[slot], own.line, d);
+        if (own.unequal) spread<SIDE, true>(gradients[slot], weights[slot], own.line, d);
+        else spread<SIDE, false>(gradients[slot], weights[slot], own.line, d);
     }
     // Found again, so that where they are took no registers meanwhile.
     OwnTokens again(int(opaque(threadIdx.x)), top, left, height, width);
@@ -435,24 +440,30 @@ __device__ __forceinline__ void embed_back(const bf16* __restrict__ draw, const 
     }
 }
 
-// dx += the gradient of an embedding's input, from that of what its convolution made. Grid: (ceil(out_width / ACROSS) · channels
+// dx += the gradient of the convolution's input, from that of what it made. Grid: (ceil(out_width / ACROSS) · channels
 // of dx / BAND, ceil(out_height / DOWN), images), blocks of THREADS.
 KERNEL(THREADS, 2) embed_tokens_backward_64(
     const bf16* draw /* (images, out_height, out_width, 64) */, const bf16* weight /* (64, 3·3, 32) */, int height,
     int width, int out_height, int out_width, bf16* dx /* (images, height, width, 32) */) {
-    embed_back<32, 64>(draw, weight, height, width, out_height, out_width, dx);
+    embed_back<OVERLAPPING, 32, 64>(draw, weight, height, width, out_height, out_width, dx);
 }
 
 KERNEL(THREADS, 2) embed_tokens_backward_160(
     const bf16* draw /* (images, out_height, out_width, 160) */, const bf16* weight /* (160, 3·3, 64) */, int height,
     int width, int out_height, int out_width, bf16* dx /* (images, height, width, 64) */) {
-    embed_back<64, 160>(draw, weight, height, width, out_height, out_width, dx);
+    embed_back<OVERLAPPING, 64, 160>(draw, weight, height, width, out_height, out_width, dx);
 }
 
 KERNEL(THREADS, 2) embed_tokens_backward_256(
     const bf16* draw /* (images, out_height, out_width, 256) */, const bf16* weight /* (256, 3·3, 160) */, int height,
     int width, int out_height, int out_width, bf16* dx /* (images, height, width, 160) */) {
-    embed_back<160, 256>(draw, weight, height, width, out_height, out_width, dx);
+    embed_back<OVERLAPPING, 160, 256>(draw, weight, height, width, out_height, out_width, dx);
+}
+
+KERNEL(THREADS, 2) reduce_tokens_backward_160(
+    const bf16* draw /* (images, out_height, out_width, 160) */, const bf16* weight /* (160, 2·2, 160) */, int height,
+    int width, int out_height, int out_width, bf16* dx /* (images, height, width, 160) */) {
+    embed_back<APART, 160, 160>(draw, weight, height, width, out_height, out_width, dx);
 }
 
 // ---- the gradient of the patch embeddings' weights
@@ -461,6 +472,7 @@ KERNEL(THREADS, 2) embed_tokens_backward_256(
 // every second token of a line. There the even columns of a line come first, then the odd ones, so that such tokens are
 // neighbours. A block has OUTPUTS outputs and BAND channels at all taps, a warp eight of the channels; it goes through its share of
 // the windows by TALL lines of ACROSS. What lies outside of the picture is zero, gradients as well as tokens.
+constexpr int SIDE = OVERLAPPING, PADDING = SIDE - STRIDE, TAPS = SIDE * SIDE;
 constexpr int TALL = 2, WIDE = BAND / 8, SEEN_LINES = (TALL - 1) * STRIDE + SIDE, SEEN = (ACROSS - 1) * STRIDE + SIDE;
 constexpr int EVEN = (SEEN + 1) / 2, OUTPUTS = 32, OUTPUT_TILES = OUTPUTS / TILE, WALKERS = 32 * WIDE;
 

@@ -370,14 +370,15 @@ KERNEL(THREADS) patches(const bf16* x /* (images, height, width, channels) */, i
 
 template <int V>
 __device__ void gather_back(const bf16* dout, int height, int width, int channels, int side, int stride, int padding,
-                            int out_height, int out_width, bf16* dx, int add) {
+                            int out_height, int out_width, bf16* dx) {
     int packs = channels / V, i = blockIdx.x * THREADS + threadIdx.x, x = i / packs, c = (i - x * packs) * V;
     if (x >= width) return;
     // In each direction, the last window that begins before or at the token, and where that has it; in the window before,
     // it is `stride` further on.
     int last_y = (int(blockIdx.y) + padding) / stride, last_x = (x + padding) / stride;
     int first_ky = int(blockIdx.y) + padding - last_y * stride, first_kx = x + padding - last_x * stride;
-    Pack<V> sum = {};
+    size_t at = (size_t(blockIdx.z) * height + blockIdx.y) * (width * channels) + x * channels + c;
+    Pack<V> sum = load<V>(dx + at);
     for (int ky = first_ky, oy = last_y; ky < side && oy >= 0; ky += stride, oy--) {
         if (oy >= out_height) continue;
         size_t line = (size_t(blockIdx.z) * out_height + oy) * out_width;
@@ -388,17 +389,12 @@ __device__ void gather_back(const bf16* dout, int height, int width, int channel
             for (int j = 0; j < V; j++) sum.x[j] += d.x[j];
         }
     }
-    size_t at = (size_t(blockIdx.z) * height + blockIdx.y) * (width * channels) + x * channels + c;
-    if (add) {
-        Pack<V> old = load<V>(dx + at);
-        for (int j = 0; j < V; j++) sum.x[j] += old.x[j];
-    }
     store(dx + at, sum);
 }
 
-// Grid: (ceil(width·channels/V / THREADS), height, images).
+// dx += the gradient of x. Grid: (ceil(width·channels/V / THREADS), height, images).
 KERNEL(THREADS) patches_backward(const bf16* dout /* (images·windows, side²·channels) */, int height, int width,
                                  int channels, int side, int stride, int padding, int out_height, int out_width,
-                                 bf16* dx /* (images, height, width, channels) */, int add) {
-    BY_WIDTH(channels, gather_back, dout, height, width, channels, side, stride, padding, out_height, out_width, dx, add);
+                                 bf16* dx /* (images, height, width, channels) */) {
+    BY_WIDTH(channels, gather_back, dout, height, width, channels, side, stride, padding, out_height, out_width, dx);
 }

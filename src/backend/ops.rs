@@ -178,16 +178,8 @@ pub trait Patches: Memory {
     fn pixel_patches(&self, samples: &[Sample<'_>], size: usize, window: Window, out: &mut Self::Act);
     /// Gathers tokens `(grid, channels)` into `(windows, side·side·channels)`.
     fn patches(&self, x: &Self::Act, grid: Grid, channels: usize, window: Window, out: &mut Self::Act);
-    /// Gradient of [`Patches::patches`]; with `add`, adds to dx.
-    fn patches_backward(
-        &self,
-        dout: &Self::Act,
-        grid: Grid,
-        channels: usize,
-        window: Window,
-        dx: &mut Self::Act,
-        add: bool,
-    );
+    /// Adds to dx the gradient of [`Patches::patches`].
+    fn patches_backward(&self, dout: &Self::Act, grid: Grid, channels: usize, window: Window, dx: &mut Self::Act);
 }
 
 /// What the product in front of a LayerNorm wants of the gradient dx of the LayerNorm's input: the product is the input itself,

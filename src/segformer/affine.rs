@@ -246,6 +246,27 @@ impl Affine {
         self.backward_weights(pass, patches, dy, grid.through(window).rows(), gradients, scratch);
     }
 
+    /// Adds the gradient of the tokens, on their grid, that a convolution reads; `room` is for that of patches, where the backend
+    /// makes it.
+    pub fn backward_tokens<B: Backend>(
+        &self,
+        pass: &Pass<'_, B>,
+        dy: &B::Act,
+        (dx, grid): (&mut B::Act, Grid),
+        window: Window,
+        room: &mut B::Act,
+        scratch: &mut SideScratch<B>,
+    ) {
+        let (backend, channels) = (pass.backend, self.channels(window));
+        if self.side.is_none() && backend.fuses_convolution_backward(grid, window, channels, self.outputs) {
+            let weight = pass.tensors.product(self.weight);
+            backend.convolution_backward_input(dy, weight, grid, window, channels, self.outputs, dx);
+        } else {
+            self.backward_input(pass, dy, grid.through(window).rows(), room, false, scratch);
+            backend.patches_backward(room, grid, channels, window, dx);
+        }
+    }
+
     /// `scratch.low = dropout(x)·Aᵀ`; true if the dropped x stands in `scratch.dropped`.
     fn low<B: Backend>(
         &self,

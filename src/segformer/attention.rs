@@ -260,7 +260,7 @@ impl AttentionLayer {
         }
 
         // Towards the LayerNorm: t5 collects the gradient of its output, unless the backend goes on to the stream at once; and before,
-        // that of the reduced tokens.
+        // that of the reduced tokens, from which that of the convolution is made, t1.
         match (&self.reduction, &acts.reduced) {
             (Some((convolution, norm)), Some((raw, raw_stats))) => {
                 let trains = convolution.trains(gradients);
@@ -273,10 +273,6 @@ impl AttentionLayer {
                         let (tokens, kept) = ((normed, grid), acts.patches.as_ref());
                         convolution.backward_convolution(pass, tokens, self.window, kept, t1, gradients, patches, side);
                     }
-                }
-                if below && !is_joint {
-                    convolution.backward_input(pass, t1, key_rows, patches, false, side);
-                    backend.patches_backward(patches, grid, self.channels, self.window, t5, false);
                 }
             }
             _ if below => {
@@ -306,8 +302,11 @@ impl AttentionLayer {
                 let query = query_bias.and_then(|bias| each.take(self.query.weight).zip(each.take(bias)));
                 backend.attention_input_backward(t2, t1, &inputs, grid, d, parameters, query, front);
             }
-            _ => {
-                self.query.backward_input(pass, t2, rows, t5, true, side);
+            reduction => {
+                self.query.backward_input(pass, t2, rows, t5, reduction.is_none(), side);
+                if let Some((convolution, _)) = reduction {
+                    convolution.backward_tokens(pass, t1, (t5, grid), self.window, patches, side);
+                }
                 let dx = self.input_gradient.then_some((d, true));
                 self.norm.backward(pass, t5, x, x_stats, rows, gradients, dx, front);
             }

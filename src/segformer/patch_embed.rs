@@ -14,9 +14,7 @@ pub struct PatchEmbed {
     pub norm: Norm,
     /// Geometry of the convolution.
     pub window: Window,
-    /// Channels it reads.
-    pub channels_in: usize,
-    /// Whether they are those of pixels.
+    /// Whether it reads pixels.
     pub reads_pixels: bool,
     /// Whether gradients must reach its input.
     pub input_gradient: bool,
@@ -47,12 +45,6 @@ impl PatchEmbed {
     pub fn is_direct<B: Backend>(&self, backend: &B) -> bool {
         let plain = self.projection.side.is_none() && self.reads_pixels;
         plain && backend.embeds_pixels(self.window, self.projection.outputs)
-    }
-
-    /// Whether the gradient of tokens, of a grid, is made without that of patches.
-    fn goes_back_direct<B: Backend>(&self, backend: &B, from: Grid) -> bool {
-        self.projection.side.is_none()
-            && backend.fuses_convolution_backward(from, self.window, self.channels_in, self.projection.outputs)
     }
 
     /// Tokens `(from.through(window), channels)`, with which the stream of `joint` begins, and the LayerNorm behind.
@@ -103,7 +95,6 @@ impl PatchEmbed {
         scratch: &mut Scratch<B>,
     ) {
         let rows = from.through(self.window).rows();
-        let (inputs, outputs) = (self.channels_in, self.projection.outputs);
         let trains = self.projection.trains(gradients);
         let inner = (trains || dx.is_some()).then_some((&mut scratch.tokens[0], false));
         let front = Front::product(&self.projection);
@@ -117,6 +108,7 @@ impl PatchEmbed {
             }
             EmbedInput::Pixels(samples) if self.is_direct(pass.backend) => {
                 if let Some(dw) = gradients.get_mut(self.projection.weight) {
+                    let outputs = self.projection.outputs;
                     pass.backend.embed_pixels_backward(samples, from.height, self.window, draw, outputs, dw);
                 }
             }
@@ -132,13 +124,7 @@ impl PatchEmbed {
             }
         }
         if let Some(dx) = dx {
-            if self.goes_back_direct(pass.backend, from) {
-                let weight = pass.tensors.product(self.projection.weight);
-                pass.backend.convolution_backward_input(draw, weight, from, self.window, inputs, outputs, dx);
-            } else {
-                self.projection.backward_input(pass, draw, rows, room, false, side);
-                pass.backend.patches_backward(room, from, inputs, self.window, dx, true);
-            }
+            self.projection.backward_tokens(pass, draw, (dx, from), self.window, room, side);
         }
     }
 }

@@ -258,7 +258,6 @@ impl Plan {
         let mut number = 0;
         let mut stages = Vec::new();
         let mut reached = Vec::new();
-        let mut previous = config.num_channels;
         for s in 0..config.num_encoder_blocks {
             let channels = config.hidden_sizes[s];
             let name = format!("segformer.encoder.patch_embeddings.{s}");
@@ -267,7 +266,6 @@ impl Plan {
                 projection: b.affine(&format!("{name}.proj")),
                 norm: b.norm(&format!("{name}.layer_norm"), channels),
                 window: Window { side, stride: config.strides[s], padding: side / 2 },
-                channels_in: previous,
                 reads_pixels: s == 0,
                 input_gradient: trained_so_far,
                 trains: b.trains(&b.affine(&format!("{name}.proj")))
@@ -325,7 +323,6 @@ impl Plan {
             trained_so_far |= b.trains_norm(&norm);
             reached.push(trained_so_far);
             stages.push(Stage { embed, blocks, norm, channels });
-            previous = channels;
         }
         (stages, reached)
     }

@@ -332,15 +332,10 @@ case!(
         let n = grid.rows() * self.channels;
         let gathered = grid.through(window).rows() * self.side * self.side * self.channels;
         let (x, dout) = (lab.act(n, 1), lab.act(gathered, 2));
-        let (mut out, mut dx, mut added) = (lab.act(gathered, 3), lab.act(n, 4), lab.act(n, 5));
+        let (mut out, mut dx) = (lab.act(gathered, 3), lab.act(n, 4));
         lab.0.patches(&x, grid, self.channels, window, &mut out);
-        lab.0.patches_backward(&dout, grid, self.channels, window, &mut dx, false);
-        lab.0.patches_backward(&dout, grid, self.channels, window, &mut added, true);
-        vec![
-            lab.read("out", &out, gathered, 0.0, 0.0),
-            lab.read("dx", &dx, n, 1.0, 0.0),
-            lab.read("dx added", &added, n, 1.0, 0.0),
-        ]
+        lab.0.patches_backward(&dout, grid, self.channels, window, &mut dx);
+        vec![lab.read("out", &out, gathered, 0.0, 0.0), lab.read("dx", &dx, n, 1.0, 0.0)]
     },
     [(1, 5, 7, 3, 3, 2, 1), (2, 8, 6, 16, 2, 2, 0), (1, 9, 8, 8, 3, 2, 1)]
 );
@@ -930,8 +925,8 @@ fn attention_input_backward<B: Backend>(
     let [mut gathered, mut dn] = [(); 2].map(|()| backend.act(rows * channels));
     let product = Product { rows: keys, inputs: taps * channels, outputs: channels };
     backend.linear_backward_input(dreduced, reduction, product, &mut gathered, false);
-    backend.patches_backward(&gathered, grid, channels, window, &mut dn, false);
-    backend.linear_backward_input(dq, query, Product { rows, inputs: channels, outputs: channels }, &mut dn, true);
+    backend.linear_backward_input(dq, query, Product { rows, inputs: channels, outputs: channels }, &mut dn, false);
+    backend.patches_backward(&gathered, grid, channels, window, &mut dn);
     backend.layer_norm_backward_all(&dn, x, stats, gamma, rows, channels, (dx, true), parameters, front);
 }
 
@@ -1044,7 +1039,7 @@ fn convolution_backward_input<B: Backend>(
     let (rows, gathered) = (grid.through(window).rows(), window.side * window.side * inputs);
     let mut patches = backend.act(rows * gathered);
     backend.linear_backward_input(dy, weight, Product { rows, inputs: gathered, outputs }, &mut patches, false);
-    backend.patches_backward(&patches, grid, inputs, window, dx, true);
+    backend.patches_backward(&patches, grid, inputs, window, dx);
 }
 
 /// [`Convolution::convolution_backward_weight`], or its parts where the backend does not fuse them.
@@ -1080,7 +1075,12 @@ case!(
         let (dy, weight, mut dx) = (lab.act(rows * outputs, 1), lab.act(numbers, 2), lab.act(n, 3));
         convolution_backward_input(lab.0, (&dy, &weight), (grid, window), (inputs, outputs), &mut dx);
         // Where they are not fused, what is added has been rounded.
-        let parts = if stride == 2 && padding == 1 && [64, 160, 256].contains(&outputs) { 0.0 } else { 1.0 };
+        let fused = match window {
+            Window { side: 3, stride: 2, .. } => [64, 160, 256].contains(&outputs),
+            Window { side: 2, .. } => outputs == 160,
+            _ => false,
+        };
+        let parts = if fused { 0.0 } else { 1.0 };
         let (x, mut dw) = (lab.act(n, 4), lab.full(numbers, 5));
         convolution_backward_weight(lab.0, (&x, &dy), (grid, window), (inputs, outputs), &mut dw);
         vec![lab.read("dx", &dx, n, 1.0, parts), lab.read_full("dw", &dw, numbers)]
@@ -1107,6 +1107,9 @@ case!(
         (1, 68, 20, (4, 4, 0), (64, 64)),
         (1, 2, 2, (2, 2, 0), (160, 160)),
         (3, 6, 10, (2, 2, 0), (160, 160)),
+        // More than a block each way, and a line and a column of tokens that no window has.
+        (1, 18, 35, (2, 2, 0), (160, 160)),
+        (2, 5, 7, (2, 2, 0), (160, 160)),
         // Lines of taps that end within a block's part, and windows of one token.
         (2, 9, 15, (3, 3, 0), (32, 32)),
         (5, 3, 7, (1, 1, 0), (32, 32)),
@@ -1158,7 +1161,7 @@ case!(
         run(&mut unwritten, None, None, front(&mut bias_unwritten));
         let parameters = Some((&mut lab.full(channels, 17), &mut lab.full(channels, 18)));
         run(&mut unwritten_too, parameters, None, front(&mut bias_unwritten_too));
-        // Where the parts are not joined, the LayerNorm's gradient is rounded, and was before queries' came to it.
+        // Where the parts are not joined, the LayerNorm's gradient is rounded, and was before reduced tokens' came to it.
         let parts = if [32, 64].contains(&channels) { 0.0 } else { 2.0 };
         let full = |name, values| Output { summed: parts, ..lab.read_full(name, values, channels) };
         vec![

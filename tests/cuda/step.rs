@@ -94,7 +94,7 @@ pub fn config() -> (SegformerConfig, usize) {
 /// The tiny model with first stages as wide as SegFormer-B0's and two classes, where operations are joined, and with stochastic depth.
 pub fn joint_config() -> (SegformerConfig, usize) {
     let (tiny, size) = config();
-    let (hidden_sizes, num_attention_heads) = (vec![32, 64, 40, 48], vec![1, 2, 5, 4]);
+    let (hidden_sizes, num_attention_heads) = (vec![32, 64, 160, 48], vec![1, 2, 5, 4]);
     let (id2label, drop_path_rate) = (SegformerConfig::default().id2label, 0.2);
     (SegformerConfig { hidden_sizes, num_attention_heads, id2label, drop_path_rate, ..tiny }, size)
 }

@@ -239,19 +239,8 @@ impl<T: Real> Patches for Cpu<T> {
         });
     }
 
-    fn patches_backward(
-        &self,
-        dout: &Buffer<T>,
-        grid: Grid,
-        channels: usize,
-        window: Window,
-        dx: &mut Buffer<T>,
-        add: bool,
-    ) {
+    fn patches_backward(&self, dout: &Buffer<T>, grid: Grid, channels: usize, window: Window, dx: &mut Buffer<T>) {
         let row = window.side * window.side * channels;
-        if !add {
-            dx[..grid.rows() * channels].fill(T::ZERO);
-        }
         vectorised(
             #[inline(always)]
             |_| {

@@ -7,7 +7,7 @@ use crate::backend::{Convolution, ConvolutionNorm, Grid, LayerNorm, NextNorm, Wi
 
 /// Windows of a block of `reduce_tokens` of few channels.
 const REDUCED: usize = 32;
-/// Lines of windows of a block of the way back through an embedding, windows in each, and channels of dx.
+/// Lines of windows of a block of the way back to tokens, windows in each, and channels of dx.
 const DOWN: usize = 8;
 const ACROSS: usize = 16;
 const BAND: usize = 32;
@@ -44,14 +44,27 @@ fn embedding(window: Window, inputs: usize, outputs: usize) -> Option<(&'static 
     }
 }
 
-/// Names of the kernels of the way back through an embedding of tokens from `grid`: to its input, and to its weights.
-fn back(grid: Grid, window: Window, inputs: usize, outputs: usize) -> Option<[&'static str; 2]> {
+/// Name of the kernel of the way back to tokens from `grid`.
+fn back_to_tokens(grid: Grid, window: Window, inputs: usize, outputs: usize) -> Option<&'static str> {
     match (window, inputs, outputs) {
         // Kernels count tokens in 32 bits.
         _ if grid.rows() > i32::MAX as usize => None,
-        (OVERLAPPING, 32, 64) => Some(["embed_tokens_backward_64", "embed_tokens_backward_weights_64"]),
-        (OVERLAPPING, 64, 160) => Some(["embed_tokens_backward_160", "embed_tokens_backward_weights_160"]),
-        (OVERLAPPING, 160, 256) => Some(["embed_tokens_backward_256", "embed_tokens_backward_weights_256"]),
+        (OVERLAPPING, 32, 64) => Some("embed_tokens_backward_64"),
+        (OVERLAPPING, 64, 160) => Some("embed_tokens_backward_160"),
+        (OVERLAPPING, 160, 256) => Some("embed_tokens_backward_256"),
+        (APART, 160, 160) => Some("reduce_tokens_backward_160"),
+        _ => None,
+    }
+}
+
+/// Name of the kernel that sums the gradient of the weights of an embedding of tokens from `grid`.
+fn embedding_weights(grid: Grid, window: Window, inputs: usize, outputs: usize) -> Option<&'static str> {
+    match (window, inputs, outputs) {
+        // Kernels count tokens in 32 bits.
+        _ if grid.rows() > i32::MAX as usize => None,
+        (OVERLAPPING, 32, 64) => Some("embed_tokens_backward_weights_64"),
+        (OVERLAPPING, 64, 160) => Some("embed_tokens_backward_weights_160"),
+        (OVERLAPPING, 160, 256) => Some("embed_tokens_backward_weights_256"),
         _ => None,
     }
 }
@@ -132,9 +145,9 @@ impl<D: Device> Convolution for Cuda<D> {
         self.next_norm(y, rows, outputs, apart);
     }
 
-    /// The embeddings of tokens of SegFormer-B0.
+    /// The embeddings of tokens of SegFormer-B0, and the sequence reduction of its third stage.
     fn fuses_convolution_backward(&self, grid: Grid, window: Window, inputs: usize, outputs: usize) -> bool {
-        self.joins(Joint::EmbedTokensBackward) && back(grid, window, inputs, outputs).is_some()
+        self.joins(Joint::EmbedTokensBackward) && back_to_tokens(grid, window, inputs, outputs).is_some()
     }
 
     fn convolution_backward_input(
@@ -147,7 +160,7 @@ impl<D: Device> Convolution for Cuda<D> {
         outputs: usize,
         dx: &mut Self::Act,
     ) {
-        let Some([kernel, _]) = back(grid, window, inputs, outputs) else {
+        let Some(kernel) = back_to_tokens(grid, window, inputs, outputs) else {
             panic!("{window:?} from {inputs} to {outputs} has no kernel for the way back")
         };
         let to = grid.through(window);
@@ -165,7 +178,7 @@ impl<D: Device> Convolution for Cuda<D> {
     /// The sequence reductions and the embeddings of tokens of SegFormer-B0.
     fn sums_convolution_weight(&self, grid: Grid, window: Window, inputs: usize, outputs: usize) -> bool {
         let reduces = reduction(grid, window, inputs, outputs).is_some();
-        let embeds = back(grid, window, inputs, outputs).is_some();
+        let embeds = embedding_weights(grid, window, inputs, outputs).is_some();
         reduces && self.joins(Joint::ReduceTokensBackwardWeights)
             || embeds && self.joins(Joint::EmbedTokensBackwardWeights)
     }
@@ -194,7 +207,7 @@ impl<D: Device> Convolution for Cuda<D> {
                 (kernel, own.div_ceil(columns), to.rows().div_ceil(WINDOWS), threads, resident)
             }
             None => {
-                let Some([_, kernel]) = back(grid, window, inputs, outputs) else {
+                let Some(kernel) = embedding_weights(grid, window, inputs, outputs) else {
                     panic!("{window:?} from {inputs} to {outputs} has no kernel for the way back")
                 };
                 arguments.extend([grid.images, grid.height, grid.width, to.height, to.width].map(Argument::from));

@@ -8,7 +8,7 @@ pub enum Joint {
     EmbedPixels,
     /// Overlapping windows of tokens multiplied and normalised.
     EmbedTokens,
-    /// The way back through these windows to the tokens.
+    /// The way back through these windows to the tokens, and through those of the third stage's sequence reduction.
     EmbedTokensBackward,
     /// The gradients of their weights.
     EmbedTokensBackwardWeights,

@@ -51,20 +51,12 @@ impl<D: Device> Patches for Cuda<D> {
         self.launch("patches", n / width(channels), &arguments);
     }
 
-    fn patches_backward(
-        &self,
-        dout: &Self::Act,
-        grid: Grid,
-        channels: usize,
-        window: Window,
-        dx: &mut Self::Act,
-        add: bool,
-    ) {
+    fn patches_backward(&self, dout: &Self::Act, grid: Grid, channels: usize, window: Window, dx: &mut Self::Act) {
         let gathered = grid.through(window).rows() * window.side * window.side * channels;
         let n = grid.rows() * channels;
         let mut arguments = vec![dout.at(gathered)];
         arguments.extend_from_slice(&geometry(grid, channels, window)[1..]);
-        arguments.extend([dx.sum_to(n, add), add.into()]);
+        arguments.push(dx.both(n));
         let across = (grid.width * channels / width(channels)).div_ceil(THREADS);
         self.launch_blocks("patches_backward", [across, grid.height, grid.images], THREADS, &arguments);
     }
