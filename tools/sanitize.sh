@@ -3,10 +3,13 @@
 # overruns, in global and in shared memory, show that they watch. Needs g++.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# The kernels are watched (kernels/host/build.rs); so is memory from Rust, whose allocator is malloc. The sanitizers want to be
-# loaded first.
-export SEGPEFT_SANITIZE=1
+# The kernels are watched (kernels/host/build.rs); so is memory from Rust, whose allocator is malloc. A shared library of their
+# own, so that the tests are those that ran without.
+kernels=$PWD/target/sanitized-kernels.so
+SEGPEFT_SANITIZE_TO=$kernels cargo build --release -p host-kernels --target-dir target/sanitize
+export SEGPEFT_SANITIZED_KERNELS=$kernels
 export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0
+# The sanitizers want to be loaded first.
 host=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
 export "CARGO_TARGET_${host}_RUNNER=env LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so)"
 run() { cargo test --release --test cuda -- "$@"; }

@@ -1,4 +1,6 @@
-//! Compiles the kernels with the C++ compiler, and writes the table from their names to the functions.
+//! Compiles the kernels with the C++ compiler, and writes the table from their names to the functions. With
+//! `SEGPEFT_SANITIZE_TO`, makes a shared library of that name instead, under AddressSanitizer and
+//! UndefinedBehaviorSanitizer.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -11,14 +13,39 @@ fn kernels(source: &str) -> impl Iterator<Item = (&str, &str)> {
     })
 }
 
+/// What compiles a file by itself, in its namespace, behind the headers that all files share: with a function that launches its
+/// kernels by name, and returns whether it knows the name.
+fn unit(headers: &str, space: &str, include: &str, source: &str) -> String {
+    let mut text = format!("{headers}namespace {space} {{\n#include \"{include}\"\n");
+    let mut table = String::new();
+    for (bounds, name) in kernels(source) {
+        // In the namespace, where the names of the file's constants mean something.
+        writeln!(text, "constexpr unsigned bound_{name} = host::first({bounds});").expect("text");
+        writeln!(
+            table,
+            "    if (name == \"{name}\") return problem = host::call({space}::{name}, {space}::bound_{name}, launch, \
+             kinds, values, count), true;"
+        )
+        .expect("text");
+    }
+    text + "}\n" + &signature(space) + " {\n" + &table + "    return false;\n}\n"
+}
+
+fn signature(space: &str) -> String {
+    format!(
+        "bool call_{space}(std::string& problem, const std::string& name, const host::Launch& launch, \
+         const host::Kind* kinds, const void* const* values, size_t count)"
+    )
+}
+
 fn main() {
     let root = Path::new("..");
     println!("cargo:rerun-if-changed=..");
-    let mut bounds_of = String::new();
-    let mut table = String::from(
-        "std::string host_call(const std::string& name, const host::Launch& launch, const host::Kind* kinds,\n\
-         const void* const* values, size_t count) {\n",
-    );
+    let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").expect("OUT_DIR"));
+    let write = |name: &str, text: &str| {
+        std::fs::write(out.join(name), text).expect("the build folder can be written");
+        out.join(name)
+    };
     let mut files: Vec<_> = std::fs::read_dir(root)
         .expect("the kernels' folder")
         .map(|entry| entry.expect("the kernels' folder").path())
@@ -26,32 +53,25 @@ fn main() {
         .collect();
     files.sort();
     files.push("planted.cu".into());
+    let all = std::fs::read_to_string(root.join("all.cu")).expect("all.cu");
+    let headers: String = all.lines().filter(|line| line.ends_with(".cuh\"")).flat_map(|line| [line, "\n"]).collect();
+
+    let mut build = cc::Build::new();
+    // Tried one after the other.
+    let mut table = String::from("#include \"cuda_bf16.h\"\n");
+    let mut calls = String::new();
     for path in &files {
         let source = std::fs::read_to_string(path).expect("a kernel file");
-        let space = path.file_stem().expect("a name").to_string_lossy();
-        for (bounds, name) in kernels(&source) {
-            // In the file's namespace, where the names of its constants mean something.
-            writeln!(bounds_of, "namespace {space} {{ constexpr unsigned bound_{name} = host::first({bounds}); }}")
-                .expect("text");
-            writeln!(
-                table,
-                "    if (name == \"{name}\") \
-                 return host::call({space}::{name}, {space}::bound_{name}, launch, kinds, values, count);"
-            )
+        let [space, include] = [path.file_stem(), path.file_name()].map(|name| name.expect("a name").to_string_lossy());
+        build.file(write(&format!("{space}.cpp"), &unit(&headers, &space, &include, &source)));
+        writeln!(table, "{};", signature(&space)).expect("text");
+        writeln!(calls, "    if (call_{space}(problem, name, launch, kinds, values, count)) return problem;")
             .expect("text");
-        }
     }
+    table += "std::string host_call(const std::string& name, const host::Launch& launch, const host::Kind* kinds,\n\
+         const void* const* values, size_t count) {\n    std::string problem;\n";
+    table += &calls;
     table += "    return \"is no kernel\";\n}\n";
-    let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").expect("OUT_DIR"));
-    let sources = "#include \"all.cu\"\nnamespace planted {\n#include \"planted.cu\"\n}\n";
-    std::fs::write(out.join("table.cpp"), [sources, &bounds_of, &table].concat()).expect("the build folder can be written");
-    let mut build = cc::Build::new();
-    println!("cargo:rerun-if-env-changed=SEGPEFT_SANITIZE");
-    if std::env::var_os("SEGPEFT_SANITIZE").is_some() {
-        build.flag("-fsanitize=address,undefined").flag("-fno-sanitize-recover=undefined").flag("-g");
-        println!("cargo:rustc-link-lib=asan");
-        println!("cargo:rustc-link-lib=ubsan");
-    }
     build
         .cpp(true)
         .std("c++17")
@@ -64,6 +84,11 @@ fn main() {
         .include(".")
         .file("host.cpp")
         .file("launch.cpp")
-        .file(out.join("table.cpp"))
-        .compile("host_kernels");
+        .file(write("table.cpp", &table));
+    let Some(library) = std::env::var_os("SEGPEFT_SANITIZE_TO") else { return build.compile("host_kernels") };
+    build.flag("-fsanitize=address,undefined").flag("-fno-sanitize-recover=undefined").flag("-g1").pic(true);
+    let objects = build.compile_intermediates();
+    let mut link = build.get_compiler().to_command();
+    let linked = link.args(["-shared", "-Wl,-Bsymbolic", "-o"]).arg(&library).args(objects).status();
+    assert!(linked.is_ok_and(|status| status.success()), "{} cannot be linked", library.display());
 }

@@ -40,8 +40,8 @@ pub struct AttentionLayer {
 pub struct AttentionActs<B: Backend> {
     /// Q, if it is [kept](AttentionLayer::keeps_queries).
     pub q: Option<B::Act>,
-    /// Reduced tokens before their LayerNorm, with its (mean, 1/std).
-    pub reduced: Option<(B::Act, B::Full)>,
+    /// Reduced tokens before their LayerNorm, and what that made of them.
+    pub reduced: Option<(B::Act, Normed<B>)>,
     /// What the sequence reduction gathered, if kept.
     pub patches: Option<B::Act>,
     /// K.
@@ -119,11 +119,12 @@ impl AttentionLayer {
         let Scratch { tokens: [t0, t1, ..], wide: [patches, room], side, .. } = scratch;
         let normed = normed.out.as_ref().unwrap_or(t0);
         let source = match (&self.reduction, &mut acts.reduced) {
-            (Some((convolution, norm)), Some((raw, stats))) => {
+            (Some((convolution, norm)), Some((raw, Normed { out, stats }))) => {
                 let goes_back = self.trains || self.input_gradient;
                 let kept = (acts.patches.as_mut(), raw, stats, goes_back);
-                norm.convolve(pass, convolution, (normed, grid), self.window, kept, t1, None, patches, side);
-                &*t1
+                let out = out.as_mut().unwrap_or(t1);
+                norm.convolve(pass, convolution, (normed, grid), self.window, kept, out, None, patches, side);
+                &*out
             }
             _ => normed,
         };
@@ -233,10 +234,7 @@ impl AttentionLayer {
 
         let below = self.input_gradient || gradients.get(self.norm.gamma).is_some();
         let source = match (&self.reduction, &acts.reduced) {
-            (Some((_, norm)), Some((raw, _))) => {
-                norm.forward(pass, raw, key_rows, t1, stats);
-                &*t1
-            }
+            (Some((_, norm)), Some((raw, reduced))) => norm.output(pass, raw, key_rows, reduced, t1, stats),
             _ => normed,
         };
         let is_joint = below && self.input_gradient && self.joins_input(backend, grid);
@@ -262,7 +260,7 @@ impl AttentionLayer {
         // Towards the LayerNorm: t5 collects the gradient of its output, unless the backend goes on to the stream at once; and before,
         // that of the reduced tokens, from which that of the convolution is made, t1.
         match (&self.reduction, &acts.reduced) {
-            (Some((convolution, norm)), Some((raw, raw_stats))) => {
+            (Some((convolution, norm)), Some((raw, Normed { stats: raw_stats, .. }))) => {
                 let trains = convolution.trains(gradients);
                 if below || trains || gradients.get(norm.gamma).is_some() {
                     self.key.backward_input(pass, t3, key_rows, t5, false, side);

@@ -102,8 +102,11 @@ impl Stage {
                 BlockActs {
                     attention: AttentionActs {
                         q: keeps_q.then(tokens),
-                        reduced: (block.attention.reduction.is_some())
-                            .then(|| (backend.act(keys * channels), backend.full(2 * keys))),
+                        reduced: block.attention.reduction.is_some().then(|| {
+                            let AttentionLayer { key, value, .. } = &block.attention;
+                            let out = inputs(key, keys).or_else(|| inputs(value, keys));
+                            (backend.act(keys * channels), Normed { out, stats: backend.full(2 * keys) })
+                        }),
                         patches: (block.attention.reduction.as_ref())
                             .and_then(|(convolution, _)| patches(convolution, grid, block.attention.window)),
                         k: backend.act(keys * channels),

@@ -16,9 +16,9 @@ const ALL_BLOCK: usize = 384;
 const STRIDE: usize = 32;
 /// For how many keys it is there: fewer leave most of its warps idle, more do not fit.
 const ALL_KEYS: RangeInclusive<usize> = 65..=256;
-/// Such blocks to aim for: twice the multiprocessors of a large GPU, each of which holds one at a time. More would only leave
+/// Such blocks to aim for: as many as a large GPU has multiprocessors, each of which holds one at a time. More would only leave
 /// more sums to be joined.
-const ALL_BLOCKS: usize = 256;
+const ALL_BLOCKS: usize = 128;
 /// Blocks to aim for: a few times what a GPU holds at once, and the same on every GPU, as sums are cut by it.
 const BLOCKS: usize = 1024;
 /// The fewest queries worth a partial sum of their own.

@@ -10,12 +10,14 @@ pub(super) const SQUARE_BLOCK: usize = 256;
 const SQUARE_TILE: usize = 4096;
 /// Such blocks at most: two for each multiprocessor of an H100. A fixed number, so that sums do not depend on the device.
 const SQUARE_BLOCKS: usize = 264;
+/// Tiles of such a block, where there are as many: what it leaves is as large as a tile of both operands.
+const SQUARE_TILES: usize = 4;
 
 /// Blocks for the gradient of a square weight over so many tokens, if there are kernels for it.
 pub(super) fn square_blocks(rows: usize, channels: usize) -> Option<usize> {
     // Kernels count tokens in 32 bits, and some past the last.
     let fits = matches!(channels, 32 | 64) && (1..1 << 30).contains(&rows);
-    fits.then(|| (rows * channels).div_ceil(SQUARE_TILE).min(SQUARE_BLOCKS))
+    fits.then(|| (rows * channels).div_ceil(SQUARE_TILE * SQUARE_TILES).min(SQUARE_BLOCKS))
 }
 
 impl<D: Device> Cuda<D> {

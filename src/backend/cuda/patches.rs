@@ -15,6 +15,9 @@ const TAPS: usize = FIRST.side * FIRST.side * 3;
 const STRIP: usize = THREADS / 4;
 /// Lines of windows of a block: its weights are fetched once.
 const LINES: usize = 8;
+/// Blocks that make the weights' gradient, where there are as many: about two for each multiprocessor of a large GPU, twice over.
+/// More would only leave more sums. A fixed number, so that sums do not depend on the device.
+const BLOCKS_BACK: usize = 512;
 
 /// `(images, height, width, channels, side, stride, padding, out_height, out_width)` as arguments.
 fn geometry(grid: Grid, channels: usize, window: Window) -> [Argument; 9] {
@@ -64,12 +67,12 @@ impl<D: Device> Patches for Cuda<D> {
 
 impl<D: Device> Cuda<D> {
     /// `(pixels, positions, levels, flips, size, out_size, lines)` as arguments.
-    fn embedded(&self, samples: &[Sample<'_>], size: usize) -> Vec<Argument> {
+    fn embedded(&self, samples: &[Sample<'_>], size: usize, lines: usize) -> Vec<Argument> {
         assert!(size.is_multiple_of(4), "pictures of {size} x {size}: pixels are read four at a time");
         let at = self.samples_at(samples, size, Part::Pixels);
         let mut arguments = vec![at.argument(Part::Pixels, samples.len(), size)];
         arguments.extend([at.positions, at.levels, at.flips].map(Argument::pointer));
-        arguments.extend([size, FIRST.out(size), LINES].map(Argument::from));
+        arguments.extend([size, FIRST.out(size), lines].map(Argument::from));
         arguments
     }
 }
@@ -96,7 +99,7 @@ impl<D: Device> EmbedPixels for Cuda<D> {
             return;
         }
         let n = rows * channels;
-        let mut arguments = self.embedded(samples, size);
+        let mut arguments = self.embedded(samples, size, LINES);
         arguments.extend([w.at(channels * TAPS), bias.map_or(Argument::pointer(0), |bias| bias.at(channels))]);
         arguments.extend([gamma.at(channels), beta.at(channels), y.to(n)]);
         arguments.extend(match kept {
@@ -105,7 +108,7 @@ impl<D: Device> EmbedPixels for Cuda<D> {
         });
         arguments.extend(behind(next, rows, channels));
         let name = if channels == 32 { "embed_pixels_32" } else { "embed_pixels_64" };
-        self.launch_blocks(name, blocks(samples.len(), size), THREADS, &arguments);
+        self.launch_blocks(name, blocks(samples.len(), size, LINES), THREADS, &arguments);
     }
 
     fn embed_pixels_backward(
@@ -121,10 +124,12 @@ impl<D: Device> EmbedPixels for Cuda<D> {
         if rows == 0 {
             return;
         }
-        let (blocks, numbers) = (blocks(samples.len(), size), channels * TAPS);
+        let shares = blocks(samples.len(), size, LINES).iter().product::<usize>() / BLOCKS_BACK;
+        let lines = LINES * shares.max(1);
+        let (blocks, numbers) = (blocks(samples.len(), size, lines), channels * TAPS);
         let slabs = blocks.iter().product();
         let partial = self.scratch(slabs * numbers);
-        let mut arguments = self.embedded(samples, size);
+        let mut arguments = self.embedded(samples, size, lines);
         arguments.extend([draw.at(rows * channels), Argument::partial(partial, slabs * numbers)]);
         let name = if channels == 32 { "embed_pixels_backward_32" } else { "embed_pixels_backward_64" };
         self.launch_blocks(name, blocks, THREADS, &arguments);
@@ -132,8 +137,8 @@ impl<D: Device> EmbedPixels for Cuda<D> {
     }
 }
 
-/// Blocks that embed pictures.
-fn blocks(images: usize, size: usize) -> [usize; 3] {
+/// Blocks that embed pictures, or go back, each by so many lines.
+fn blocks(images: usize, size: usize, lines: usize) -> [usize; 3] {
     let out = FIRST.out(size);
-    [out.div_ceil(STRIP), out.div_ceil(LINES), images]
+    [out.div_ceil(STRIP), out.div_ceil(lines), images]
 }
