@@ -11,7 +11,7 @@ const BATCH: usize = 64;
 
 #[test]
 fn steps_move_no_more_than_stated() {
-    for (kind, megabytes) in [(StepKind::Fft, 352.8), (StepKind::Lora, 291.5), (StepKind::Eval, 69.8)] {
+    for (kind, megabytes) in [(StepKind::Fft, 349.4), (StepKind::Lora, 289.3), (StepKind::Eval, 69.8)] {
         let demand = demand(kind, 512, BATCH, None, None).expect("fresh weights fit");
         let bytes: usize = demand.work.values().map(|work| work.bytes()).sum();
         let each = bytes as f64 / BATCH as f64 / 1e6;
@@ -81,7 +81,7 @@ fn launches_are_few() {
         |kind| demand(kind, 512, BATCH, None, None).expect("fits").work.values().map(|work| work.calls).sum::<usize>();
     let (full, adapters, evaluation) = (launches(StepKind::Fft), launches(StepKind::Lora), launches(StepKind::Eval));
     println!("{full}, {adapters} and {evaluation} launches");
-    assert!(full <= 339 && adapters <= 215 && evaluation <= 78, "{full}, {adapters}, {evaluation}");
+    assert!(full <= 331 && adapters <= 207 && evaluation <= 78, "{full}, {adapters}, {evaluation}");
 }
 
 /// Each of the kernels that do several operations in one is used, and moves fewer bytes than those operations.
