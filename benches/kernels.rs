@@ -16,8 +16,8 @@ use segpeft_native::backend::{
     Attention, AttentionBranch, AttentionInput, AttentionInputs, AttentionOutput, AttentionOutputs, AttentionShape,
     AttentionWeights, BatchNormView, Classifier, Convolution, ConvolutionNorm, Deltas, Depthwise, Dropout, EmbedPixels,
     FfnOutputs, FfnWeights, FirstGradient, FirstStage, Grid, Head, HeadPass, InFront, LayerNorm, Linear, Loss, Memory,
-    MixFfn, MixFfnBackward, MixFfnExpansion, MixFfnParts, MixFfnWeights, NextNorm, Patches, Product, Residual, Resize,
-    Sample, Window,
+    MixFfn, MixFfnBackward, MixFfnExpansion, MixFfnParts, MixFfnWeights, NextNorm, NormBack, Patches, Product,
+    Residual, Resize, Sample, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};

@@ -1,5 +1,5 @@
-// All kernels as one unit: what build.rs compiles for GPUs, and host/ for the CPU. A namespace per file keeps helpers of
-// one name apart; the kernels themselves have C names.
+// All kernels as one unit, which build.rs compiles for GPUs; host/ compiles each file by itself, behind these headers. A namespace
+// per file keeps helpers of one name apart; the kernels themselves have C names.
 #include "attention.cuh"
 #include "common.cuh"
 #include "gelu.cuh"

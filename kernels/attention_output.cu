@@ -4,17 +4,16 @@
 // takes back (attention.cu); and the gradients of the weight and, if wanted, of the LayerNorm's and the product's bias. Every
 // tensor is read once.
 //
-// Tiles of dn, o and the stream come to shared memory ahead of their turn. A thread makes the product's gradient of what it copied
-// itself, in the place of dn, as a row's neighbouring lanes do for the rest of it. Then a warp makes 32 channels, one head's, of
-// 16 tokens, with its part of the weight in registers. Channels of o and of its gradient are in the order for 16-byte access (mma.cuh).
+// Tiles of dn, o and the stream come to shared memory ahead of their turn. The lanes that copied a row go back through its
+// LayerNorm together, and leave the product's gradient in the place of dn. Then a warp makes 32 channels, one head's, of 16
+// tokens, with its part of the weight in registers. Channels of o and of its gradient are in the order for 16-byte access
+// (mma.cuh).
 #include "common.cuh"
 #include "mma.cuh"
 #include "square_gradient.cuh"
 
 // Sums per channel: gamma's gradient, beta's, and that of the product's bias.
 constexpr int KINDS = 3;
-// Two blocks share a multiprocessor: at most 128 registers, and 48 KB.
-#define BOUNDS WALK_BLOCK, 2
 
 // LayerNorm behind the branch: gradient of its output, input, (mean, 1/std) per row, scale.
 struct Behind {
@@ -148,7 +147,7 @@ __device__ __forceinline__ void go_back(const Behind& norm, const DropPath& dept
         for (int k = 0; k < 2; k++) normalise_back(tile, first, k);
         meet_walkers<C>();
 
-        // So is this.
+        // Places, made anew in every round: registers are short.
         unsigned thread = opaque(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
         int begin = warp % (TOKENS / 16) * 16, head = warp / (TOKENS / 16);
         unsigned d_place = place_of<C>(begin + lane % 16, lane / 16), o_place = place_of<C>(begin + g, head * 4 + t);
@@ -200,43 +199,43 @@ __device__ __forceinline__ void go_back(const Behind& norm, const DropPath& dept
 }
 
 // Heads of 32 channels; an image has `queries` rows. Grid: any number of blocks of WALK_BLOCK, no more than there are tiles.
-KERNEL(BOUNDS) attention_output_backward_32(const bf16* dn /* (rows, 32) */, const bf16* x /* as dn */,
-                                            const float* stats /* (rows, 2) */, const float* gamma /* (32) */,
-                                            unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */,
-                                            u64 first, float rate, const bf16* o /* as dn */,
-                                            const bf16* weight /* (32, 32) */, int rows, int queries, bf16* d /* as dn */,
-                                            bf16* d_o /* as dn */,
-                                            float* deltas /* (images, heads, queries), queries·images = rows */,
-                                            float* partial /* (blocks, 32, 32): the weight's gradient */) {
+KERNEL(WALK_BOUNDS) attention_output_backward_32(const bf16* dn /* (rows, 32) */, const bf16* x /* as dn */,
+                                                 const float* stats /* (rows, 2) */, const float* gamma /* (32) */,
+                                                 unsigned key0, unsigned key1, unsigned site, const unsigned* step /* (1) */,
+                                                 u64 first, float rate, const bf16* o /* as dn */,
+                                                 const bf16* weight /* (32, 32) */, int rows, int queries, bf16* d /* as dn */,
+                                                 bf16* d_o /* as dn */,
+                                                 float* deltas /* (images, heads, queries), queries·images = rows */,
+                                                 float* partial /* (blocks, 32, 32): the weight's gradient */) {
     go_back<32, false>({dn, x, stats, gamma}, {key0, key1, site, step, first, rate}, o, weight, rows, queries, d, d_o, deltas,
                        partial, nullptr);
 }
 
-KERNEL(BOUNDS) attention_output_backward_64(const bf16* dn /* (rows, 64) */, const bf16* x, const float* stats,
-                                            const float* gamma, unsigned key0, unsigned key1, unsigned site,
-                                            const unsigned* step, u64 first, float rate, const bf16* o,
-                                            const bf16* weight /* (64, 64) */, int rows, int queries, bf16* d, bf16* d_o,
-                                            float* deltas, float* partial /* (blocks, 64, 64) */) {
+KERNEL(WALK_BOUNDS) attention_output_backward_64(const bf16* dn /* (rows, 64) */, const bf16* x, const float* stats,
+                                                 const float* gamma, unsigned key0, unsigned key1, unsigned site,
+                                                 const unsigned* step, u64 first, float rate, const bf16* o,
+                                                 const bf16* weight /* (64, 64) */, int rows, int queries, bf16* d, bf16* d_o,
+                                                 float* deltas, float* partial /* (blocks, 64, 64) */) {
     go_back<64, false>({dn, x, stats, gamma}, {key0, key1, site, step, first, rate}, o, weight, rows, queries, d, d_o, deltas,
                        partial, nullptr);
 }
 
 // The same with the gradients per channel.
-KERNEL(BOUNDS) attention_output_backward_all_32(const bf16* dn, const bf16* x, const float* stats, const float* gamma,
-                                                    unsigned key0, unsigned key1, unsigned site, const unsigned* step,
-                                                    u64 first, float rate, const bf16* o, const bf16* weight, int rows,
-                                                    int queries, bf16* d, bf16* d_o, float* deltas, float* partial,
-                                                    float* norm_partial /* (blocks, 3, 32): gamma's, beta's, the product's
-                                                                           bias's */) {
+KERNEL(WALK_BOUNDS) attention_output_backward_all_32(const bf16* dn, const bf16* x, const float* stats, const float* gamma,
+                                                     unsigned key0, unsigned key1, unsigned site, const unsigned* step,
+                                                     u64 first, float rate, const bf16* o, const bf16* weight, int rows,
+                                                     int queries, bf16* d, bf16* d_o, float* deltas, float* partial,
+                                                     float* norm_partial /* (blocks, 3, 32): gamma's, beta's, the product's
+                                                                            bias's */) {
     go_back<32, true>({dn, x, stats, gamma}, {key0, key1, site, step, first, rate}, o, weight, rows, queries, d, d_o, deltas,
                       partial, norm_partial);
 }
 
-KERNEL(BOUNDS) attention_output_backward_all_64(const bf16* dn, const bf16* x, const float* stats, const float* gamma,
-                                                    unsigned key0, unsigned key1, unsigned site, const unsigned* step,
-                                                    u64 first, float rate, const bf16* o, const bf16* weight, int rows,
-                                                    int queries, bf16* d, bf16* d_o, float* deltas, float* partial,
-                                                    float* norm_partial /* (blocks, 3, 64) */) {
+KERNEL(WALK_BOUNDS) attention_output_backward_all_64(const bf16* dn, const bf16* x, const float* stats, const float* gamma,
+                                                     unsigned key0, unsigned key1, unsigned site, const unsigned* step,
+                                                     u64 first, float rate, const bf16* o, const bf16* weight, int rows,
+                                                     int queries, bf16* d, bf16* d_o, float* deltas, float* partial,
+                                                     float* norm_partial /* (blocks, 3, 64) */) {
     go_back<64, true>({dn, x, stats, gamma}, {key0, key1, site, step, first, rate}, o, weight, rows, queries, d, d_o, deltas,
                       partial, norm_partial);
 }

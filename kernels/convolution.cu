@@ -111,7 +111,7 @@ KERNEL(THREADS, 2) reduce_tokens_64(const bf16* tokens /* (images, height, width
 // A block has 16 windows per line of warps and all their outputs, which COLUMNS warps share. It goes through the sums by CHUNK
 // channels of a tap: tokens and weights pass through shared memory, where of RING chunks one is read and the others are on
 // their way; what lies outside of the picture is zero there. So LayerNorm finds a row in the registers of its warps.
-// Windows begin STRIDE tokens apart: an embedding's overlap, and a reduction's share none.
+// Windows begin STRIDE tokens apart: by their side, an embedding's overlap, and a reduction's are apart.
 constexpr int STRIDE = 2, OVERLAPPING = 3, APART = 2, CHUNK = 32;
 
 template <int SIDE, int IN, int OUT, int LINES, int COLUMNS, int RING>

@@ -19,8 +19,6 @@ KERNEL(THREADS) linear_backward_bias(const bf16* dy /* (rows, outputs) */, int r
 
 // Tiles in shared memory at a time.
 constexpr int TILES_AHEAD = 3;
-// Two blocks share a multiprocessor: at most 128 registers, and 48 KB.
-#define WALK_BOUNDS WALK_BLOCK, 2
 
 // The weight's gradient and the bias's in one pass over both operands: dyᵀ·x, and the column sums of dy.
 template <int C>

@@ -1,13 +1,14 @@
 // The gradient of a square weight, (C, C), as a block sums it while it walks over tokens: Σ dyᵀ·x. Tiles of both lie in shared
 // memory, where whoever walks may read them too, so that what else is made of the same tokens costs no bytes. A warp owns
 // 32 x 32 numbers of the gradient: with 32 channels all of them, over the tokens that it copies itself, so that warps never
-// meet; with 64 a quarter, over half of a tile. A fixed number of blocks share the tiles: they leave few partial sums, and the
-// same on every GPU.
+// meet; with 64 a quarter, over half of a tile.
 #pragma once
 #include "common.cuh"
 #include "mma.cuh"
 
 constexpr int WALK_BLOCK = 256, WALK_WARPS = WALK_BLOCK / 32;
+// Two blocks share a multiprocessor: at most 128 registers, and 48 KB.
+#define WALK_BOUNDS WALK_BLOCK, 2
 // Tokens of a tile.
 template <int C> constexpr int WALK_TOKENS = 4096 / C;
 

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # The kernels are watched (kernels/host/build.rs); so is memory from Rust, whose allocator is malloc. A shared library of their
 # own, so that the tests are those that ran without.
-kernels=$PWD/target/sanitized-kernels.so
+kernels=$PWD/target/sanitize/kernels.so
 SEGPEFT_SANITIZE_TO=$kernels cargo build --release -p host-kernels --target-dir target/sanitize
 export SEGPEFT_SANITIZED_KERNELS=$kernels
 export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0

@@ -41,6 +41,7 @@ fn signature(space: &str) -> String {
 fn main() {
     let root = Path::new("..");
     println!("cargo:rerun-if-changed=..");
+    println!("cargo:rerun-if-env-changed=SEGPEFT_SANITIZE_TO");
     let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").expect("OUT_DIR"));
     let write = |name: &str, text: &str| {
         std::fs::write(out.join(name), text).expect("the build folder can be written");
@@ -57,12 +58,15 @@ fn main() {
     let headers: String = all.lines().filter(|line| line.ends_with(".cuh\"")).flat_map(|line| [line, "\n"]).collect();
 
     let mut build = cc::Build::new();
-    // Tried one after the other.
     let mut table = String::from("#include \"cuda_bf16.h\"\n");
+    // Tried one after the other.
     let mut calls = String::new();
     for path in &files {
         let source = std::fs::read_to_string(path).expect("a kernel file");
         let [space, include] = [path.file_stem(), path.file_name()].map(|name| name.expect("a name").to_string_lossy());
+        // What nvcc compiles must be what is tested.
+        let included = all.contains(&format!("namespace {space} {{\n#include \"{include}\"\n}}\n"));
+        assert!(included || space == "planted", "all.cu lacks {include}");
         build.file(write(&format!("{space}.cpp"), &unit(&headers, &space, &include, &source)));
         writeln!(table, "{};", signature(&space)).expect("text");
         writeln!(calls, "    if (call_{space}(problem, name, launch, kinds, values, count)) return problem;")

@@ -705,8 +705,9 @@ pub trait AttentionOutput: Attention + LayerNorm + Linear {
     /// Adds to `d`, the gradient of the residual stream behind the LayerNorm `norm`, what that makes of it, and goes on
     /// through the branch that was added to the stream in front, with its stochastic depth, the product of `o` with
     /// `weight`, `(channels, channels)`: the gradient of o, `d_o`; the [sums](Deltas::Made) of both's products; the weight's
-    /// gradient, which is added to `dw`; and, if wanted, those of the LayerNorm's scale and shift, and of the product's bias. The same as
-    /// [`LayerNorm::layer_norm_backward_all`], [`Linear::linear_backward_weight`] and [`Linear::linear_backward_input`] but for the sums.
+    /// gradient, which is added to `dw`; and, if wanted, those of the LayerNorm's scale and shift, and of the product's bias.
+    /// The same as [`LayerNorm::layer_norm_backward_all`], [`Linear::linear_backward_weight`] and
+    /// [`Linear::linear_backward_input`] but for the sums.
     fn attention_output_backward(
         &self,
         _norm: NormBack<'_, Self>,
@@ -755,8 +756,8 @@ pub trait AttentionInput: LayerNorm + Patches {
         false
     }
     /// From `dq`, the gradient of Q `(grid, channels)`, and `dreduced`, that of what the sequence reduction made
-    /// `(windows, channels)`, to that of the stream, which is added to `dx`. The same as [`Linear::linear_backward_input`],
-    /// [`Patches::patches_backward`], [`Linear::linear_backward_input`] and [`LayerNorm::layer_norm_backward_all`]; and as
+    /// `(windows, channels)`, to that of the stream, which is added to `dx`. The same as [`Linear::linear_backward_input`] of
+    /// both, [`Patches::patches_backward`] and [`LayerNorm::layer_norm_backward_all`]; and as
     /// [`Linear::linear_backward_params`] of Q, if asked, which is only where it [sums](AttentionInput::sums_attention_query) them.
     fn attention_input_backward(
         &self,

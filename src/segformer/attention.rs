@@ -174,8 +174,8 @@ impl AttentionLayer {
 
     /// Turns `d`, the gradient of y, into the gradient of x, and sums the parameters' gradients. With `drop`, `tokens[0]` of
     /// `scratch` holds the branch's gradient; it is left holding that of `before`, if x was made by adding that and it is wanted.
-    /// If the way back [takes in](AttentionLayer::takes) that through the LayerNorm `behind`, `tokens[5]` holds the gradient of what
-    /// that made, `d` is the gradient of the stream behind it, and its parameters' gradients are summed, too.
+    /// If the way back [takes in](AttentionLayer::takes) that through the LayerNorm `behind`, `tokens[5]` holds the gradient of
+    /// what that made, `d` is the gradient of the stream behind it, and its parameters' gradients are summed, too.
     pub fn backward<B: Backend>(
         &self,
         pass: &Pass<'_, B>,
@@ -218,7 +218,7 @@ impl AttentionLayer {
             Deltas::Of(&acts.o)
         };
 
-        // What the products read: the normalised x, and, below, t1, the normalised reduced tokens.
+        // What the products read: the normalised x, and, below, the normalised reduced tokens.
         let x_stats = &normed.stats;
         let normed = self.norm.output(pass, x, rows, normed, t0, stats);
         let q = match &acts.q {
@@ -233,8 +233,9 @@ impl AttentionLayer {
         backend.attention_backward(q, &acts.k, &acts.v, deltas, &acts.lse, t1, shape, t2, t3, t4);
 
         let below = self.input_gradient || gradients.get(self.norm.gamma).is_some();
+        let is_read = self.key.trains(gradients) || self.value.trains(gradients);
         let source = match (&self.reduction, &acts.reduced) {
-            (Some((_, norm)), Some((raw, reduced))) => norm.output(pass, raw, key_rows, reduced, t1, stats),
+            (Some((_, norm)), Some((raw, reduced))) if is_read => norm.output(pass, raw, key_rows, reduced, t1, stats),
             _ => normed,
         };
         let is_joint = below && self.input_gradient && self.joins_input(backend, grid);
@@ -257,8 +258,8 @@ impl AttentionLayer {
             self.value.backward_params(pass, source, t4, key_rows, gradients, side);
         }
 
-        // Towards the LayerNorm: t5 collects the gradient of its output, unless the backend goes on to the stream at once; and before,
-        // that of the reduced tokens, from which that of the convolution is made, t1.
+        // Towards the LayerNorm: t5 collects the gradient of its output, unless the backend goes on to the stream at once; and
+        // before, that of the reduced tokens, from which that of the convolution is made, t1.
         match (&self.reduction, &acts.reduced) {
             (Some((convolution, norm)), Some((raw, Normed { stats: raw_stats, .. }))) => {
                 let trains = convolution.trains(gradients);

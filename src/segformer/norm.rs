@@ -7,7 +7,7 @@ use crate::backend::{Backend, ConvolutionNorm, Dropout, Grid, InFront, NextNorm,
 
 /// What a LayerNorm made.
 pub struct Normed<B: Backend> {
-    /// Output, if kept; else it goes to `tokens[0]` of the scratch memory.
+    /// Output, if kept; else it goes to scratch memory.
     pub out: Option<B::Act>,
     /// (mean, 1/std) per row.
     pub stats: B::Full,

@@ -508,9 +508,9 @@ fn attention_output_backward<B: Backend>(
 
 case!(
     attention_output,
-    AttentionOutput { images: usize, heads: usize, queries: usize, drop: f32, sums: bool },
+    AttentionOutput { images: usize, heads: usize, queries: usize, drop: f32, norm: bool, bias: bool },
     |self, lab| {
-        let &Self { images, heads, queries, drop, sums } = self;
+        let &Self { images, heads, queries, drop, norm: sums_norm, bias: sums_bias } = self;
         let shape = AttentionShape { images, heads, head: 32, queries, keys: 256 };
         let (rows, channels, n_lse) = (images * queries, heads * 32, images * heads * queries);
         let (n, square) = (rows * channels, channels * channels);
@@ -523,7 +523,7 @@ case!(
         let (mut dgamma, mut dbeta) = (lab.full(channels, 14), lab.full(channels, 15));
         let norm = NormBack { dy: &dn, x: &x, stats: &stats, gamma: &gamma };
         let drop = (drop > 0.0).then(|| drop_of(Purpose::DropPath, drop));
-        let (parameters, db) = (sums.then_some((&mut dgamma, &mut dbeta)), sums.then_some(&mut bias));
+        let (parameters, db) = (sums_norm.then_some((&mut dgamma, &mut dbeta)), sums_bias.then_some(&mut bias));
         let streams = (&mut d, &mut d_o, &mut deltas);
         attention_output_backward(lab.0, norm, drop, (&o, &weight), shape, streams, &mut dw, parameters, db);
         let mut outputs = vec![
@@ -534,26 +534,27 @@ case!(
             Output { summed: 2.0, ..lab.read_full("deltas", &deltas, n_lse) },
             Output { summed: 1.0, ..lab.read_full("dw", &dw, square) },
         ];
-        if sums {
-            outputs.extend(
-                [("dgamma", &dgamma), ("dbeta", &dbeta), ("bias", &bias)]
-                    .map(|(name, sum)| lab.read_full(name, sum, channels)),
-            );
+        if sums_norm {
+            outputs
+                .extend([("dgamma", &dgamma), ("dbeta", &dbeta)].map(|(name, sum)| lab.read_full(name, sum, channels)));
+        }
+        if sums_bias {
+            outputs.push(lab.read_full("bias", &bias, channels));
         }
         outputs
     },
     [
-        (1, 1, 1, 0.0, true),
-        (1, 1, 100, 0.5, false),
-        (3, 1, 129, 0.5, true),
+        (1, 1, 1, 0.0, true, true),
+        (1, 1, 100, 0.5, false, false),
+        (3, 1, 129, 0.5, true, true),
         // More tiles than blocks have room for at a time, the last one short.
-        (5, 1, 13601, 0.5, true),
-        (1, 2, 1, 0.0, false),
-        (3, 2, 65, 0.5, true),
-        (7, 2, 33, 0.5, false),
-        (5, 2, 6801, 0.0, true),
+        (5, 1, 13601, 0.5, false, true),
+        (1, 2, 1, 0.0, false, false),
+        (3, 2, 65, 0.5, true, false),
+        (7, 2, 33, 0.5, false, false),
+        (5, 2, 6801, 0.0, true, true),
         // Not joined.
-        (2, 3, 40, 0.5, true)
+        (2, 3, 40, 0.5, true, true)
     ]
 );
 

@@ -10,7 +10,7 @@ pub(super) const SQUARE_BLOCK: usize = 256;
 const SQUARE_TILE: usize = 4096;
 /// Such blocks at most: two for each multiprocessor of an H100. A fixed number, so that sums do not depend on the device.
 const SQUARE_BLOCKS: usize = 264;
-/// Tiles of such a block, where there are as many: what it leaves is as large as a tile of both operands.
+/// Tiles of such a block, where there are as many: what it leaves is as large as up to one tile of both operands.
 const SQUARE_TILES: usize = 4;
 
 /// Blocks for the gradient of a square weight over so many tokens, if there are kernels for it.

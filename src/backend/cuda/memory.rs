@@ -286,8 +286,8 @@ impl<D: Device> Cuda<D> {
 
 /// Slabs that a thread sums by itself at most.
 const FEW_SLABS: usize = 16;
-/// Slabs that a column-wise sum is cut into at most: for each of an H100's multiprocessors twice the three blocks that it holds at a
-/// time of `layer_norm_backward_both`, which sums most. A fixed number, so that results do not depend on the device.
+/// Slabs that a column-wise sum is cut into at most: for each of an H100's multiprocessors twice the three blocks that it holds
+/// at a time of `layer_norm_backward_both`, which sums most. A fixed number, so that results do not depend on the device.
 const SLABS: usize = 792;
 /// Rows of a slab at least.
 const SMALLEST_SLAB: usize = 64;

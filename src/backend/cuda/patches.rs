@@ -13,10 +13,10 @@ const STAGED: usize = 12288;
 const FIRST: Window = Window { side: 7, stride: 4, padding: 3 };
 const TAPS: usize = FIRST.side * FIRST.side * 3;
 const STRIP: usize = THREADS / 4;
-/// Lines of windows of a block: its weights are fetched once.
+/// Lines of windows of a block: its weights are fetched once. On the way back, it takes a multiple of them.
 const LINES: usize = 8;
-/// Blocks that make the weights' gradient, where there are as many: about two for each multiprocessor of a large GPU, twice over.
-/// More would only leave more sums. A fixed number, so that sums do not depend on the device.
+/// The fewest blocks that are left on the way back to longer ones: four for each multiprocessor of a large GPU, which holds two at a
+/// time. More would only leave more sums. A fixed number, so that sums do not depend on the device.
 const BLOCKS_BACK: usize = 512;
 
 /// `(images, height, width, channels, side, stride, padding, out_height, out_width)` as arguments.
