@@ -399,7 +399,9 @@ fn a_step_can_be_taken_apart() {
     for joint in Joint::ALL {
         let (loss_apart, gradient_apart) = run(Some(joint));
         let cosine = cosine(&gradient_apart, &gradient);
-        let same = (loss_apart / loss - 1.0).abs() < 0.01 && cosine > LOWEST;
+        // Either may be as far from the exact gradient as the comparison with the CPU allows; of independent roundings squares add
+        // up, and so does 1 - cosine.
+        let same = (loss_apart / loss - 1.0).abs() < 0.01 && 1.0 - cosine < 2.0 * (1.0 - LOWEST);
         assert!(same, "without {}: loss {loss_apart}, not {loss}; cosine {cosine}", joint.name());
     }
 }
