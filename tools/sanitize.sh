@@ -15,7 +15,7 @@ host=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
 export "CARGO_TARGET_${host}_RUNNER=env LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so)"
 run() { cargo test --release --test cuda -- "$@"; }
 
-run operations
+run operations::
 for planted in past_the_end past_shared; do
     if output=$(run --ignored --exact "planted::$planted" 2>&1) || ! grep -qE "AddressSanitizer: heap-buffer-overflow|index [0-9]+ out of bounds" <<<"$output"; then
         echo "$planted went unnoticed:" >&2
