@@ -1,6 +1,6 @@
 //! The way back in front of attention in one kernel.
 
-use super::convolution::tiles;
+use super::convolution::{countable, tiles};
 use super::layer_norm::NORM_KINDS;
 use super::{Argument, Cuda, Device, Joint};
 use crate::backend::{AttentionInput, AttentionInputs, Grid, InFront, Linear, Window};
@@ -11,8 +11,7 @@ const KEYS: usize = 64;
 impl<D: Device> AttentionInput for Cuda<D> {
     /// In the first two stages of SegFormer-B0, where most tokens are, and where windows share none.
     fn joins_attention_input(&self, grid: Grid, channels: usize, window: Window) -> bool {
-        // Kernels count tokens in 32 bits.
-        let fits = tiles(grid, window) && grid.rows() <= i32::MAX as usize;
+        let fits = tiles(grid, window) && countable(grid);
         self.joins(Joint::AttentionInputBackward) && matches!(channels, 32 | 64) && fits
     }
 

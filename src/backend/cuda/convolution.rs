@@ -32,6 +32,11 @@ pub(super) fn tiles(grid: Grid, window: Window) -> bool {
     window.stride == window.side && window.padding == 0 && whole
 }
 
+/// Whether kernels can count a grid's tokens, which they do in 32 bits.
+pub(super) fn countable(grid: Grid) -> bool {
+    grid.rows() <= i32::MAX as usize
+}
+
 /// Name of the kernel of an embedding, or of a reduction that is done as one, windows of its blocks, and their threads, as the
 /// kernels have them.
 fn embedding(window: Window, inputs: usize, outputs: usize) -> Option<(&'static str, usize, usize)> {
@@ -47,8 +52,7 @@ fn embedding(window: Window, inputs: usize, outputs: usize) -> Option<(&'static 
 /// Name of the kernel of the way back to tokens from `grid`.
 fn back_to_tokens(grid: Grid, window: Window, inputs: usize, outputs: usize) -> Option<&'static str> {
     match (window, inputs, outputs) {
-        // Kernels count tokens in 32 bits.
-        _ if grid.rows() > i32::MAX as usize => None,
+        _ if !countable(grid) => None,
         (OVERLAPPING, 32, 64) => Some("embed_tokens_backward_64"),
         (OVERLAPPING, 64, 160) => Some("embed_tokens_backward_160"),
         (OVERLAPPING, 160, 256) => Some("embed_tokens_backward_256"),
@@ -60,8 +64,7 @@ fn back_to_tokens(grid: Grid, window: Window, inputs: usize, outputs: usize) -> 
 /// Name of the kernel that sums the gradient of the weights of an embedding of tokens from `grid`.
 fn embedding_weights(grid: Grid, window: Window, inputs: usize, outputs: usize) -> Option<&'static str> {
     match (window, inputs, outputs) {
-        // Kernels count tokens in 32 bits.
-        _ if grid.rows() > i32::MAX as usize => None,
+        _ if !countable(grid) => None,
         (OVERLAPPING, 32, 64) => Some("embed_tokens_backward_weights_64"),
         (OVERLAPPING, 64, 160) => Some("embed_tokens_backward_weights_160"),
         (OVERLAPPING, 160, 256) => Some("embed_tokens_backward_weights_256"),
@@ -74,8 +77,7 @@ fn embedding_weights(grid: Grid, window: Window, inputs: usize, outputs: usize) 
 /// memory, so that more of those with many outputs would cost more than they gain.
 fn reduction(grid: Grid, window: Window, inputs: usize, outputs: usize) -> Option<(&'static str, [usize; 3])> {
     match (inputs, outputs) {
-        // Kernels count tokens in 32 bits.
-        _ if !tiles(grid, window) || grid.rows() > i32::MAX as usize => None,
+        _ if !tiles(grid, window) || !countable(grid) => None,
         (32, 32) => Some(("reduce_tokens_backward_weights_32", [128, 128, 2])),
         (64, 64) => Some(("reduce_tokens_backward_weights_64", [64, 128, 2])),
         (160, 160) => Some(("reduce_tokens_backward_weights_160", [64, 320, 1])),
@@ -89,8 +91,7 @@ impl<D: Device> Convolution for Cuda<D> {
         let reduces = matches!(inputs, 32 | 64) && inputs == outputs && tiles(grid, window);
         let has_kernel = reduces || embedding(window, inputs, outputs).is_some();
         let joint = if window == OVERLAPPING { Joint::EmbedTokens } else { Joint::ReduceTokens };
-        // Kernels count tokens in 32 bits.
-        has_kernel && self.joins(joint) && grid.rows() <= i32::MAX as usize
+        has_kernel && self.joins(joint) && countable(grid)
     }
 
     fn convolution_norm(
