@@ -25,14 +25,16 @@ struct Scaled {
 };
 
 // y = alpha·x, rounded to `product` too. Grid: the pieces.
-KERNEL(THREADS) scale_all(const Piece* pieces /* (gridDim.x) */, const Scaled* tensors /* (tensors) */, float alpha) {
+KERNEL(THREADS) scale_all(const Piece* pieces /* (gridDim.x) */, const Scaled* tensors /* (tensors) */,
+                           const float* alpha /* (1) */) {
     Piece piece = pieces[blockIdx.x];
     Scaled t = tensors[piece.tensor];
+    float factor = *alpha;
     each_of_part(piece.part, t.n, [&](u64 at, auto width) {
         constexpr int V = decltype(width)::value;
         const float* from = t.x + at;
         Pack<V> y = load<V>(from);
-        for (int i = 0; i < V; i++) y.x[i] *= alpha;
+        for (int i = 0; i < V; i++) y.x[i] *= factor;
         store(t.y + at, y);
         if (t.product) store(t.product + at, y);
     });
@@ -44,7 +46,7 @@ KERNEL(THREADS) add_part(const float* x /* (start + n) */, int start, int n, flo
     if (i < size_t(n)) y[i] += x[start + i];
 }
 
-// c = base + alpha·a·b, rounded to `product` too; without a base, that is zero. A stride is the distance between
+// c = base + alpha·a·b, rounded to `product` too; without a base, that is zero, and without alpha, 1. A stride is the distance between
 // neighbours along the named index. Lanes of a warp lie along the rows, so the launch calls what is contiguous in c its
 // rows where it can.
 struct Small {
@@ -55,9 +57,9 @@ struct Small {
     bf16* product /* (m, n), or null */;
     // Where this product's slices start in the partial sums.
     u64 partial;
+    const float* alpha /* (1), or null */;
     int m, n, k;
     int a_row, a_k, b_k, b_column, c_row, c_column;
-    float alpha;
 };
 
 // What a block makes: a tile of a product over a slice of k.
@@ -96,7 +98,7 @@ __device__ __forceinline__ void put(const Pack<COLUMNS>& p, bool along_k, float*
 
 __device__ __forceinline__ void finish(const Small& p, int row, int column, float sum) {
     size_t at = size_t(row) * p.c_row + size_t(column) * p.c_column;
-    float y = p.alpha * sum + (p.base ? p.base[at] : 0.0f);
+    float y = (p.alpha ? *p.alpha : 1.0f) * sum + (p.base ? p.base[at] : 0.0f);
     p.c[at] = y;
     if (p.product) p.product[at] = __float2bfloat16_rn(y);
 }

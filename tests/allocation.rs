@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use segpeft_native::backend::cpu::Cpu;
 use segpeft_native::backend::{AdamW, Sample};
 use segpeft_native::dataset::Augment;
-use segpeft_native::segformer::{Model, ModelOptions, SegformerConfig, StepRandom, Trainable};
+use segpeft_native::segformer::{Model, ModelOptions, SegformerConfig, Step, StepRandom, Trainable};
 
 /// The system's allocator, which keeps count.
 struct Counting;
@@ -49,11 +49,10 @@ fn beside_the_plan(size: usize) -> (usize, usize, usize) {
     let mut moments = model.moments();
     let decays = vec![false; moments.first.len()];
     let mut step = |number: u32| {
-        model.clear_gradients();
-        model.train_micro_batch(&samples, 1.0, StepRandom { seed: 0, step: number });
-        model.finish_gradients();
-        let adamw = AdamW { lr: 1e-4, betas: [0.9, 0.999], epsilon: 1e-8, weight_decay: 0.01, step: 1, max_norm: 1.0 };
-        model.update(&adamw, &decays, &mut moments);
+        let random = StepRandom { seed: 0, step: number };
+        let update = AdamW { lr: 1e-4, betas: [0.9, 0.999], epsilon: 1e-8, weight_decay: 0.01, step: 1, max_norm: 1.0 };
+        let whole = Step { micro_batches: &[&samples], random, update, decays: &decays };
+        model.train_step(&whole, &mut moments, |_| true);
         model.evaluate(&samples);
     };
     // Threads make their own room once.

@@ -339,9 +339,9 @@ fn matrix_products() {
         (Transpose::Left, transposed(&a, m, k), b.clone()),
         (Transpose::Right, a.clone(), transposed(&b, k, n)),
     ] {
-        let mut c = filled(1.0, m * n);
+        let (mut c, alpha) = (filled(1.0, m * n), filled(2.0, 1));
         let new = SmallProduct::new(&a, &b, transpose, (m, n, k), &mut c);
-        cpu.small_products(&mut [SmallProduct { alpha: 2.0, base: Base::Itself, ..new }]);
+        cpu.small_products(&mut [SmallProduct { alpha: Some(&alpha), base: Base::Itself, ..new }]);
         for (c, plain) in c.iter().zip(&plain[..]) {
             assert!((c - (1.0 + 2.0 * plain)).abs() < 1e-14);
         }

@@ -51,16 +51,23 @@ impl<B> Backend for B where
 {
 }
 
+/// Pictures that are worked on together.
+#[derive(Clone, Copy)]
+pub struct Batch<'a> {
+    /// Pictures; labels may be missing where nobody reads them.
+    pub samples: &'a [Sample<'a>],
+    /// Step of the random numbers ([`crate::random::Philox`]).
+    pub step: u32,
+}
+
 /// What changes from one repetition of a piece of work to the next ([`Memory::repeat`]); no operation in it may be given other
 /// samples, steps or updates.
 #[derive(Clone, Copy, Default)]
 pub struct Inputs<'a> {
-    /// Pictures, of `size`²; labels may be missing where nobody reads them.
-    pub samples: &'a [Sample<'a>],
+    /// Batches, each with a step of its own.
+    pub batches: &'a [Batch<'a>],
     /// Side of the pictures.
     pub size: usize,
-    /// Step of the random numbers ([`crate::random::Philox`]).
-    pub step: u32,
     /// The update.
     pub update: Option<AdamW>,
 }
@@ -112,8 +119,12 @@ pub trait Memory: Send + Sync + Sized {
     /// Does `work`, a piece of a step that comes again and again; a device may record it and later repeat the recording, without
     /// calling `work`. Of what its operations are given, it may depend on `key`, on where storage lies ([`Memory::place`], in
     /// the key if it may change), and on `inputs`; nothing in it may read from the device. It may be called twice, of which
-    /// one call only records, so that it must leave on the host what it finds there.
+    /// one call only records, so that it must leave on the host what it finds there. Within other work that is repeated, it
+    /// is a part of that, whose key and inputs must tell all that its own do.
     fn repeat(&self, key: &[u64], inputs: &Inputs<'_>, work: impl FnMut());
+    /// Whether the host has nothing to do between the batches of `inputs`, as the device repeats work on all of them by
+    /// itself. If not, work on each is better repeated alone.
+    fn takes_all(&self, inputs: &Inputs<'_>) -> bool;
     /// Says that another run begins on the same storage, which may do the work of the run before ([`Memory::repeat`]) again: a
     /// device forgets what it recorded of older work, so that it does not pile up.
     fn renew(&self) {}
@@ -1249,8 +1260,8 @@ pub struct SmallProduct<'a, F, A> {
     pub transpose: Transpose,
     /// m, n, k.
     pub size: (usize, usize, usize),
-    /// Factor of the product.
-    pub alpha: f64,
+    /// `(1)`, the factor of the product; none is 1.
+    pub alpha: Option<&'a F>,
     /// What it is added to.
     pub base: Base<'a, F>,
     /// `(m, n)`
@@ -1262,7 +1273,7 @@ pub struct SmallProduct<'a, F, A> {
 impl<'a, F, A> SmallProduct<'a, F, A> {
     /// `c = op(a)·op(b)`, at full precision alone.
     pub fn new(a: &'a F, b: &'a F, transpose: Transpose, size: (usize, usize, usize), c: &'a mut F) -> Self {
-        Self { a, b, transpose, size, alpha: 1.0, base: Base::Zeros, c, product: None }
+        Self { a, b, transpose, size, alpha: None, base: Base::Zeros, c, product: None }
     }
 }
 
@@ -1284,8 +1295,8 @@ pub trait Matrix: Memory {
     fn columns(&self, x: &Self::Full, columns: usize, start: usize, n: usize, y: &mut Self::Full);
     /// Adds y `(rows, n)` to columns `start..start + n` of x `(rows, columns)`.
     fn add_columns(&self, y: &Self::Full, columns: usize, start: usize, n: usize, x: &mut Self::Full);
-    /// Scales all of `tensors` by `alpha`.
-    fn scale_all(&self, alpha: f64, tensors: &mut [Scaled<'_, Self::Full, Self::Act>]);
+    /// Scales all of `tensors` by `alpha`, `(1)`.
+    fn scale_all(&self, alpha: &Self::Full, tensors: &mut [Scaled<'_, Self::Full, Self::Act>]);
     /// Adds `x[start..]` to y, as far as y goes.
     fn add_part(&self, x: &Self::Full, start: usize, y: &mut Self::Full);
     /// Adds to each y its xs, in order.

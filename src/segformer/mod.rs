@@ -16,7 +16,7 @@ mod plan;
 mod tensors;
 
 pub use config::SegformerConfig;
-pub use model::{Buffers, Evaluated, Model, ModelOptions, Moments, StepRandom};
+pub use model::{Buffers, Evaluated, Model, ModelOptions, Moments, Step, StepRandom};
 pub use modules::{BATCH_COUNTER, Module, ModuleKind, Role, TensorSpec, modules};
 pub use plan::{AdapterPlan, Plan, Trainable};
 pub use tensors::Id;

@@ -1,5 +1,7 @@
 //! A SegFormer on a device: its numbers, its memory, and the phases of a training step.
 
+use std::sync::Arc;
+
 use super::SegformerConfig;
 use super::attention::AttentionLayer;
 use super::decoder::DecoderActs;
@@ -7,7 +9,9 @@ use super::encoder::{self, StageActs};
 use super::log::Log;
 use super::plan::{Plan, Trainable};
 use super::tensors::{Gradients, Id, Tensor, Tensors};
-use crate::backend::{AdamW, Backend, Base, Dropout, Grid, Inputs, Moving, Sample, Scaled, SmallProduct, Transpose};
+use crate::backend::{
+    AdamW, Backend, Base, Batch, Dropout, Grid, Inputs, Moving, Sample, Scaled, SmallProduct, Transpose,
+};
 use crate::random::{Philox, Purpose};
 
 /// Slots that sum gradients: a fixed number, so that results do not depend on the number of threads.
@@ -31,6 +35,19 @@ pub struct StepRandom {
     pub seed: u64,
     /// Number of the micro-batch in the run.
     pub step: u32,
+}
+
+/// What one update of the weights is made of.
+#[derive(Clone, Copy)]
+pub struct Step<'a> {
+    /// Pictures by micro-batch. Each micro-batch counts the same in the loss, and each pixel of one.
+    pub micro_batches: &'a [&'a [Sample<'a>]],
+    /// Random numbers of the first micro-batch; those of the others count on from its step.
+    pub random: StepRandom,
+    /// The update.
+    pub update: AdamW,
+    /// Whether weight decay applies, by trained tensor.
+    pub decays: &'a [bool],
 }
 
 /// What an evaluation measured, per image.
@@ -76,6 +93,7 @@ impl<'a, B: Backend> Pass<'a, B> {
 /// Pieces of a run that come again and again ([`crate::backend::Memory::repeat`]).
 #[derive(Clone, Copy)]
 enum Phase {
+    Step,
     MicroBatch,
     Gradients,
     Update,
@@ -146,7 +164,8 @@ impl<B: Backend> Unit<B> {
 
 /// A SegFormer on a device.
 pub struct Model<B: Backend> {
-    backend: B,
+    /// Shared, as a whole step is repeated on it while the step changes the rest of the model.
+    backend: Arc<B>,
     plan: Plan,
     config: SegformerConfig,
     options: ModelOptions,
@@ -162,6 +181,8 @@ pub struct Model<B: Backend> {
     stats: B::Full,
     total: B::Full,
     norm: B::Full,
+    /// `(1)`, the factor of adapters' products, on the device, so that what is recorded there serves runs of any other.
+    scale: B::Full,
     log: Log<B>,
     batches_tracked: u64,
     buffers: Buffers,
@@ -296,7 +317,8 @@ impl<B: Backend> Model<B> {
         let fuse_gradients = (plan.stages.iter())
             .map(|_| backend.full(if plan.wanted[plan.decoder.fuse.0] { width * width } else { 0 }))
             .collect();
-        let (total, norm) = (backend.full(2 * width), backend.full(1));
+        let (total, norm, mut scale) = (backend.full(2 * width), backend.full(1), backend.full(1));
+        backend.upload(&[plan.scale as f32], &mut scale);
         let gradients = since(&backend);
 
         let tensors = Tensors::new(
@@ -316,6 +338,7 @@ impl<B: Backend> Model<B> {
             stats,
             total,
             norm,
+            scale,
             log,
             batches_tracked: 0,
             config: config.clone(),
@@ -325,7 +348,7 @@ impl<B: Backend> Model<B> {
             units,
             workers,
             plan,
-            backend,
+            backend: Arc::new(backend),
         }
     }
 
@@ -345,6 +368,7 @@ impl<B: Backend> Model<B> {
         self.trainable = trainable.clone();
         self.plan.scale = trainable.scale();
         self.backend.renew();
+        self.backend.upload(&[self.plan.scale as f32], &mut self.scale);
         for i in 0..self.plan.specs.len() {
             self.backend.zero(self.tensors.value_mut(Id(i)));
         }
@@ -432,21 +456,73 @@ impl<B: Backend> Model<B> {
         for i in 0..self.plan.specs.len() {
             self.tensors.refresh(&self.backend, Id(i));
         }
-        refresh_derived(&self.backend, &self.plan, &mut self.tensors, &mut self.fuse_blocks, true);
+        refresh_derived(&*self.backend, &self.plan, &self.scale, &mut self.tensors, &mut self.fuse_blocks, true);
+    }
+
+    /// One step: gradients of all micro-batches, their mean, and an update with it. Losses add up until [`Model::take_loss`].
+    /// A device that takes all of it at once ([`crate::backend::Memory::takes_all`]) repeats it as a whole. `go_on` is told how
+    /// many pictures have been taken, micro-batch by micro-batch, and says whether to go on. Returns whether it always did; if not,
+    /// the step is done, or a part of it, and the model is of no more use.
+    pub fn train_step(
+        &mut self,
+        step: &Step<'_>,
+        moments: &mut Moments<B>,
+        mut go_on: impl FnMut(usize) -> bool,
+    ) -> bool {
+        let (backend, ModelOptions { size, batch }) = (Arc::clone(&self.backend), self.options);
+        let numbered = step.micro_batches.iter().zip(step.random.step..);
+        let batches: Vec<Batch<'_>> = numbered.map(|(&samples, step)| Batch { samples, step }).collect();
+        let inputs = Inputs { batches: &batches, size, update: Some(step.update) };
+        let key = {
+            let lengths = batches.iter().map(|batch| batch.samples.len() as u64);
+            let update = update_key(&*backend, &step.update, step.decays, moments);
+            [Phase::Step as u64, step.random.seed].into_iter().chain(lengths).chain(update).collect::<Vec<_>>()
+        };
+        let mut parts = |model: &mut Self, go_on: &mut dyn FnMut(usize) -> bool| {
+            model.clear_gradients();
+            for batch in &batches {
+                let pixels = batch.samples.len() * size * size;
+                let random = StepRandom { step: batch.step, ..step.random };
+                model.micro_batch(batch.samples, 1.0 / (pixels * batches.len()) as f64, random);
+                if !go_on(batch.samples.len()) {
+                    return false;
+                }
+            }
+            model.finish_gradients();
+            model.update(&step.update, step.decays, moments);
+            true
+        };
+        let went_on = if backend.takes_all(&inputs) {
+            backend.repeat(&key, &inputs, || _ = parts(self, &mut |_| true));
+            batches.iter().all(|batch| go_on(batch.samples.len()))
+        } else {
+            parts(self, &mut go_on)
+        };
+        // As the last micro-batch left them, or would have, had its work not been repeated without it.
+        if let Some(last) = batches.last() {
+            split(&mut self.units, last.samples.len(), backend.images_per_unit(batch));
+        }
+        self.batches_tracked += batches.len() as u64;
+        went_on
     }
 
     /// Forward and backward over one micro-batch; gradients and losses add up until [`Model::finish_gradients`] and
     /// [`Model::take_loss`]. `scale` is the factor of each pixel's loss.
     pub fn train_micro_batch(&mut self, samples: &[Sample<'_>], scale: f64, random: StepRandom) {
+        self.micro_batch(samples, scale, random);
+        self.batches_tracked += 1;
+    }
+
+    fn micro_batch(&mut self, samples: &[Sample<'_>], scale: f64, random: StepRandom) {
         let Self { backend, plan, tensors, slots, units, workers, options, stats, total, .. } = self;
-        let (backend, size, decoder) = (&*backend, options.size, &plan.decoder);
+        let (backend, size, decoder): (&B, _, _) = (backend, options.size, &plan.decoder);
         let per_unit = backend.images_per_unit(options.batch);
         let units = split(units, samples.len(), per_unit);
         let part = |u: usize| &samples[u * per_unit..samples.len().min((u + 1) * per_unit)];
         let rows: Vec<usize> = units.iter().map(|u| u.stages[0].grid.rows()).collect();
 
         let key = [Phase::MicroBatch as u64, samples.len() as u64, scale.to_bits(), random.seed];
-        let inputs = Inputs { samples, size, step: random.step, update: None };
+        let inputs = Inputs { batches: &[Batch { samples, step: random.step }], size, update: None };
         backend.repeat(&key, &inputs, || {
             backend.each_unit(units, slots, workers, |u, unit, _, worker| {
                 let pass = Pass::training(backend, tensors, random, u * per_unit, part(u).len());
@@ -482,29 +558,28 @@ impl<B: Backend> Model<B> {
                 encoder::backward(&pass, &plan.stages, &decoder.reached, part(u), &unit.stages, gradients, worker);
             });
         });
-        self.batches_tracked += 1;
     }
 
     /// Sets gradients to zero, for the next group of micro-batches.
     pub fn clear_gradients(&mut self) {
         for slot in &mut self.slots {
-            slot.clear(&self.backend);
+            slot.clear(&*self.backend);
         }
     }
 
     /// Joins the slots' gradients and splits them into those of the trained tensors: adapters' factors are projected
     /// (`dB = s·dW·Aᵀ`, `dA = s·Bᵀ·dW`), the folded decoder's parts unfolded.
     pub fn finish_gradients(&mut self) {
-        let Self { backend, plan, tensors, slots, fuse_blocks, fuse_gradients, norm, .. } = self;
-        let backend = &*backend;
-        backend.repeat(&[Phase::Gradients as u64, plan.scale.to_bits()], &Inputs::default(), || {
+        let Self { backend, plan, tensors, slots, fuse_blocks, fuse_gradients, norm, scale, .. } = self;
+        let backend: &B = backend;
+        backend.repeat(&[Phase::Gradients as u64], &Inputs::default(), || {
             let Some((gradients, others)) = slots.split_first_mut() else { return };
             gradients.add(backend, others);
             let decoder = &plan.decoder;
             decoder.unfold(backend, tensors, fuse_blocks, fuse_gradients, gradients);
             let (mut each, mut scaled, mut products) = (gradients.each(), Vec::new(), Vec::new());
             let mut project = |a, b, transpose, size, c| {
-                products.push(SmallProduct { alpha: plan.scale, ..SmallProduct::new(a, b, transpose, size, c) });
+                products.push(SmallProduct { alpha: Some(scale), ..SmallProduct::new(a, b, transpose, size, c) });
             };
             let (rank, width) = (plan.rank, decoder.width);
             for adapter in &plan.adapters {
@@ -526,7 +601,7 @@ impl<B: Backend> Model<B> {
                     project(b, dw, Transpose::Left, (rank, inputs, outputs), da);
                 }
             }
-            backend.scale_all(plan.scale, &mut scaled);
+            backend.scale_all(scale, &mut scaled);
             backend.small_products(&mut products);
             let trained: Vec<&B::Full> = plan.trained.iter().filter_map(|&id| gradients.get(id)).collect();
             backend.gradient_norm(&trained, norm);
@@ -546,13 +621,10 @@ impl<B: Backend> Model<B> {
 
     /// One update of the trained tensors; `decays[i]` says whether weight decay applies to trained tensor i.
     pub fn update(&mut self, adamw: &AdamW, decays: &[bool], moments: &mut Moments<B>) {
-        let Self { backend, plan, tensors, slots, fuse_blocks, norm, .. } = self;
-        let (backend, plan) = (&*backend, &*plan);
-        let AdamW { betas: [beta1, beta2], epsilon, max_norm, .. } = *adamw;
-        let mut key = vec![Phase::Update as u64, plan.scale.to_bits()];
-        key.extend([beta1, beta2, epsilon, max_norm].map(f64::to_bits));
-        key.extend(decays.iter().map(|&decays| u64::from(decays)));
-        key.extend(moments.first.iter().chain(&moments.second).map(|x| backend.place(x)));
+        let Self { backend, plan, tensors, slots, fuse_blocks, norm, scale, .. } = self;
+        let (backend, plan): (&B, _) = (backend, &*plan);
+        let key: Vec<u64> =
+            [Phase::Update as u64].into_iter().chain(update_key(backend, adamw, decays, moments)).collect();
         backend.repeat(&key, &Inputs { update: Some(*adamw), ..Inputs::default() }, || {
             let mut each = tensors.each();
             let both = moments.first.iter_mut().zip(&mut moments.second);
@@ -563,7 +635,7 @@ impl<B: Backend> Model<B> {
                 Some(Moving { gradient: slots[0].get(id)?, parameter: value, m, v, product, decays })
             });
             backend.adamw(adamw, norm, &mut moving.collect::<Vec<_>>());
-            refresh_derived(backend, plan, tensors, fuse_blocks, false);
+            refresh_derived(backend, plan, scale, tensors, fuse_blocks, false);
         });
     }
 
@@ -613,7 +685,7 @@ impl<B: Backend> Model<B> {
 
     /// What was measured since [`Model::begin_evaluation`], in the order of the samples.
     pub fn end_evaluation(&mut self) -> Evaluated {
-        self.log.take(&self.backend)
+        self.log.take(&*self.backend)
     }
 
     /// Logits `(labels, size/4, size/4)` of each sample in evaluation mode.
@@ -632,7 +704,7 @@ impl<B: Backend> Model<B> {
     /// Logits `(labels, size/4, size/4)` that the last micro-batch, of `images` pictures, was trained on.
     pub fn training_logits(&self, images: usize) -> Vec<Vec<f32>> {
         let labels = self.plan.decoder.labels;
-        self.units.iter().flat_map(|unit| unit.logits(&self.backend, labels, unit.images)).take(images).collect()
+        self.units.iter().flat_map(|unit| unit.logits(&*self.backend, labels, unit.images)).take(images).collect()
     }
 
     /// Runs samples through the model in evaluation mode: `inside` with each unit's logits on a worker, always the same in
@@ -645,7 +717,7 @@ impl<B: Backend> Model<B> {
         mut collect: impl FnMut(&B, usize, &mut Unit<B>, &mut Log<B>),
     ) {
         let Self { backend, plan, tensors, units, workers, options, stats, log, .. } = self;
-        let (backend, size, decoder) = (&*backend, options.size, &plan.decoder);
+        let (backend, size, decoder): (&B, _, _) = (backend, options.size, &plan.decoder);
         let per_unit = backend.images_per_unit(options.batch);
         let (mean, var) = (tensors.value(decoder.running_mean), tensors.value(decoder.running_var));
         // As many units as there are workers, so that each worker's unit stays in its cache.
@@ -654,7 +726,8 @@ impl<B: Backend> Model<B> {
             let part = |u: usize| &batch[u * per_unit..batch.len().min((u + 1) * per_unit)];
             let units = split(units, batch.len(), per_unit);
             let key = [phase as u64, batch.len() as u64];
-            backend.repeat(&key, &Inputs { samples: batch, size, ..Inputs::default() }, || {
+            let inputs = Inputs { batches: &[Batch { samples: batch, step: 0 }], size, update: None };
+            backend.repeat(&key, &inputs, || {
                 backend.running_stats(mean, var, decoder.width, stats);
                 backend.evaluating(|| {
                     backend.each_unit(units, &mut slots, workers, |u, unit, (), worker| {
@@ -670,6 +743,19 @@ impl<B: Backend> Model<B> {
             }
         }
     }
+}
+
+/// What recorded updates depend on ([`crate::backend::Memory::repeat`]).
+fn update_key<B: Backend>(
+    backend: &B,
+    adamw: &AdamW,
+    decays: &[bool],
+    moments: &Moments<B>,
+) -> impl Iterator<Item = u64> {
+    let AdamW { betas: [beta1, beta2], epsilon, max_norm, .. } = *adamw;
+    let numbers = [beta1, beta2, epsilon, max_norm].map(f64::to_bits);
+    let places = moments.first.iter().chain(&moments.second).map(|x| backend.place(x));
+    numbers.into_iter().chain(decays.iter().map(|&decays| u64::from(decays))).chain(places)
 }
 
 /// The units that `images` pictures fill, each told how many it holds.
@@ -688,6 +774,7 @@ fn split<B: Backend>(units: &mut [Unit<B>], images: usize, per_unit: usize) -> &
 fn refresh_derived<B: Backend>(
     backend: &B,
     plan: &Plan,
+    scale: &B::Full,
     tensors: &mut Tensors<B>,
     fuse_blocks: &mut [B::Full],
     all: bool,
@@ -699,7 +786,7 @@ fn refresh_derived<B: Backend>(
         let Tensor { value, merged, product } = each.take(adapter.weight);
         let size = (adapter.outputs, adapter.inputs, plan.rank);
         Some(SmallProduct {
-            alpha: plan.scale,
+            alpha: Some(scale),
             base: Base::Of(value),
             product: product.as_mut(),
             ..SmallProduct::new(&b.value, &a.value, Transpose::None, size, merged.as_mut()?)
@@ -719,10 +806,10 @@ fn refresh_derived<B: Backend>(
             Some(stage) => {
                 let (block, size) = (&fuse_blocks[stage], (decoder.width, plan.rank, decoder.width));
                 let new = SmallProduct::new(block, x, Transpose::None, size, y);
-                folded.push(SmallProduct { alpha: plan.scale, product, ..new });
+                folded.push(SmallProduct { alpha: Some(scale), product, ..new });
             }
         }
     }
-    backend.scale_all(plan.scale, &mut scaled);
+    backend.scale_all(scale, &mut scaled);
     backend.small_products(&mut folded);
 }

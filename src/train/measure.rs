@@ -14,7 +14,7 @@ use crate::dataset::Augment;
 use crate::lora;
 use crate::progress::Progress;
 use crate::random::{Philox, Purpose};
-use crate::segformer::{Model, ModelOptions, SegformerConfig, StepRandom, Trainable};
+use crate::segformer::{Model, ModelOptions, SegformerConfig, Step, StepRandom, Trainable};
 
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,7 +147,6 @@ fn time<B: Backend>(
     kind: StepKind,
     (first, steps): (usize, usize),
 ) -> Result<(Vec<f64>, Option<String>)> {
-    let pixels = samples.len() * model.size() * model.size();
     let mut moments = model.moments();
     let decays = vec![false; moments.first.len()];
     let mut seconds = Vec::with_capacity(steps);
@@ -156,11 +155,10 @@ fn time<B: Backend>(
         if kind == StepKind::Eval {
             model.evaluate(samples);
         } else {
-            model.clear_gradients();
             let random = StepRandom { seed: options.seed, step: step as u32 };
-            model.train_micro_batch(samples, 1.0 / pixels as f64, random);
-            model.finish_gradients();
-            model.update(&adamw(options, options.lr, step as u64 + 1), &decays, &mut moments);
+            let update = adamw(options, options.lr, step as u64 + 1);
+            let whole = Step { micro_batches: &[samples], random, update, decays: &decays };
+            model.train_step(&whole, &mut moments, |_| true);
             // A device works on after the calls have returned; the norm is known when the gradients are.
             model.gradient_norm();
         }

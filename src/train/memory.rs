@@ -9,7 +9,7 @@ use crate::backend::{Backend, Memory, Room, Sample};
 use crate::dataset::Augment;
 use crate::error::Kind;
 use crate::progress::{byte_size, count};
-use crate::segformer::{Model, ModelOptions, SegformerConfig, StepRandom, Trainable};
+use crate::segformer::{Model, ModelOptions, SegformerConfig, Step, StepRandom, Trainable};
 use crate::{Error, Result};
 
 /// What a run takes, its dataset aside.
@@ -191,10 +191,10 @@ fn dry_steps(model: &mut Model<Cuda<Dry>>, images: usize, mut between: impl FnMu
     between(model);
     if !moments.first.is_empty() {
         let options = TrainOptions::default();
-        model.clear_gradients();
-        model.train_micro_batch(&samples, 1.0, StepRandom { seed: 0, step: 0 });
-        model.finish_gradients();
-        model.update(&adamw(&options, options.lr, 1), &vec![true; moments.first.len()], &mut moments);
+        let (random, update) = (StepRandom { seed: 0, step: 0 }, adamw(&options, options.lr, 1));
+        let decays = vec![true; moments.first.len()];
+        let step = Step { micro_batches: &[&samples], random, update, decays: &decays };
+        model.train_step(&step, &mut moments, |_| true);
     }
     between(model);
     model.evaluate(&samples);

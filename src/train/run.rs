@@ -21,7 +21,7 @@ use crate::formats::{HostData, StateDict};
 use crate::progress::{Bar, Progress, count, duration, interrupted};
 use crate::random::{Philox, Purpose};
 use crate::report;
-use crate::segformer::{BATCH_COUNTER, Model, ModelOptions, Moments, Role, StepRandom};
+use crate::segformer::{BATCH_COUNTER, Model, ModelOptions, Moments, Role, Step, StepRandom};
 use crate::{Error, Result};
 
 /// What a run works on.
@@ -287,27 +287,29 @@ impl<B: Backend> Run<'_, B> {
         let mut losses = 0.0;
         let (mut norm, mut rate) = (0.0, 0.0);
         for group in micro_batches.chunks(options.grad_accum) {
-            self.model.clear_gradients();
-            for indices in group {
-                if interrupted() {
-                    return Err(Error::new(Kind::Interrupted, "interrupted"));
-                }
-                let augment = |i| match options.augment {
-                    true => Augment::draw(options.seed, epoch, i),
-                    false => Augment::IDENTITY,
-                };
-                let samples: Vec<Sample<'_>> = indices.iter().map(|&i| sample(data, i, augment(i))).collect();
-                let pixels = samples.len() * data.size() * data.size();
-                let random = StepRandom { seed: options.seed, step: self.state.micro_batches };
-                self.model.train_micro_batch(&samples, 1.0 / (pixels * group.len()) as f64, random);
-                self.state.micro_batches += 1;
-                bar.inc(samples.len() as u64);
-            }
-            self.model.finish_gradients();
+            let augment = |i| match options.augment {
+                true => Augment::draw(options.seed, epoch, i),
+                false => Augment::IDENTITY,
+            };
+            let samples = |indices: &&[usize]| indices.iter().map(|&i| sample(data, i, augment(i))).collect();
+            let samples: Vec<Vec<Sample<'_>>> = group.iter().map(samples).collect();
+            let micro_batches: Vec<&[Sample<'_>]> = samples.iter().map(Vec::as_slice).collect();
             rate = schedule.rate(self.state.global_step);
-            let update = adamw(options, rate, self.state.global_step + 1);
-            self.model.update(&update, &decays, self.moments);
+            let step = Step {
+                micro_batches: &micro_batches,
+                random: StepRandom { seed: options.seed, step: self.state.micro_batches },
+                update: adamw(options, rate, self.state.global_step + 1),
+                decays: &decays,
+            };
+            let go_on = |images| {
+                bar.inc(images as u64);
+                !interrupted()
+            };
+            if interrupted() || !self.model.train_step(&step, self.moments, go_on) {
+                return Err(Error::new(Kind::Interrupted, "interrupted"));
+            }
             self.model.backend().check()?;
+            self.state.micro_batches += group.len() as u32;
             self.state.global_step += 1;
         }
         if !micro_batches.is_empty() {

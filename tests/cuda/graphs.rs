@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use host_kernels::Order;
 use segpeft_native::backend::cuda::{self, Arena, Cuda, Device, Dry};
-use segpeft_native::backend::{AdamW, Dropout, Inputs, Matrix, Memory, Patches, Residual, Sample, Window};
+use segpeft_native::backend::{AdamW, Batch, Dropout, Inputs, Matrix, Memory, Patches, Residual, Sample, Window};
 use segpeft_native::dataset::Augment;
 use segpeft_native::error::Kind;
 use segpeft_native::random::{Philox, Purpose};
-use segpeft_native::segformer::{Id, Model, ModelOptions, Moments, SegformerConfig, StepRandom, Trainable};
+use segpeft_native::segformer::{Id, Model, ModelOptions, Moments, SegformerConfig, Step, StepRandom, Trainable};
 
 use crate::common::Pictures;
 use crate::gpu;
@@ -18,9 +18,11 @@ use crate::step::{adapters, config, fill, model, scaled_adapters};
 
 /// Epochs of a history: in the first, work is done as it comes, in the second it is recorded, then replayed.
 const EPOCHS: u32 = 4;
-/// Pictures of an epoch: a whole batch and a smaller one.
+/// Pictures of an epoch: a step of whole micro-batches, and one of a smaller.
 const PICTURES: usize = 5;
-const BATCH: usize = 3;
+const BATCH: usize = 2;
+/// Micro-batches of a step.
+const GROUP: usize = 2;
 
 fn bits(numbers: impl IntoIterator<Item = f32>) -> impl Iterator<Item = u64> {
     numbers.into_iter().map(|x| u64::from(x.to_bits()))
@@ -33,7 +35,7 @@ fn drawing() -> (SegformerConfig, ModelOptions) {
     (config, ModelOptions { size, batch: BATCH })
 }
 
-/// What some epochs of a model of its own leave, smaller batches being updated with other moments.
+/// What some epochs of a model of its own leave, smaller steps being updated with other moments.
 fn history<D: Device>(backend: Cuda<D>, trainable: &Trainable, pictures: &Pictures) -> (Vec<u64>, Model<Cuda<D>>) {
     let (config, options) = drawing();
     let mut model = model(backend, &config, options, trainable, None);
@@ -42,14 +44,13 @@ fn history<D: Device>(backend: Cuda<D>, trainable: &Trainable, pictures: &Pictur
 }
 
 /// Everything that some epochs leave, as bits: losses, norms and evaluations, then weights and moments. The last moments are
-/// those of smaller batches.
+/// those of smaller steps.
 fn epochs<D: Device>(
     model: &mut Model<Cuda<D>>,
     moments: &mut [Moments<Cuda<D>>],
     rate: f64,
     pictures: &Pictures,
 ) -> Vec<u64> {
-    let size = model.size();
     let decays: Vec<bool> = (0..moments[0].first.len()).map(|i| i % 2 == 0).collect();
     let (mut found, mut step) = (Vec::new(), 0);
     for epoch in 0..EPOCHS {
@@ -57,12 +58,9 @@ fn epochs<D: Device>(
         let order = Philox::new(7, Purpose::Shuffle, 0, epoch).permutation(PICTURES);
         let drawn = |&i: &usize| Sample { augment: Augment::draw(7, epoch, i), ..all[i] };
         let samples: Vec<Sample<'_>> = order.iter().map(drawn).collect();
-        for batch in samples.chunks(BATCH) {
-            model.clear_gradients();
-            let scale = 1.0 / (batch.len() * size * size) as f64;
-            model.train_micro_batch(batch, scale, StepRandom { seed: 7, step });
-            model.finish_gradients();
-            step += 1;
+        for group in samples.chunks(BATCH).collect::<Vec<_>>().chunks(GROUP) {
+            let random = StepRandom { seed: 7, step };
+            step += group.len() as u32;
             let update = AdamW {
                 lr: rate / f64::from(step),
                 betas: [0.9, 0.999],
@@ -71,8 +69,15 @@ fn epochs<D: Device>(
                 step: step.into(),
                 max_norm: 1.0,
             };
-            let which = if batch.len() == BATCH { 0 } else { moments.len() - 1 };
-            model.update(&update, &decays, &mut moments[which]);
+            let which = if group.len() == GROUP { 0 } else { moments.len() - 1 };
+            let mut told = Vec::new();
+            let whole = Step { micro_batches: group, random, update, decays: &decays };
+            let tell = |images| {
+                told.push(images);
+                true
+            };
+            assert!(model.train_step(&whole, &mut moments[which], tell));
+            assert_eq!(told, group.iter().map(|batch| batch.len()).collect::<Vec<_>>());
             found.push(model.gradient_norm().to_bits());
         }
         found.push(model.take_loss().to_bits());
@@ -97,9 +102,9 @@ fn epochs<D: Device>(
     found
 }
 
-/// Runs one after the other on one model leave the bits of runs with models of their own, within the memory of one. Of their
-/// work only what reads tables, the end of the gradients and the update, is recorded anew.
-fn take_over(what: &str, first: &Trainable, second: &Trainable) {
+/// Runs one after the other on one model leave the bits of runs with models of their own, within the memory of one, and nothing
+/// of their work is recorded anew; the pictures are `kept` on the device or brought.
+fn take_over(what: &str, first: &Trainable, second: &Trainable, kept: bool) {
     let (config, options) = drawing();
     let pictures = &Pictures::new(0..PICTURES as u64, options.size, config.num_labels() == 3);
     // The memory of one run.
@@ -112,12 +117,20 @@ fn take_over(what: &str, first: &Trainable, second: &Trainable) {
     let bytes = run(Cuda::new(Dry::default()));
     match gpu() {
         Some(driver) => {
-            let new = || Cuda::new(Arena::new(driver.clone(), bytes).expect("memory"));
+            let held = || cuda::Pictures::new(driver, &pictures.samples(), options.size).expect("memory");
+            let held = kept.then(held).map(Arc::new);
+            let new = || Cuda::new(Arena::new(driver.clone(), bytes).expect("memory")).with_pictures(held.clone());
             take_over_on(what, [first, second], pictures, new, |_| None);
         }
         None => {
-            let new = || Cuda::new(Arena::new(Host::new(Order::Forward), bytes).expect("memory"));
-            let recordings = |arena: &Arena<Host>| Some(arena.device().recordings.load(Ordering::Relaxed));
+            let host = || Host::new(Order::Forward);
+            let held = || cuda::Pictures::new(&host(), &pictures.samples(), options.size).expect("memory");
+            let held = kept.then(held).map(Arc::new);
+            let new = || Cuda::new(Arena::new(host(), bytes).expect("memory")).with_pictures(held.clone());
+            // Two steps, two sizes of evaluations, logits; of the larger step, if pictures are brought, one micro-batch, the
+            // end of the gradients, the update.
+            let all = if kept { 5 } else { 7 };
+            let recordings = |arena: &Arena<Host>| Some((arena.device().recordings.load(Ordering::Relaxed), all));
             take_over_on(what, [first, second], pictures, new, recordings);
         }
     }
@@ -128,7 +141,7 @@ fn take_over_on<D: Device>(
     [first, second]: [&Trainable; 2],
     pictures: &Pictures,
     new: impl Fn() -> Cuda<D>,
-    recordings: impl Fn(&D) -> Option<usize>,
+    recordings: impl Fn(&D) -> Option<(usize, usize)>,
 ) {
     let (config, options) = drawing();
     let alone = |trainable: &Trainable, rate: f64| {
@@ -137,8 +150,6 @@ fn take_over_on<D: Device>(
         let found = epochs(&mut model, &mut moments, rate, pictures);
         (found, model, moments)
     };
-    // Two sizes of micro-batches and of evaluations, logits, the end of the gradients, the update.
-    let (mut all, each) = (7, 2);
     let (expected, mut model, mut moments) = alone(first, 1e-3);
     let other = alone(second, 2e-3).0;
     assert!(expected != other, "{what}");
@@ -147,8 +158,7 @@ fn take_over_on<D: Device>(
         fill(&mut model, None);
         let found = epochs(&mut model, &mut moments, rate, pictures);
         assert!(found == *expected, "{what}: other bits than with a model of its own");
-        all += each;
-        if let Some(recordings) = recordings(model.backend().device()) {
+        if let Some((recordings, all)) = recordings(model.backend().device()) {
             assert_eq!(recordings, all, "{what}");
         }
     }
@@ -169,19 +179,21 @@ fn take_over_on<D: Device>(
 
 #[test]
 fn a_run_on_the_model_of_another_leaves_the_same_bits_full() {
-    take_over("full", &Trainable::Everything, &Trainable::Everything);
+    take_over("full", &Trainable::Everything, &Trainable::Everything, true);
 }
 
 #[test]
 fn a_run_on_the_model_of_another_leaves_the_same_bits_merged() {
     let config = config().0;
-    take_over("merged", &adapters(&config, 0.0), &scaled_adapters(&config, 0.0, 0.5));
+    for kept in [false, true] {
+        take_over("merged", &adapters(&config, 0.0), &scaled_adapters(&config, 0.0, 0.5), kept);
+    }
 }
 
 #[test]
 fn a_run_on_the_model_of_another_leaves_the_same_bits_with_dropout() {
     let config = config().0;
-    take_over("separate", &adapters(&config, 0.1), &scaled_adapters(&config, 0.1, 0.5));
+    take_over("separate", &adapters(&config, 0.1), &scaled_adapters(&config, 0.1, 0.5), true);
 }
 
 /// A run keeps of the one before what that one did, and nothing of those before it.
@@ -225,23 +237,27 @@ fn compare(what: &str, trainable: &Trainable) {
         None => {
             let new = || Cuda::new(Host::new(Order::Forward));
             let kept = cuda::Pictures::new(new().device(), &pictures.samples(), size).expect("memory");
-            let replayed = [new(), new().with_pictures(Some(Arc::new(kept)))].map(|backend| {
+            let held = Some(Arc::new(kept));
+            let [brought, kept] = [new(), new().with_pictures(held.clone())].map(|backend| {
                 let (found, model) = history(backend, trainable, pictures);
                 assert_eq!(model.backend().remark(), None, "{what}");
-                // All but the first of each kind: micro-batches and evaluations of two sizes, updates with two sets of
-                // moments, logits; and the end of the gradients, twice an epoch.
-                let epochs = EPOCHS as usize;
-                let replays = 7 * (epochs - 1) + 2 * epochs - 1;
                 let device = model.backend().device();
-                assert_eq!(device.replays.load(Ordering::Relaxed), replays, "{what}");
-                assert_eq!(device.recordings.load(Ordering::Relaxed), 8, "{what}: each kind is recorded once");
-                found
+                let [replays, recordings] = [&device.replays, &device.recordings].map(|n| n.load(Ordering::Relaxed));
+                (found, replays, recordings)
             });
-            let (eager, model) = history(Cuda::new(Host::refusing(Order::Forward, 0)), trainable, pictures);
+            // In the middle of a step.
+            let refusing = Cuda::new(Host::refusing(Order::Forward, 40)).with_pictures(held);
+            let (eager, model) = history(refusing, trainable, pictures);
             assert!(model.backend().remark().expect("it cannot record").contains("cannot record"), "{what}");
             assert_eq!(model.backend().device().replays.load(Ordering::Relaxed), 0);
-            let [brought, kept] = replayed;
-            [brought, kept, eager]
+            // Replayed is all but the first of each kind.
+            let once = EPOCHS as usize - 1;
+            let twice = 2 * EPOCHS as usize - 1;
+            // Two steps, evaluations of whole batches, twice an epoch, and of smaller ones, logits.
+            assert_eq!((kept.1, kept.2), (4 * once + twice, 5), "{what}");
+            // Of the larger step one micro-batch, twice a step, the end of the gradients, the update.
+            assert_eq!((brought.1, brought.2), (5 * once + 2 * twice, 7), "{what}");
+            [brought.0, kept.0, eager]
         }
     };
     let [brought, kept, eager] = found;
@@ -262,6 +278,56 @@ fn a_replayed_step_leaves_the_same_bits_merged() {
 #[test]
 fn a_replayed_step_leaves_the_same_bits_with_dropout() {
     compare("separate", &adapters(&config().0, 0.1));
+}
+
+/// A step is taken as a whole if what it brings fits where a batch with its pictures does, it is not too long, and the device
+/// records.
+#[test]
+fn steps_are_taken_as_a_whole_where_there_is_room() {
+    let size = 32;
+    let pictures = Pictures::new(0..17, size, false);
+    let samples = pictures.samples();
+    let takes = |cuda: &Cuda<Host>, batch: usize, batches: usize| {
+        let parts = samples.chunks(batch).take(batches).zip(0..);
+        let batches: Vec<Batch<'_>> = parts.map(|(samples, step)| Batch { samples, step }).collect();
+        cuda.takes_all(&Inputs { batches: &batches, size, update: None })
+    };
+    let brings = Cuda::new(Host::new(Order::Forward));
+    assert!(takes(&brings, 4, 1) && !takes(&brings, 4, 2));
+    let held = cuda::Pictures::new(brings.device(), &samples, size).expect("memory");
+    let held = Some(Arc::new(held));
+    let keeps = Cuda::new(Host::new(Order::Forward)).with_pictures(held.clone());
+    assert!(takes(&keeps, 4, 4) && takes(&keeps, 1, 16) && !takes(&keeps, 1, 17));
+    let refusing = Cuda::new(Host::refusing(Order::Forward, 0)).with_pictures(held);
+    assert!(takes(&refusing, 4, 4));
+    let mut x = refusing.full(1);
+    (0..2).for_each(|_| refusing.repeat(&[1], &Inputs::default(), || refusing.zero(&mut x)));
+    assert!(!takes(&refusing, 4, 4));
+}
+
+/// Asked to stop behind a micro-batch, a step ends there, without an update.
+#[test]
+fn a_step_can_be_stopped() {
+    let (config, options) = drawing();
+    let pictures = Pictures::new(0..PICTURES as u64, options.size, config.num_labels() == 3);
+    let mut model = model(Cuda::new(Host::new(Order::Forward)), &config, options, &Trainable::Everything, None);
+    let (mut moments, samples) = (model.moments(), pictures.samples());
+    let before: Vec<Vec<f32>> = (0..model.plan().stored).map(|i| model.get(Id(i))).collect();
+    let update = AdamW { lr: 1.0, betas: [0.9, 0.999], epsilon: 1e-8, weight_decay: 0.1, step: 1, max_norm: 1.0 };
+    let (random, decays) = (StepRandom { seed: 7, step: 0 }, vec![true; moments.first.len()]);
+    let micro_batches: Vec<_> = samples.chunks(BATCH).collect();
+    let step = Step { micro_batches: &micro_batches, random, update, decays: &decays };
+    let mut told = Vec::new();
+    let stop = |images| {
+        told.push(images);
+        told.len() < 2
+    };
+    assert!(!model.train_step(&step, &mut moments, stop));
+    assert_eq!(told, [BATCH; 2]);
+    let trained: Vec<Id> = model.trained().map(|(_, id)| id).collect();
+    assert!(trained.iter().all(|&id| model.get(id) == before[id.0]), "an update was made");
+    assert!(model.train_step(&step, &mut moments, |_| true));
+    assert!(trained.iter().any(|&id| model.get(id) != before[id.0]));
 }
 
 /// A device lost while a recording is replayed is reported as one lost in the middle of other work.
@@ -298,7 +364,6 @@ fn inputs_are_those_of_the_operation_or_a_defect() {
     let (one, two) = (vec![1; size * size * 3], vec![2; size * size * 3]);
     let [first, second] = [&one, &two].map(|pixels| [sample(pixels, &[])]);
     let (numbers, n) = (1000, size * size * 27);
-    let inputs = |samples| Inputs { samples, size, step: 4, update: None };
     let new = || {
         let cuda = Cuda::new(Host::new(Order::Forward));
         let (mut ones, mut x) = (cuda.full(numbers), cuda.act(numbers));
@@ -315,7 +380,8 @@ fn inputs_are_those_of_the_operation_or_a_defect() {
     }
     assert!(masks[0] == masks[2] && masks[0] != masks[1], "each step draws its own");
     for _ in 0..3 {
-        cuda.repeat(&[1], &inputs(&first), || {
+        let inputs = Inputs { batches: &[Batch { samples: &first, step: 4 }], size, update: None };
+        cuda.repeat(&[1], &inputs, || {
             cuda.pixel_patches(&first, size, window, &mut out);
             cuda.dropout(&x, drop_at(4), numbers, &mut y);
         });
@@ -329,7 +395,8 @@ fn inputs_are_those_of_the_operation_or_a_defect() {
 
     for wrong in ["random numbers", "pictures"] {
         let (cuda, x, mut y, mut out) = new();
-        cuda.repeat(&[1], &inputs(&first), || match wrong {
+        let inputs = Inputs { batches: &[Batch { samples: &first, step: 4 }], size, update: None };
+        cuda.repeat(&[1], &inputs, || match wrong {
             "pictures" => cuda.pixel_patches(&second, size, window, &mut out),
             _ => cuda.dropout(&x, drop_at(5), numbers, &mut y),
         });

@@ -1624,13 +1624,13 @@ case!(
     Matrix { m: usize, n: usize, k: usize },
     |self, lab| {
         let &Self { m, n, k } = self;
-        let (a, b) = (lab.full(m * k, 1), lab.full(k * n, 2));
+        let (a, b, alpha) = (lab.full(m * k, 1), lab.full(k * n, 2), lab.full(1, 14));
         let mut outputs = Vec::new();
         for (transpose, name) in [(Transpose::None, "a·b"), (Transpose::Left, "aᵀ·b"), (Transpose::Right, "a·bᵀ")]
         {
             let mut c = lab.full(m * n, 3);
             let new = SmallProduct::new(&a, &b, transpose, (m, n, k), &mut c);
-            lab.0.small_products(&mut [SmallProduct { alpha: 1.5, base: Base::Itself, ..new }]);
+            lab.0.small_products(&mut [SmallProduct { alpha: Some(&alpha), base: Base::Itself, ..new }]);
             outputs.push(lab.read_full(name, &c, m * n));
         }
         let x = lab.full(m * (n + k), 4);
@@ -1639,7 +1639,7 @@ case!(
         lab.0.columns(&x, n + k, n, k, &mut part);
         let mut rounded = lab.act(m * (n + k), 10);
         lab.0.scale_all(
-            -0.5,
+            &alpha,
             &mut [
                 Scaled { x: &a, y: &mut other, product: None },
                 Scaled { x: &x, y: &mut scaled, product: Some(&mut rounded) },
@@ -1683,18 +1683,19 @@ case!(
             let factors = (lab.full(rank * inputs, site(7)), lab.full(outputs * rank, site(8)));
             sets.push(((outputs, inputs), a, b, w, dw, merged, factors));
         }
+        let alpha = lab.full(1, 0);
         let (mut merges, mut projections) = (Vec::new(), Vec::new());
         for (i, ((outputs, inputs), a, b, w, dw, (merged, rounded), (da, db))) in sets.iter_mut().enumerate() {
             let (outputs, inputs) = (*outputs, *inputs);
             let (a, b, dw) = (&*a, &*b, &*dw);
             let merge = SmallProduct::new(b, a, Transpose::None, (outputs, inputs, rank), merged);
             let product = (i != 1).then_some(rounded);
-            merges.push(SmallProduct { alpha: 2.0, base: Base::Of(w), product, ..merge });
+            merges.push(SmallProduct { alpha: Some(&alpha), base: Base::Of(w), product, ..merge });
             for new in [
                 SmallProduct::new(dw, a, Transpose::Right, (outputs, rank, inputs), db),
                 SmallProduct::new(b, dw, Transpose::Left, (rank, inputs, outputs), da),
             ] {
-                projections.push(SmallProduct { alpha: 0.5, ..new });
+                projections.push(SmallProduct { alpha: (i != 2).then_some(&alpha), ..new });
             }
         }
         lab.0.small_products(&mut merges);

@@ -15,7 +15,16 @@ impl<T: Real> Matrix for Cpu<T> {
             if let Base::Of(base) = p.base {
                 p.c.copy_from_slice(base);
             }
-            product(p.size, T::of(p.alpha), a, b, p.c, 0, n, !matches!(p.base, Base::Zeros));
+            product(
+                p.size,
+                p.alpha.map_or(T::of(1.0), |alpha| alpha[0]),
+                a,
+                b,
+                p.c,
+                0,
+                n,
+                !matches!(p.base, Base::Zeros),
+            );
             if let Some(product) = &mut p.product {
                 product.copy_from_slice(p.c);
             }
@@ -36,8 +45,8 @@ impl<T: Real> Matrix for Cpu<T> {
         }
     }
 
-    fn scale_all(&self, alpha: f64, tensors: &mut [Scaled<'_, Buffer<T>, Buffer<T>>]) {
-        let alpha = T::of(alpha);
+    fn scale_all(&self, alpha: &Buffer<T>, tensors: &mut [Scaled<'_, Buffer<T>, Buffer<T>>]) {
+        let alpha = alpha[0];
         for Scaled { x, y, product } in tensors {
             for (x, y) in x.iter().zip(y.iter_mut()) {
                 *y = alpha * *x;

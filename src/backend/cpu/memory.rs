@@ -167,6 +167,10 @@ impl<T: Real> Memory for Cpu<T> {
         work();
     }
 
+    fn takes_all(&self, _: &Inputs<'_>) -> bool {
+        false
+    }
+
     fn remark(&self) -> Option<String> {
         None
     }

@@ -144,8 +144,8 @@ impl Drop for Recording<'_> {
     }
 }
 
-/// Graphs that wait for the device at most: the host need not be further ahead, and can still be interrupted.
-const AHEAD: usize = 16;
+/// Graphs, at most whole steps, that wait for the device: the host need not be further ahead, and can still be interrupted.
+const AHEAD: usize = 4;
 
 /// Page-locked host memory.
 pub(super) struct Pinned(*mut u8, usize);

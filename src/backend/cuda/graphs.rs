@@ -5,21 +5,22 @@ use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use super::memory::locked;
-use super::pictures::{Addresses, Part};
+use super::pictures::{Addresses, Brought, Part, bytes_to_bring};
 use super::{Argument, Cuda, Device};
-use crate::backend::{AdamW, Dropout, Inputs, Sample};
+use crate::backend::{AdamW, Batch, Dropout, Inputs, Sample};
 use crate::error::Kind;
 use crate::{Error, Result};
 
+/// Batches that one recording takes at most: the driver keeps every launch of it, beside what a run has planned.
+const WHOLE: usize = 16;
+
 /// What the caller says that a piece of work depends on, and where its inputs lie.
-type Key = (Vec<u64>, Addresses);
+type Key = (Vec<u64>, Brought);
 
 /// A piece of work that was done once, so that all it needs is there.
 struct Work<D: Device> {
     /// Its recording, if there is one.
     graph: Option<D::Graph>,
-    /// Whether it reads tables.
-    tables: bool,
     /// Whether the run at hand has asked for it.
     used: bool,
 }
@@ -50,27 +51,31 @@ impl<D: Device> Graphs<D> {
         locked(&self.0).forget();
     }
 
-    /// Forgets work that reads tables, which are about to go, and what the run at hand has not asked for, so that runs leave no
-    /// more and more of it.
+    /// Forgets what the run at hand has not asked for, so that runs leave no more and more of it.
     pub(super) fn renew(&self) {
-        locked(&self.0).works.retain(|_, work| std::mem::take(&mut work.used) && !work.tables);
+        locked(&self.0).works.retain(|_, work| std::mem::take(&mut work.used));
     }
 }
 
 /// Inputs of the work at hand, as the caller announced them and as they lie on the device.
 pub(super) struct Announced {
-    /// Where the samples stand on the host, and how many: they are borrowed for as long as this lives.
-    samples: (*const (), usize),
+    /// Of each batch where its samples stand on the host, and how many: they are borrowed for as long as this lives; and its
+    /// step.
+    batches: Vec<((*const (), usize), u32)>,
     size: usize,
-    step: u32,
     rates: Option<[f32; 3]>,
-    at: Addresses,
-    /// Whether the work has asked for a table.
-    pub(super) tables: bool,
+    at: Brought,
 }
 
-// SAFETY: the pointer is only compared.
+// SAFETY: the pointers are only compared.
 unsafe impl Send for Announced {}
+
+/// What of the pictures is brought: their labels too, if all have them.
+fn parts(inputs: &Inputs<'_>) -> &'static [Part] {
+    let mut samples = inputs.batches.iter().flat_map(|batch| batch.samples);
+    let labelled = samples.all(|sample| sample.labels.len() >= Part::Labels.len(inputs.size));
+    if labelled { &[Part::Pixels, Part::Labels] } else { &[Part::Pixels] }
+}
 
 fn identity(samples: &[Sample<'_>]) -> (*const (), usize) {
     (samples.as_ptr().cast(), samples.len())
@@ -91,25 +96,28 @@ impl<D: Device> Cuda<D> {
     /// Brings `inputs` to the device, then repeats `work`: the first time it is done, the second time recorded, from then on
     /// the recording is replayed.
     pub(super) fn repeat_work(&self, key: &[u64], inputs: &Inputs<'_>, work: &mut dyn FnMut()) {
+        if locked(&self.announced).is_some() {
+            return work();
+        }
         let rates = inputs.update.as_ref().map(rates);
-        let labelled = inputs.samples.iter().all(|s| s.labels.len() >= Part::Labels.len(inputs.size));
-        let parts: &[Part] = if labelled { &[Part::Pixels, Part::Labels] } else { &[Part::Pixels] };
-        let at = match (inputs.samples, rates) {
-            ([], None) => Addresses::default(),
-            _ => self.bring(inputs.step, rates.unwrap_or_default(), inputs.samples, inputs.size, parts),
+        let at = match (inputs.batches, rates) {
+            ([], None) => Brought::default(),
+            _ => self.bring(rates.unwrap_or_default(), inputs.batches, inputs.size, parts(inputs)),
         };
-        let announced = Announced {
-            samples: identity(inputs.samples),
-            size: inputs.size,
-            step: inputs.step,
-            rates,
-            at,
-            tables: false,
-        };
-        let before = locked(&self.announced).replace(announced);
-        assert!(before.is_none(), "work repeats other work");
+        let batches = inputs.batches.iter().map(|batch| (identity(batch.samples), batch.step)).collect();
+        *locked(&self.announced) = Some(Announced { batches, size: inputs.size, rates, at: at.clone() });
         self.repeat_announced((key.to_vec(), at), work);
         *locked(&self.announced) = None;
+    }
+
+    /// Whether work on all batches is recorded as a whole: if they are few, and what it takes from the host fits into the room
+    /// that the largest takes with its pictures, which any run has planned. What goes with pictures that stay on the device does.
+    pub(super) fn records_all(&self, inputs: &Inputs<'_>) -> bool {
+        let (batches, size) = (inputs.batches, inputs.size);
+        let largest = batches.iter().max_by_key(|batch| batch.samples.len()).map_or(&[][..], std::slice::from_ref);
+        let all = bytes_to_bring(batches, size, self.missing(batches, size, parts(inputs)));
+        let records = self.device().records() && locked(&self.refusal).is_none();
+        records && batches.len() <= WHOLE && all <= bytes_to_bring(largest, size, &[Part::Pixels, Part::Labels])
     }
 
     fn repeat_announced(&self, key: Key, work: &mut dyn FnMut()) {
@@ -126,8 +134,7 @@ impl<D: Device> Cuda<D> {
             let Some(found) = known.works.get_mut(&key) else {
                 drop(known);
                 work();
-                let tables = locked(&self.announced).as_ref().is_some_and(|announced| announced.tables);
-                locked(&self.graphs.0).works.insert(key, Work { graph: None, tables, used: true });
+                locked(&self.graphs.0).works.insert(key, Work { graph: None, used: true });
                 return;
             };
             found.used = true;
@@ -173,12 +180,16 @@ impl<D: Device> Cuda<D> {
     /// Where a part of `samples`, and what goes with it, lies: as announced, or brought now, until the next call.
     pub(super) fn samples_at(&self, samples: &[Sample<'_>], size: usize, part: Part) -> Addresses {
         let Some(announced) = &*locked(&self.announced) else {
-            return self.bring(0, [0.0; 3], samples, size, &[part]);
+            return self.bring([0.0; 3], &[Batch { samples, step: 0 }], size, &[part]).batches[0];
         };
-        if announced.samples != identity(samples) || announced.size != size || announced.at.part(part) == 0 {
-            self.not_announced("pictures");
+        let mut batches = announced.batches.iter().zip(&announced.at.batches);
+        match batches.find(|((known, _), at)| *known == identity(samples) && at.part(part) != 0) {
+            Some((_, at)) if announced.size == size => *at,
+            _ => {
+                self.not_announced("pictures");
+                Addresses::default()
+            }
         }
-        announced.at
     }
 
     /// A dropout as the six arguments that kernels take; none keeps everything.
@@ -189,13 +200,14 @@ impl<D: Device> Cuda<D> {
         };
         let [key0, key1, site, step] = stream.identity();
         let at = match &*locked(&self.announced) {
-            None => self.bring(step, [0.0; 3], &[], 0, &[]).step,
-            Some(announced) => {
-                if announced.step != step || announced.at.step == 0 {
+            None => self.bring([0.0; 3], &[Batch { samples: &[], step }], 0, &[]).batches[0].step,
+            Some(announced) => match announced.batches.iter().position(|&(_, known)| known == step) {
+                Some(i) => announced.at.batches[i].step,
+                None => {
                     self.not_announced("random numbers");
+                    0
                 }
-                announced.at.step
-            }
+            },
         };
         let [key0, key1, site] = [key0, key1, site].map(Argument::U32);
         [key0, key1, site, Argument::pointer(at), Argument::U64(first), Argument::F32(rate)]
@@ -210,7 +222,7 @@ impl<D: Device> Cuda<D> {
     pub(super) fn rates_at(&self, update: &AdamW) -> Argument {
         let rates = rates(update);
         let at = match &*locked(&self.announced) {
-            None => self.bring(0, rates, &[], 0, &[]).rates,
+            None => self.bring(rates, &[], 0, &[]).rates,
             Some(announced) => {
                 if announced.rates != Some(rates) {
                     self.not_announced("rates");

@@ -28,11 +28,13 @@ struct Entry {
     product: u64,
     /// Where its slices start in the partial sums.
     partial: u64,
+    /// f32 `(1)`, or 0.
+    alpha: u64,
     /// m, n, k.
     size: [i32; 3],
     /// Of a along its rows and k, of b along k and its columns, of c along its rows and columns.
     strides: [i32; 6],
-    alpha: f32,
+    _end: i32,
 }
 
 impl Entry {
@@ -105,9 +107,10 @@ fn entry<D: Device>(p: &SmallProduct<'_, Array<D, f32>, Array<D, bf16>>, partial
         c,
         product: p.product.as_ref().map_or(0, |product| product.address(m * n)),
         partial: partial as u64,
+        alpha: p.alpha.map_or(0, |alpha| alpha.address(1)),
         size: size.map(int),
         strides: strides.map(int),
-        alpha: p.alpha as f32,
+        _end: 0,
     }
 }
 
@@ -154,7 +157,7 @@ impl<D: Device> Matrix for Cuda<D> {
         self.launch("add_columns", rows * n, &arguments);
     }
 
-    fn scale_all(&self, alpha: f64, tensors: &mut [Scaled<'_, Self::Full, Self::Act>]) {
+    fn scale_all(&self, alpha: &Self::Full, tensors: &mut [Scaled<'_, Self::Full, Self::Act>]) {
         let (mut read, mut written) = (0, 0);
         let entry = |t: &Scaled<'_, Self::Full, Self::Act>| {
             let n = t.x.len();
@@ -165,7 +168,7 @@ impl<D: Device> Matrix for Cuda<D> {
         };
         let entries: Vec<ScaledEntry> = tensors.iter().map(entry).collect();
         let table = self.pieces(&entries, |entry| entry.n as usize);
-        self.launch_table("scale_all", table, (read, written), &[Argument::F32(alpha as f32)]);
+        self.launch_table("scale_all", table, (read, written), &[alpha.at(1)]);
     }
 
     fn add_part(&self, x: &Self::Full, start: usize, y: &mut Self::Full) {

@@ -405,9 +405,12 @@ impl<D: Device> Memory for Cuda<D> {
         self.repeat_work(key, inputs, &mut work);
     }
 
+    fn takes_all(&self, inputs: &Inputs<'_>) -> bool {
+        self.records_all(inputs)
+    }
+
     fn renew(&self) {
         self.graphs.renew();
-        self.tables.renew();
     }
 
     fn remark(&self) -> Option<String> {

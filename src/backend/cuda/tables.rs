@@ -2,7 +2,7 @@
 //! tensor each block takes.
 //!
 //! A table holds addresses, sizes and what else stays the same during a run, so it is copied to the device when it is first
-//! needed and found again by its content. The next run on the same storage makes its own, in the memory of those. The structures
+//! needed and found again by its content, by the next run on the same storage too. The structures
 //! are those of `kernels/tables.cuh` and of the kernels themselves.
 
 use std::any::TypeId;
@@ -45,37 +45,21 @@ pub(super) struct Table {
     pub blocks: usize,
 }
 
-/// A block of memory, and its bytes.
-type Block<D> = (<D as Device>::Memory, usize);
-
 /// A table with the memory it lies in; none if it is empty, or after a failure.
 struct Kept<D: Device> {
     table: Table,
-    memory: Option<Block<D>>,
+    _memory: Option<D::Memory>,
 }
 
 /// The type and the content of a table's tensors.
 type Key = (TypeId, Vec<u8>);
 
-/// Tables that were made, and memory of earlier ones.
-struct Made<D: Device> {
-    tables: HashMap<Key, Kept<D>>,
-    free: Vec<Block<D>>,
-}
-
-/// The same, behind a mutex.
-pub(super) struct Tables<D: Device>(Mutex<Made<D>>);
+/// Tables that were made.
+pub(super) struct Tables<D: Device>(Mutex<HashMap<Key, Kept<D>>>);
 
 impl<D: Device> Tables<D> {
     pub(super) fn new() -> Self {
-        Self(Mutex::new(Made { tables: HashMap::new(), free: Vec::new() }))
-    }
-
-    /// Gives the memory of all tables to those that will be made: as many of the same sizes, so that nothing more is asked of
-    /// the device. No recording may name them any more.
-    pub(super) fn renew(&self) {
-        let Made { tables, free } = &mut *locked(&self.0);
-        free.extend(tables.drain().filter_map(|(_, kept)| kept.memory));
+        Self(Mutex::new(HashMap::new()))
     }
 }
 
@@ -90,22 +74,15 @@ pub(super) fn int(x: usize) -> i32 {
 impl<D: Device> Cuda<D> {
     /// The table of `tensors`, with the `parts` that follow from them.
     pub(super) fn table<T: Pod, P: Pod>(&self, tensors: &[T], parts: impl FnOnce() -> Vec<P>) -> Table {
-        if let Some(announced) = &mut *locked(&self.announced) {
-            announced.tables = true;
-        }
         let bytes: &[u8] = bytemuck::cast_slice(tensors);
-        let Made { tables, free } = &mut *locked(&self.tables.0);
         let make = || {
             let parts = parts();
             let behind: &[u8] = bytemuck::cast_slice(&parts);
             let len = bytes.len() + behind.len();
             let write = |device: &D| {
-                let memory = match free.iter().position(|block| block.1 == len) {
-                    Some(i) => free.swap_remove(i).0,
-                    None => device.allocate(len)?,
-                };
+                let memory = device.allocate(len)?;
                 let start = D::address(&memory);
-                // SAFETY: the block has room for both, and no recorded work reads it (see `renew`).
+                // SAFETY: the block has room for both, and nothing reads it yet.
                 unsafe {
                     device.write(bytes, start)?;
                     device.write(behind, start + bytes.len() as u64)?;
@@ -115,9 +92,9 @@ impl<D: Device> Cuda<D> {
             let memory = if behind.is_empty() { None } else { self.attempt(write) };
             let start = memory.as_ref().map_or(0, D::address);
             let table = Table { tensors: start, parts: start + bytes.len() as u64, blocks: parts.len() };
-            Kept { table, memory: memory.map(|memory| (memory, len)) }
+            Kept { table, _memory: memory }
         };
-        tables.entry((TypeId::of::<T>(), bytes.to_vec())).or_insert_with(make).table
+        locked(&self.tables.0).entry((TypeId::of::<T>(), bytes.to_vec())).or_insert_with(make).table
     }
 
     /// The table of tensors of which each block takes a part of the same size; `len` is a tensor's.
