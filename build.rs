@@ -75,7 +75,11 @@ fn compile(nvcc: &Path, to: &Path) {
 
 fn main() {
     println!("cargo:rustc-check-cfg=cfg(cuda_kernels)");
-    println!("cargo:rerun-if-changed=kernels");
+    // By file, for texts lie in that folder too; a new one is named in all.cu.
+    let sources = std::fs::read_dir("kernels").into_iter().flatten().flatten().map(|entry| entry.path());
+    for source in sources.filter(|path| path.extension().is_some_and(|kind| kind == "cu" || kind == "cuh")) {
+        println!("cargo:rerun-if-changed={}", source.display());
+    }
     for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "SEGPEFT_REQUIRE_CUDA"] {
         println!("cargo:rerun-if-env-changed={name}");
     }

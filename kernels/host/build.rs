@@ -40,18 +40,23 @@ fn signature(space: &str) -> String {
 
 fn main() {
     let root = Path::new("..");
-    println!("cargo:rerun-if-changed=..");
+    println!("cargo:rerun-if-changed=.");
     println!("cargo:rerun-if-env-changed=SEGPEFT_SANITIZE_TO");
     let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").expect("OUT_DIR"));
     let write = |name: &str, text: &str| {
         std::fs::write(out.join(name), text).expect("the build folder can be written");
         out.join(name)
     };
+    let extension = |path: &Path, wanted: &str| path.extension().is_some_and(|found| found == wanted);
     let mut files: Vec<_> = std::fs::read_dir(root)
         .expect("the kernels' folder")
         .map(|entry| entry.expect("the kernels' folder").path())
-        .filter(|path| path.extension().is_some_and(|e| e == "cu") && !path.ends_with("all.cu"))
+        .filter(|path| extension(path, "cu") || extension(path, "cuh"))
         .collect();
+    for path in &files {
+        println!("cargo:rerun-if-changed={}", path.display());
+    }
+    files.retain(|path| extension(path, "cu") && !path.ends_with("all.cu"));
     files.sort();
     files.push("planted.cu".into());
     let all = std::fs::read_to_string(root.join("all.cu")).expect("all.cu");
