@@ -93,7 +93,7 @@ pub fn create_folder(folder: &Path) -> Result<()> {
 /// Removes a file, if it is there.
 ///
 /// # Errors
-/// `Io` if it stays.
+/// [`Kind::Io`] if it stays.
 pub fn remove(file: &Path) -> Result<()> {
     match fs::remove_file(file) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(file, "remove", e)),

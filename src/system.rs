@@ -16,17 +16,16 @@ pub(crate) fn available_memory() -> Option<u64> {
 }
 
 /// Refuses work whose buffers, `planned` bytes that nothing has touched yet, will not fit: the system would end the
-/// program in the middle of it without a word.
+/// program in the middle of it without a word. `remedy` names the options whose lower values need less.
 ///
 /// # Errors
 /// [`Kind::Device`] with both figures.
-pub(crate) fn check_memory(planned: usize, batch: usize, size: usize) -> Result<()> {
+pub(crate) fn check_memory(planned: usize, batch: usize, size: usize, remedy: &str) -> Result<()> {
     match available_memory() {
         Some(available) if planned as u64 > available => Err(Error::new(
             Kind::Device,
             format!(
-                "batches of {} at {size} x {size} need more than {} of memory, {} are available; lower --batch-size (and \
-                 raise --grad-accum) or --size",
+                "batches of {} at {size} x {size} need more than {} of memory, {} are available; lower {remedy}",
                 count(batch, "image"),
                 byte_size(planned as u64),
                 byte_size(available)

@@ -12,7 +12,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use program::*;
-use segpeft_native::formats::{Adapter, AdapterConfig, HfNames, HostData, HostTensor, StateDict, adapter, checkpoint};
+use segpeft_native::formats::{
+    Adapter, AdapterConfig, HfNames, HostData, HostTensor, StateDict, adapter, checkpoint, read_safetensors,
+    write_safetensors,
+};
 use segpeft_native::segformer::{Module, SegformerConfig, modules};
 use serde_json::{Value, json};
 
@@ -157,6 +160,7 @@ fn models_that_are_not_whole_are_refused_by_every_command() {
         ("still", "strides", json!([0, 2, 2, 2])),
         ("other", "model_type", json!("vit")),
         ("act", "hidden_act", json!("relu")),
+        ("ignores", "semantic_loss_ignore_index", json!(1)),
     ] {
         model(&at(name), |_| ());
         change_json(&at(name).join("config.json"), field, value);
@@ -165,6 +169,22 @@ fn models_that_are_not_whole_are_refused_by_every_command() {
     model(&at("deeper"), |_| ());
     change_json(&at("deeper/config.json"), "depths", json!([1, 1, 1, 2]));
     refused(folder.path(), "deeper", None, &["lacks", "block.3.1"]);
+    // Of other strides than the published models', but in order: logits are as large as the first stage.
+    model(&at("finer"), |_| ());
+    change_json(&at("finer/config.json"), "strides", json!([2, 2, 2, 2]));
+    let mut predict = commands("finer", None).swap_remove(2);
+    predict.extend(["--save-logits", "made.safetensors"]);
+    succeeds(folder.path(), &predict);
+    let logits = read_safetensors(&at("made.safetensors")).expect("logits");
+    assert_eq!(logits["p00"].shape, [2, 16, 16]);
+    let _ = fs::remove_dir_all(at("made"));
+    model(&at("coarse"), |_| ());
+    change_json(&at("coarse/config.json"), "strides", json!([8, 2, 2, 2]));
+    for command in &commands("coarse", None)[..3] {
+        fails(folder.path(), command, USAGE, &["--size", "sr_ratios[0] = 8", "32 x 32"]);
+        let _ = fs::remove_dir_all(at("made"));
+    }
+
     model(&at("bare"), |_| ());
     fs::remove_file(at("bare/config.json")).unwrap();
     refused(folder.path(), "bare", None, &["config.json", "no such file"]);
@@ -594,6 +614,38 @@ fn a_run_that_was_killed_and_interrupted_ends_bit_equal() {
     assert_eq!(timeless(&run), timeless(&whole));
     assert_eq!(tree(&run.join("final")), tree(&whole.join("final")));
     assert_eq!(names(&run).len(), names(&whole).len(), "nothing unfinished is left: {:?}", names(&run));
+}
+
+#[test]
+fn a_damaged_checkpoint_is_one_clear_error() {
+    let folder = scratch();
+    model(&folder.path().join("model"), |_| ());
+    for (method, file, of) in [
+        ("fft", "model.safetensors", "self.query.weight"),
+        ("lora", "segpeft_sidecar.safetensors", "classifier.weight"),
+    ] {
+        let mut train = vec!["train", "--method", method, "--out", method, "--data", "data", "--size", "32"];
+        train.extend(["--model", "model", "--epochs", "1", "--batch-size", "4"]);
+        succeeds(folder.path(), &train);
+        // As if it had ended before its results were written.
+        let run = folder.path().join(method);
+        fs::remove_file(run.join("all_metrics.json")).expect("removed");
+        let last = names(&run).into_iter().find(|name| name.starts_with("checkpoint-")).expect("a checkpoint");
+        let file = run.join(last).join(file);
+        let whole = fs::read(&file).expect("checkpoint");
+        let name = read_safetensors(&file).expect("tensors").into_keys().find(|name| name.contains(of)).expect("one");
+        for damage in [Some(numbers(&[3, 3], 0.5)), Some(numbers(&[400, 400], 0.5)), None] {
+            let mut tensors = read_safetensors(&file).expect("tensors");
+            match damage {
+                Some(other) => drop(tensors.insert(name.clone(), other)),
+                None => drop(tensors.remove(&name)),
+            }
+            write_safetensors(&file, &tensors, &[]).expect("written");
+            fails(folder.path(), &train, INPUT, &["checkpoint-", of, "delete"]);
+            fs::write(&file, &whole).expect("restored");
+        }
+        succeeds(folder.path(), &train);
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use segpeft_native::backend::cpu::{Buffer, Cpu};
 use segpeft_native::backend::{
     Attention, AttentionShape, Base, BatchNormView, Classifier, Deltas, Depthwise, Dropout, Grid, Head, LayerNorm,
-    Linear, Loss, Matrix, Patches, Product, Residual, Resize, Sample, SmallProduct, Transpose, Window,
+    Linear, Loss, Matrix, Memory, Patches, Product, Residual, Resize, Sample, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -275,7 +275,8 @@ fn head() {
             cpu.head_backward(&z[u], view(), drop, rows[u], channels, &mut da[u], &mut sums[u]);
         }
         let mut total = filled(0.0, 2 * channels);
-        cpu.batch_sums(&[&sums[0], &sums[1]], &mut total);
+        cpu.zero(&mut total);
+        cpu.add_all(&mut [(vec![&sums[0], &sums[1]], &mut total)]);
         for u in 0..2 {
             cpu.batch_norm_backward(&z[u], view(), &total, total_rows, rows[u], channels, &mut da[u]);
         }

@@ -82,7 +82,8 @@ void block_barrier(int line);
 typedef void (*Join)(const void* const* in, void* const* out);
 void warp_meeting(int line, const void* in, void* out, Join join);
 
-// A copy of `bytes` bytes, and zeros up to `size`, that copies_wait performs.
+// A copy of `bytes` bytes, and zeros up to `size`, that copies_wait_but performs: of what is there by then, or, but in ascending
+// order of threads, of what is there now.
 void copy_begin(void* to, const void* from, int bytes, int size);
 // Ends a group of this thread's copies.
 void copies_end_group();

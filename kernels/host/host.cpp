@@ -27,6 +27,9 @@ struct Copy {
     void* to;
     const void* from;
     int bytes, size;
+    // What it took when it was begun, as hardware may; in ascending order of threads it takes it as late as that may.
+    bool taken;
+    unsigned char early[16];
 };
 
 // Copies that a thread has begun; how many of them each group that it has ended and not waited for takes in.
@@ -60,6 +63,7 @@ struct Block {
     std::vector<State> states;
     std::vector<Copies> copies;
     std::vector<unsigned> order;  // of the warps
+    bool takes_early;             // whether copies take what is there when they begin
     std::vector<Warp> warps;
     std::vector<std::pair<const void*, std::vector<unsigned char>>> arrays;
     std::vector<unsigned char> dynamic;
@@ -262,7 +266,9 @@ void copy_begin(void* to, const void* from, int bytes, int size) {
         fail("a copy of " + std::to_string(size) + " bytes at an address that is no multiple of that");
     }
     std::memset(to, 0xff, size_t(size));
-    block.copies[block.current].begun.push_back({to, from, bytes, size});
+    Copy copy = {to, from, bytes, size, block.takes_early, {}};
+    if (copy.taken) std::memcpy(copy.early, from, size_t(bytes));
+    block.copies[block.current].begun.push_back(copy);
 }
 
 void copies_end_group() {
@@ -278,7 +284,7 @@ void copies_wait_but(size_t groups) {
     for (size_t i = 0; i < done; i++) {
         const Copy& copy = copies.begun[i];
         std::memset(copy.to, 0, size_t(copy.size));
-        std::memcpy(copy.to, copy.from, size_t(copy.bytes));
+        std::memcpy(copy.to, copy.taken ? copy.early : copy.from, size_t(copy.bytes));
     }
     copies.begun.erase(copies.begun.begin(), copies.begun.begin() + long(done));
     copies.groups.erase(copies.groups.begin(), kept);
@@ -315,6 +321,7 @@ std::string run(const Launch& launch, void (*body)(void*), void* argument) {
     block.random = launch.seed * 0x9E3779B97F4A7C15ull | 1;
     unsigned warps = threads / 32;
     block.order.resize(warps);
+    block.takes_early = launch.order != Order::forward;
     for (unsigned i = 0; i < warps; i++) block.order[i] = launch.order == Order::reverse ? warps - 1 - i : i;
     blockDim = b;
     gridDim = g;

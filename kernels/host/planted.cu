@@ -40,6 +40,15 @@ KERNEL(256) early_wait(float* y /* (256), read and written */) {
     y[threadIdx.x] = values[(threadIdx.x + 37) % 256];
 }
 
+// What is being copied is written over before it has been waited for.
+KERNEL(256) changed_source(float* y /* (256), read and written */) {
+    SHARED(float, values, [256]);
+    copy_async<4>(&values[threadIdx.x], &y[threadIdx.x], 4);
+    y[threadIdx.x] = 5.0f;
+    copies_done();
+    y[threadIdx.x] = values[threadIdx.x];
+}
+
 // Sixteen bytes are copied from where they are not aligned.
 KERNEL(256) misaligned_copy(float* y /* (256), read and written */) {
     SHARED(float4, values, [256]);

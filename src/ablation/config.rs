@@ -10,6 +10,7 @@ use super::source::Identity;
 use crate::dataset::{PackedDataset, Split};
 use crate::error::{Error, Kind, Result};
 use crate::files;
+use crate::report::RESULT;
 use crate::train::options::TrainOptions;
 
 pub(super) const FILE: &str = "run_config.json";
@@ -153,7 +154,7 @@ pub fn finished(out: &Path) -> Vec<Leaves> {
     let mut folders: Vec<_> = std::fs::read_dir(out).into_iter().flatten().flatten().map(|e| e.path()).collect();
     folders.sort();
     let read = |folder: PathBuf| {
-        let text = folder.join("all_metrics.json").is_file().then(|| std::fs::read_to_string(folder.join(FILE)).ok());
+        let text = folder.join(RESULT).is_file().then(|| std::fs::read_to_string(folder.join(FILE)).ok());
         serde_json::from_str(&text??).ok().map(|json| flatten(&json))
     };
     folders.into_iter().filter_map(read).collect()
@@ -250,7 +251,7 @@ fn begun(folder: &Path) -> bool {
     entries.flatten().any(|entry| {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        name == "all_metrics.json" || name == "training_history.csv" || name.starts_with("checkpoint-")
+        name == RESULT || name == "training_history.csv" || name.starts_with("checkpoint-")
     })
 }
 
@@ -299,7 +300,7 @@ mod tests {
     fn the_same_run_may_continue_from_other_paths() {
         let folder = tempfile::tempdir().unwrap();
         config().write(folder.path()).unwrap();
-        std::fs::write(folder.path().join("all_metrics.json"), "").unwrap();
+        std::fs::write(folder.path().join(RESULT), "").unwrap();
         let mut moved = config();
         moved.version = "9".into();
         moved.model.path = "elsewhere".into();
@@ -381,7 +382,7 @@ mod tests {
     #[test]
     fn damaged_or_missing_configuration_of_a_begun_run() {
         let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("all_metrics.json"), "").unwrap();
+        std::fs::write(folder.path().join(RESULT), "").unwrap();
         assert_eq!(config().check(folder.path()).unwrap_err().kind, Kind::Input);
         std::fs::write(folder.path().join(FILE), "{").unwrap();
         assert_eq!(config().check(folder.path()).unwrap_err().kind, Kind::Input);

@@ -2,11 +2,10 @@
 
 mod config;
 pub mod demo;
-pub mod lock;
+mod lock;
 mod runner;
 pub mod source;
 
-pub use config::RunConfig;
 pub use runner::{
     GridOutcome, GridPlan, Setup, SplitPlan, open_data, run_grid, run_one, warn_if_unfair, write_summary,
 };

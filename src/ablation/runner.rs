@@ -15,14 +15,13 @@ use crate::dataset::{self, Augment, PackedDataset, Split};
 use crate::error::{Error, Kind, Result};
 use crate::files;
 use crate::progress::{Progress, count, duration, interrupted};
-use crate::report;
+use crate::report::{self, RESULT};
 use crate::train::options::{Method, Protocol, TrainOptions};
 use crate::train::record::RunRecord;
 use crate::train::{self, Inputs, Seat};
 
 /// Share of the images that trains, where no split is given.
 const TRAIN_FRACTION: f64 = 0.8;
-const RESULT: &str = "all_metrics.json";
 const FAILURE: &str = "run_error.json";
 const UNFAIR: &str = "trained under different settings, so they are not a fair comparison";
 
@@ -124,7 +123,7 @@ pub fn open_data(
     progress: &Progress,
 ) -> Result<PackedDataset> {
     // A packed file needs no cache; only what will be packed makes the folder.
-    let packs = data.is_dir() || data.is_file() && data.extension().is_some_and(|e| e.eq_ignore_ascii_case("zip"));
+    let packs = data.is_dir() || data.is_file() && !dataset::is_packed_file(data);
     let elsewhere = |e: Error| Error::new(e.kind, format!("{e}; --cache names another folder"));
     let lock = || Lock::wait(cache, ".lock", "prepare the data", progress).map_err(elsewhere);
     let _lock = packs.then(lock).transpose()?;
@@ -231,9 +230,7 @@ fn run_on(
                 serde_json::json!({ "name": name, "error": error.to_string(), "exit_code": error.exit_code() });
             files::replace_json(&failure, &report)?;
         }
-        Ok(_) if failure.exists() => {
-            std::fs::remove_file(&failure).map_err(|e| Error::io(&failure, "remove the file", e))?;
-        }
+        Ok(_) => files::remove(&failure)?,
         _ => {}
     }
     outcome.map_err(|error| match error.kind {

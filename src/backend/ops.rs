@@ -830,7 +830,7 @@ pub trait Resize: Memory {
 
 /// How the head normalises: statistics of the batch, in training, or running estimates.
 pub struct BatchNormView<'a, F> {
-    /// `(mean, 1/std)` interleaved by kind: channels means, then channels inverse deviations.
+    /// `(2, channels)`: means, then inverse standard deviations.
     pub stats: &'a F,
     /// Scale.
     pub gamma: &'a F,
@@ -1028,7 +1028,7 @@ pub trait Head: Resize + Linear {
     ) {
         classify_backward_plainly(self, head, dlogits, room, weight_gradient, sums);
     }
-    /// dz `(rows, channels)` from the logits' gradient, and what `first` wants of it; `total` as [`Head::batch_sums`] made it over
+    /// dz `(rows, channels)` from the logits' gradient, and what `first` wants of it; `total` those sums added up over
     /// so many rows, `sums` is room.
     fn classify_backward_input(
         &self,
@@ -1094,10 +1094,8 @@ pub trait Head: Resize + Linear {
         da: &mut Self::Act,
         sums: &mut Self::Full,
     );
-    /// Adds up the `sums` of units in order; `total` is the gradient of (beta, gamma).
-    fn batch_sums(&self, sums: &[&Self::Full], total: &mut Self::Full);
-    /// Gradient of BatchNorm in training mode towards z, in place in `dy`; `total` as [`Head::batch_sums`] made it over
-    /// `batch_rows` rows.
+    /// Gradient of BatchNorm in training mode towards z, in place in `dy`; `total` is the gradient of (beta, gamma)
+    /// over `batch_rows` rows.
     fn batch_norm_backward(
         &self,
         z: &Self::Act,

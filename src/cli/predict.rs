@@ -68,7 +68,7 @@ impl Predict {
         for folder in [&masks, &overlays] {
             files::create_folder(folder)?;
         }
-        let (labels, side) = (predictor.labels(), size / 4);
+        let (labels, grid) = (predictor.labels(), predictor.grid());
         let mut kept = StateDict::new();
         let mut rows = Vec::new();
         let bar = context.progress.bar("predicting", pictures.len() as u64, "images");
@@ -91,7 +91,7 @@ impl Predict {
             let extent = (picture.width, picture.height);
             let pixels = dataset::resize_bilinear(&picture.data, extent, (size, size), 3);
             let logits = predictor.logits(&pixels)?;
-            let mask = classes(&logits, labels, side, extent);
+            let mask = classes(&logits, labels, (grid.height, grid.width), extent);
             let marked = mask.iter().filter(|&&class| class != 0).count() as f64 / mask.len() as f64;
             let grey: Vec<u8> = match labels {
                 2 => mask.iter().map(|&class| class * 255).collect(),
@@ -105,7 +105,7 @@ impl Predict {
                 "marked": marked,
             }));
             if self.save_logits.is_some() {
-                let tensor = HostTensor { shape: vec![labels, side, side], data: HostData::F32(logits) };
+                let tensor = HostTensor { shape: vec![labels, grid.height, grid.width], data: HostData::F32(logits) };
                 kept.insert(stem.clone(), tensor);
             }
             bar.inc(1);
@@ -154,7 +154,7 @@ fn pictures(arguments: &[PathBuf]) -> Result<BTreeMap<String, PathBuf>> {
         let mut any = false;
         for entry in std::fs::read_dir(argument).map_err(unreadable)? {
             let file = entry.map_err(unreadable)?.path();
-            if is_picture(&file) {
+            if file.is_file() && dataset::is_picture(&file) {
                 add(file)?;
                 any = true;
             }
@@ -166,28 +166,23 @@ fn pictures(arguments: &[PathBuf]) -> Result<BTreeMap<String, PathBuf>> {
     Ok(found)
 }
 
-fn is_picture(file: &Path) -> bool {
-    let extension = file.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
-    file.is_file() && ["jpg", "jpeg", "png"].contains(&extension.as_str())
-}
-
-/// The class of each pixel of a picture of `width` x `height`: logits `(labels, side, side)` upsampled bilinearly
+/// The class of each pixel of a picture of `width` x `height`: logits `(labels, rows, columns)` upsampled bilinearly
 /// (half-pixel centres), then the largest, as transformers' `post_process_semantic_segmentation` does.
-fn classes(logits: &[f32], labels: usize, side: usize, (width, height): (usize, usize)) -> Vec<u8> {
+fn classes(logits: &[f32], labels: usize, (rows, columns): (usize, usize), (width, height): (usize, usize)) -> Vec<u8> {
     /// The two neighbours of an output position and the weight of the second.
     fn taps(position: usize, extent: usize, side: usize) -> (usize, usize, f32) {
         let at = ((position as f32 + 0.5) * (side as f32 / extent as f32) - 0.5).max(0.0);
         let first = (at as usize).min(side - 1);
         (first, (first + 1).min(side - 1), at - first as f32)
     }
-    let columns: Vec<_> = (0..width).map(|x| taps(x, width, side)).collect();
+    let across: Vec<_> = (0..width).map(|x| taps(x, width, columns)).collect();
     let mut mask = vec![0u8; width * height];
     mask.par_chunks_mut(width).enumerate().for_each(|(y, row)| {
-        let (top, bottom, down) = taps(y, height, side);
-        for (pixel, &(left, right, across)) in row.iter_mut().zip(&columns) {
+        let (top, bottom, down) = taps(y, height, rows);
+        for (pixel, &(left, right, across)) in row.iter_mut().zip(&across) {
             let mut best = f32::NEG_INFINITY;
             for label in 0..labels {
-                let at = |y: usize, x: usize| logits[(label * side + y) * side + x];
+                let at = |y: usize, x: usize| logits[(label * rows + y) * columns + x];
                 let upper = at(top, left) + across * (at(top, right) - at(top, left));
                 let lower = at(bottom, left) + across * (at(bottom, right) - at(bottom, left));
                 let value = upper + down * (lower - upper);
@@ -228,11 +223,11 @@ mod tests {
     fn logits_become_classes_at_the_pictures_size() {
         // Class 1 leads by 1 in the left column and trails by 1 in the right one: the border lies in the middle.
         let logits = [0.0, 0.0, 0.0, 0.0, 1.0, -1.0, 1.0, -1.0];
-        let mask = classes(&logits, 2, 2, (10, 3));
+        let mask = classes(&logits, 2, (2, 2), (10, 3));
         for row in mask.chunks(10) {
             assert_eq!(row, [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]);
         }
-        assert_eq!(classes(&logits, 2, 2, (1, 1)), [0], "an exact tie goes to the first class");
+        assert_eq!(classes(&logits, 2, (2, 2), (1, 1)), [0], "an exact tie goes to the first class");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use super::Context;
 use super::output::path;
 use crate::ablation::{warn_if_unfair, write_summary};
 use crate::error::{Error, Result};
-use crate::report::{self, results_table};
+use crate::report::{self, RESULT, results_table};
 
 /// Rebuild tables, figures and page from the finished runs in a folder
 #[derive(Args)]
@@ -28,12 +28,12 @@ impl Report {
         if !self.dir.is_dir() {
             return Err(Error::input(&self.dir, "not a folder; give the --out of `ablate`"));
         }
-        if self.dir.join("all_metrics.json").exists() {
+        if self.dir.join(RESULT).exists() {
             return Err(Error::input(&self.dir, "this is the folder of one run; give the folder that holds it"));
         }
         let records = write_summary(&self.dir, &context.progress)?;
         if records.is_empty() {
-            return Err(Error::input(&self.dir, "no finished run (all_metrics.json) in the folders inside"));
+            return Err(Error::input(&self.dir, format!("no finished run ({RESULT}) in the folders inside")));
         }
         for record in &records {
             let folder = self.dir.join(&record.name);

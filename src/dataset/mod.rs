@@ -12,8 +12,9 @@ mod split;
 pub use augment::Augment;
 pub use decode::{RgbImage, load_image};
 pub use packed::{PackedDataset, is_size};
-pub use prepare::{DEFAULT_SIZE, PrepareSummary, open_or_prepare, prepare};
+pub use prepare::{DEFAULT_SIZE, PrepareSummary, is_packed_file, open_or_prepare, prepare};
 pub use resize::{resize_bilinear, resize_nearest};
+pub use source::is_picture;
 pub use split::Split;
 
 /// Channel means of ImageNet, RGB, on the 0..1 scale.

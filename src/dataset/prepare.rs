@@ -109,7 +109,7 @@ pub fn open_or_prepare(
 }
 
 /// Whether there is a packed dataset, of any version, behind `path`. Looks into ordinary files only.
-fn is_packed_file(path: &Path) -> bool {
+pub fn is_packed_file(path: &Path) -> bool {
     path.is_file() && packed::is_packed(path).unwrap_or(false)
 }
 

@@ -252,8 +252,8 @@ impl Part {
     }
 }
 
-/// Whether the name is that of a JPEG or PNG file. Hidden files (`._a.jpg`, left by some systems) are none.
-fn is_picture(path: &Path) -> bool {
+/// Whether the name is that of a JPEG or PNG file, by its extension. Hidden files (`._a.jpg`, left by some systems) are none.
+pub fn is_picture(path: &Path) -> bool {
     let hidden = path.file_name().is_none_or(|n| n.as_encoded_bytes().starts_with(b"."));
     let known = |e: &OsStr| ["jpg", "jpeg", "png"].iter().any(|k| e.eq_ignore_ascii_case(k));
     !hidden && path.extension().is_some_and(known)

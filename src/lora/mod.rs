@@ -1,5 +1,5 @@
 //! Low-rank adaptation (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021): which modules carry
-//! adapters, and how these take part in training.
+//! adapters.
 
 mod targets;
 

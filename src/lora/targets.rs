@@ -1,6 +1,5 @@
 //! Which modules carry adapters: peft's matching rule, presets, and the table shown before training.
 
-use crate::error::Kind;
 use crate::formats::names::{self, matches};
 use crate::segformer::{Module, ModuleKind};
 use crate::{Error, Result};
@@ -69,14 +68,11 @@ pub fn select(
                     ModuleKind::LayerNorm | ModuleKind::BatchNorm => "a normalisation",
                     _ => "a container without weights",
                 };
-                return Err(Error::new(
-                    Kind::Usage,
-                    format!(
-                        "--targets {}: it matches {}, {what}, which cannot carry an adapter; name linear modules or \
+                return Err(Error::usage(format!(
+                    "--targets {}: it matches {}, {what}, which cannot carry an adapter; name linear modules or \
                          convolutions",
-                        patterns[hit], module.name
-                    ),
-                ));
+                    patterns[hit], module.name
+                )));
             }
         }
         found.push(Match { module: module.clone(), pattern: patterns[hit].clone() });

@@ -17,7 +17,10 @@ use crate::error::{Error, Result};
 use crate::train::options::Method;
 use crate::train::record::RunRecord;
 
-/// Longest `all_metrics.json` that is read, bytes. A history of ten thousand epochs takes a tenth of it.
+/// A finished run's result in its folder, written last.
+pub const RESULT: &str = "all_metrics.json";
+
+/// Longest [`RESULT`] that is read, bytes. A history of ten thousand epochs takes a tenth of it.
 const LONGEST_RECORD: u64 = 64 << 20;
 
 /// Every finished run under `out`, that is every `out/<run>/all_metrics.json`, in the order of the grid: full
@@ -30,7 +33,7 @@ pub fn read_records(out: &Path) -> Result<Vec<RunRecord>> {
     let mut records = Vec::new();
     for entry in fs::read_dir(out).map_err(cannot_list)? {
         let entry = entry.map_err(cannot_list)?;
-        let path = entry.path().join("all_metrics.json");
+        let path = entry.path().join(RESULT);
         if path.is_file() {
             let mut record = read_record(&path)?;
             record.name = entry.file_name().to_string_lossy().into_owned();

@@ -1,5 +1,6 @@
 //! `index.html`: the answer, the figures, the table. One file without scripts; pictures lie beside it.
 
+use super::RESULT;
 use super::summary::{self, Row, Summary};
 
 const STYLE: &str = include_str!("page.css");
@@ -34,7 +35,7 @@ fn links(run: &str) -> [(String, &'static str); 5] {
         ("training_history.csv".into(), "csv"),
         ("Dice_over_Epochs.png".into(), "dice"),
         ("Losses_over_Epochs.png".into(), "loss"),
-        ("all_metrics.json".into(), "json"),
+        (RESULT.into(), "json"),
         (format!("{run}_results.zip"), "zip"),
     ]
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
+use super::RESULT;
 use super::plot::{self, Axis, Figure, Marker, Series};
 use crate::error::{Error, Result};
 use crate::files;
@@ -46,7 +47,7 @@ pub fn draw(out: &Path, name: &str, history: &[HistoryRow]) -> Result<()> {
 pub fn finish(out: &Path, record: &RunRecord) -> Result<()> {
     write_history(out, &record.training_history)?;
     draw(out, &record.name, &record.training_history)?;
-    let metrics = out.join("all_metrics.json");
+    let metrics = out.join(RESULT);
     let json = files::json(&metrics, record)?;
     archive(out, &record.name, &json)?;
     files::replace(&metrics, &json)
@@ -179,7 +180,7 @@ fn archive(out: &Path, name: &str, metrics: &[u8]) -> Result<()> {
 fn pack(out: &Path, name: &str, metrics: &[u8], files: &[PathBuf], file: impl Write + Seek) -> io::Result<()> {
     let mut zip = ZipWriter::new(file);
     let text = SimpleFileOptions::default().compression_method(CompressionMethod::Deflated);
-    zip.start_file(format!("{name}/all_metrics.json"), text)?;
+    zip.start_file(format!("{name}/{RESULT}"), text)?;
     zip.write_all(metrics)?;
     for path in files {
         let inside: Vec<_> = path.iter().map(|part| part.to_string_lossy()).collect();
@@ -210,7 +211,7 @@ fn collect(root: &Path, inside: &mut PathBuf, files: &mut Vec<PathBuf>) -> Resul
         let passing = name.starts_with('.')
             || name.starts_with("optimizer")
             || [".zip", ".tmp", ".lock"].iter().any(|end| name.ends_with(end))
-            || inside.as_os_str() == "all_metrics.json";
+            || inside.as_os_str() == RESULT;
         if !passing && kind.is_dir() {
             collect(root, inside, files)?;
         } else if !passing && kind.is_file() {

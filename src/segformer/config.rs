@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::backend::Window;
+
 /// Configuration of a SegFormer for semantic segmentation. Field names are those of `config.json`
 /// (transformers, `SegformerConfig`).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -41,7 +43,7 @@ pub struct SegformerConfig {
     pub drop_path_rate: f32,
     /// Channels of the MLP decoder.
     pub decoder_hidden_size: usize,
-    /// Label that the loss leaves out.
+    /// Label that the loss leaves out, as it does all that are no class: it must be none.
     pub semantic_loss_ignore_index: i64,
     /// Class names by decimal index.
     pub id2label: BTreeMap<String, String>,
@@ -134,6 +136,46 @@ impl SegformerConfig {
         if let Some(i) = (0..self.num_labels()).find(|i| !self.id2label.contains_key(&i.to_string())) {
             return Err(format!("id2label lacks \"{i}\""));
         }
+        let ignored = self.semantic_loss_ignore_index;
+        if (0..self.num_labels() as i64).contains(&ignored) {
+            return Err(format!(
+                "semantic_loss_ignore_index is {ignored}, a class; only a label that is none is supported"
+            ));
+        }
         Ok(())
+    }
+
+    /// Checks that pictures of `size`² leave every stage at least as many tokens a side as its sequence reduction joins.
+    ///
+    /// # Errors
+    /// One line that names the offending field.
+    pub fn check_size(&self, size: usize) -> Result<(), String> {
+        let mut tokens = size;
+        for (s, (&side, &stride)) in self.patch_sizes.iter().zip(&self.strides).enumerate() {
+            tokens = Window { side, stride, padding: side / 2 }.out(tokens);
+            let ratio = self.sr_ratios[s];
+            if ratio > tokens {
+                return Err(format!(
+                    "sr_ratios[{s}] = {ratio} joins more tokens a side than the {tokens} that {size} x {size} pixels leave there"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::SegformerConfig;
+
+    #[test]
+    fn pictures_must_leave_what_a_sequence_reduction_joins() {
+        let published = SegformerConfig::default();
+        let sides = [32, 64, 512, 1024];
+        assert!(sides.iter().all(|&size| published.check_size(size) == Ok(())));
+        let wide = SegformerConfig { sr_ratios: vec![8, 4, 8, 1], ..published };
+        let problem = wide.check_size(64).expect_err("4 tokens a side");
+        assert!(problem.starts_with("sr_ratios[2] = 8 ") && problem.contains("the 4 that 64 x 64"), "{problem}");
+        assert_eq!(wide.check_size(128), Ok(()));
     }
 }

@@ -279,7 +279,7 @@ impl<B: Backend> Model<B> {
             hidden.max(z).max(patches),
             hidden.max(tokens).max(largest(&|s| if s == 0 { 0 } else { grids[s].rows() * width })),
         ];
-        let with_side = plan.side_inputs() > 0;
+        let with_side = plan.has_side_paths();
         let side_len = if with_side { tokens.max(hidden).max(patches) } else { 0 };
         let low = if with_side { rows * plan.rank } else { 0 };
         let workers = (0..threads.min(count).max(1))
@@ -544,7 +544,8 @@ impl<B: Backend> Model<B> {
             });
 
             let sums: Vec<&B::Full> = units.iter().map(|u| &u.decoder.sums).collect();
-            backend.batch_sums(&sums, total);
+            backend.zero(total);
+            backend.add_all(&mut [(sums, &mut *total)]);
             if let Some((dgamma, dbeta)) = slots[0].pair_mut(decoder.norm.gamma, decoder.norm.beta) {
                 backend.add_part(total, 0, dbeta);
                 backend.add_part(total, decoder.width, dgamma);
@@ -688,7 +689,12 @@ impl<B: Backend> Model<B> {
         self.log.take(&*self.backend)
     }
 
-    /// Logits `(labels, size/4, size/4)` of each sample in evaluation mode.
+    /// Rows and columns of the logits of a picture: a token of the first stage each.
+    pub fn logit_grid(&self) -> Grid {
+        Grid { images: 1, ..self.units[0].stages[0].grid }
+    }
+
+    /// Logits `(labels, height, width)` of each sample in evaluation mode, over [`Model::logit_grid`].
     pub fn logits(&mut self, samples: &[Sample<'_>]) -> Vec<Vec<f32>> {
         let labels = self.plan.decoder.labels;
         let mut result = Vec::with_capacity(samples.len());
@@ -701,7 +707,7 @@ impl<B: Backend> Model<B> {
         result
     }
 
-    /// Logits `(labels, size/4, size/4)` that the last micro-batch, of `images` pictures, was trained on.
+    /// Logits `(labels, height, width)` that the last micro-batch, of `images` pictures, was trained on.
     pub fn training_logits(&self, images: usize) -> Vec<Vec<f32>> {
         let labels = self.plan.decoder.labels;
         self.units.iter().flat_map(|unit| unit.logits(&*self.backend, labels, unit.images)).take(images).collect()

@@ -70,7 +70,7 @@ pub struct AdapterPlan {
     pub a: Id,
     /// Factor B `(outputs, rank)`.
     pub b: Id,
-    /// Sizes of the weight: outputs, inputs.
+    /// Rows of the weight.
     pub outputs: usize,
     /// Columns of the weight.
     pub inputs: usize,
@@ -380,9 +380,9 @@ impl Plan {
         self.specs.iter().position(|spec| spec.name == name).map(Id)
     }
 
-    /// The widest rows any separate path reads.
-    pub fn side_inputs(&self) -> usize {
-        self.adapters.iter().filter(|a| a.scaled_b.is_some()).map(|a| a.inputs).max().unwrap_or(0)
+    /// Whether any adapter has a path of its own.
+    pub fn has_side_paths(&self) -> bool {
+        self.adapters.iter().any(|a| a.scaled_b.is_some())
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::options::{Method, TrainOptions};
+use super::options::{LoraOptions, Method, TrainOptions};
 use super::record::HistoryRow;
 use crate::backend::Backend;
 use crate::formats::{
@@ -67,6 +67,16 @@ fn tensors<B: Backend>(model: &Model<B>, keep: impl Fn(&str, Role) -> bool) -> S
     result
 }
 
+/// Whether a tensor is kept beside an adapter's factors. peft's file holds a module that is trained as a whole with its buffers, and
+/// refuses to load without them. Of any other it loses BatchNorm's statistics, which move, and the classifier, which may have
+/// been made anew.
+fn is_beside(lora: &LoraOptions, name: &str, role: Role) -> bool {
+    match lora.train_head {
+        true => name.starts_with("decode_head."),
+        false => role == Role::Statistic || name.starts_with("decode_head.classifier."),
+    }
+}
+
 /// A model as Hugging Face knows it, copied from the device: all of it, or its adapter with the sidecar.
 pub enum Trained {
     /// Every tensor, and the side of the images.
@@ -92,13 +102,12 @@ impl Trained {
                         (spec.name.clone(), HostTensor { shape: spec.shape.clone(), data })
                     })
                     .collect();
-                // peft's file holds a module that is trained as a whole with its buffers, and refuses to load without them. Of
-                // any other it loses BatchNorm's statistics, which move, and the classifier, which may have been made anew.
+                let beside = tensors(model, |name, role| is_beside(lora, name, role));
                 let sidecar = if lora.train_head {
-                    factors.extend(tensors(model, |name, _| name.starts_with("decode_head.")));
+                    factors.extend(beside);
                     StateDict::new()
                 } else {
-                    tensors(model, |name, role| role == Role::Statistic || name.starts_with("decode_head.classifier."))
+                    beside
                 };
                 let config = AdapterConfig {
                     r: lora.rank,
@@ -231,20 +240,41 @@ pub fn latest(out: &Path) -> Result<Option<State>> {
     serde_json::from_str(&text).map(Some).map_err(|e| damaged(&e))
 }
 
-/// The tensors that checkpoint `step` holds: those of the model, or the factors and the sidecar's.
+/// The tensors that checkpoint `step` holds: those of the model, or the factors and what is kept beside them, all in the shapes
+/// that `model` has; and BatchNorm's counter.
 ///
 /// # Errors
 /// When it is damaged.
-pub fn read_tensors(out: &Path, step: u64, options: &TrainOptions) -> Result<StateDict> {
+pub fn read_tensors<B: Backend>(model: &Model<B>, out: &Path, step: u64, method: &Method) -> Result<StateDict> {
     let dir = folder(out, step);
-    match &options.method {
-        Method::Fft => read_safetensors(&dir.join("model.safetensors")),
+    let plan = model.plan();
+    let mut found = match method {
+        Method::Fft => read_safetensors(&dir.join("model.safetensors"))?,
         Method::Lora(_) => {
             let Adapter { mut tensors, sidecar, .. } = formats::adapter::read(&dir)?;
             tensors.extend(sidecar);
-            Ok(tensors)
+            tensors
+        }
+    };
+    let whole = plan.specs[..plan.stored].iter().filter(|spec| match method {
+        Method::Fft => true,
+        Method::Lora(lora) => is_beside(lora, &spec.name, spec.role),
+    });
+    let factors = plan.adapters.iter().flat_map(|a| [a.a, a.b]).map(|id| &plan.specs[id.0]);
+    let mut tensors = StateDict::new();
+    for spec in whole.chain(factors) {
+        match found.remove(&spec.name) {
+            Some(tensor @ HostTensor { data: HostData::F32(_), .. }) if tensor.shape == spec.shape => {
+                tensors.insert(spec.name.clone(), tensor);
+            }
+            _ => {
+                let problem = format!("{} is missing or of another shape; delete the checkpoint's folder", spec.name);
+                return Err(Error::input(&dir, problem));
+            }
         }
     }
+    tensors.extend(found.remove_entry(BATCH_COUNTER));
+    Ok(tensors)
 }
 
 /// Puts checkpoint `step`'s optimizer state into `moments`.

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::metrics::Confusion;
 use super::record::HistoryRow;
 use super::start::{Start, merged, on_cpu, on_gpu};
-use crate::backend::{Backend, Place, Sample};
+use crate::backend::{Backend, Grid, Place, Sample};
 use crate::dataset::{Augment, PackedDataset};
 use crate::error::Kind;
 use crate::formats::Checkpoint;
@@ -13,11 +13,11 @@ use crate::progress::{Progress, interrupted};
 use crate::segformer::{Model, ModelOptions, Trainable};
 use crate::{Error, Result};
 
-/// Images whose activations are held at once when a model only evaluates on the CPU, at least.
+/// Images whose activations are held at once when a model only evaluates on the CPU, where there are so many and no more threads.
 const CPU_BATCH: usize = 8;
 
 /// Evaluates the images `indices` of `data`, each augmented by `augment`: loss as the mean of batch means of
-/// `batch_size` images, weighted by their sizes, and all metrics. Row and step are left to the caller.
+/// `batch_size` images, weighted by their sizes, and all metrics. Epoch and step are left to the caller.
 pub(super) fn measure<B: Backend>(
     model: &mut Model<B>,
     data: &PackedDataset,
@@ -83,10 +83,11 @@ fn evaluating(
     let Checkpoint { config, tensors } = checkpoint;
     let nothing = &Trainable::Nothing;
     let lower = |n| format!("--eval-batch-size {n}");
+    let remedy = if batch == 1 { "--size" } else { "--eval-batch-size or --size" };
     let (model, plan): (Box<dyn Evaluating>, _) = match place {
         Place::Cpu => {
-            let batch = CPU_BATCH.max(rayon::current_num_threads());
-            let (model, plan) = on_cpu(config, ModelOptions { size, batch }, nothing, tensors)?;
+            let batch = CPU_BATCH.max(rayon::current_num_threads()).min(batch);
+            let (model, plan) = on_cpu(config, ModelOptions { size, batch }, nothing, tensors, remedy)?;
             (Box::new(model), plan)
         }
         Place::Gpu(gpu) => {
@@ -108,6 +109,7 @@ trait Evaluating {
         advance: &dyn Fn(u64),
     ) -> Result<HistoryRow>;
     fn logits(&mut self, sample: Sample<'_>) -> Result<Vec<f32>>;
+    fn logit_grid(&self) -> Grid;
 }
 
 impl<B: Backend> Evaluating for Model<B> {
@@ -125,6 +127,10 @@ impl<B: Backend> Evaluating for Model<B> {
         let logits = Model::logits(self, &[sample]).swap_remove(0);
         self.backend().check()?;
         Ok(logits)
+    }
+
+    fn logit_grid(&self) -> Grid {
+        Model::logit_grid(self)
     }
 }
 
@@ -175,7 +181,12 @@ impl Predictor {
         self.labels
     }
 
-    /// Logits `(labels, size/4, size/4)` of an RGB picture `(size, size, 3)`.
+    /// Rows and columns of the logits.
+    pub fn grid(&self) -> Grid {
+        self.model.logit_grid()
+    }
+
+    /// Logits `(labels, rows, columns)` of an RGB picture `(size, size, 3)`.
     ///
     /// # Errors
     /// When the picture has another size, or the device fails.

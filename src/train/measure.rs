@@ -61,7 +61,7 @@ pub fn measure_step(place: &Place, kind: StepKind, size: usize, batch: usize, st
     let sizes = ModelOptions { size, batch };
     let (timed, plan) = match &place {
         Place::Cpu => {
-            let (model, plan) = on_cpu(config, sizes, trainable, tensors)?;
+            let (model, plan) = on_cpu(config, sizes, trainable, tensors, "--batch-size or --size")?;
             drop(prepared);
             (time(model, &samples, &options, kind, (1, steps)), plan)
         }

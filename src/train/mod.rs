@@ -1,4 +1,4 @@
-//! Optimizer, schedule, loop, metrics, early stopping, checkpoints.
+//! Training a run and measuring it: options, schedule, loop, metrics, early stopping, checkpoints.
 
 mod checkpoint;
 mod evaluate;
@@ -15,7 +15,5 @@ mod start;
 pub use evaluate::{Predictor, evaluate, sample};
 pub use measure::{Demand, Measured, StepKind, demand, measure_step};
 pub use memory::{MemoryPlan, Part};
-pub use metrics::Confusion;
 pub use run::{Inputs, Seat, run};
-pub use schedule::Schedule;
 pub use start::{Start, Weights, fresh_checkpoint, merged};

@@ -83,7 +83,8 @@ pub struct RunRecord {
     pub training_time: f64,
     /// Metrics of the best model on the validation split.
     pub final_evaluation: HistoryRow,
-    /// Metrics of the best model on the training split, without augmentation.
+    /// Metrics of the best model on the training split; as those on the validation split, augmented under the notebook's protocol
+    /// alone.
     pub final_evaluation_train: HistoryRow,
     /// The history.
     pub training_history: Vec<HistoryRow>,

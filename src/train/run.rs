@@ -100,7 +100,10 @@ pub fn run(
     let task = Task { name, options, inputs, out, progress };
     let lower = |n| format!("--batch-size {n}, and raise --grad-accum");
     match seat.place {
-        Place::Cpu => task.run(&mut seat.cpu, &prepared, sizes, || on_cpu(config, sizes, trainable, tensors)),
+        Place::Cpu => {
+            let remedy = "--batch-size (and raise --grad-accum) or --size";
+            task.run(&mut seat.cpu, &prepared, sizes, || on_cpu(config, sizes, trainable, tensors, remedy))
+        }
         Place::Gpu(gpu) => {
             task.run(&mut seat.gpu, &prepared, sizes, || on_gpu(gpu, config, sizes, trainable, tensors, &lower))
         }
@@ -145,7 +148,7 @@ impl Task<'_> {
         };
         let Held { model, moments } = &mut held;
         let mut run = Run { name, options, inputs, out, progress, model, moments, state: State::default() };
-        run.resume(tensors)?;
+        run.resume()?;
         run.epochs()?;
         // Every epoch has been written by now.
         let kept = run.state.epoch;
@@ -186,15 +189,19 @@ impl<B: Backend> Run<'_, B> {
         micro_batches.div_ceil(self.options.grad_accum) as u64
     }
 
-    fn resume(&mut self, start: &StateDict) -> Result<()> {
+    /// Continues from the newest checkpoint, if there is one, in a model that holds the run's start.
+    fn resume(&mut self) -> Result<()> {
         let Some(state) = checkpoint::latest(self.out)? else { return Ok(()) };
-        let mut tensors = start.clone();
-        tensors.extend(checkpoint::read_tensors(self.out, state.global_step, self.options)?);
-        load(self.model, &tensors);
+        load(self.model, &self.read(state.global_step)?);
         checkpoint::read_moments(self.model, self.out, state.global_step, self.moments)?;
         self.progress.info(format!("{}: continues after epoch {}", self.name, state.epoch));
         self.state = state;
         Ok(())
+    }
+
+    /// The tensors of a checkpoint.
+    fn read(&self, step: u64) -> Result<StateDict> {
+        checkpoint::read_tensors(self.model, self.out, step, &self.options.method)
     }
 
     fn stopped_early(&self) -> bool {
@@ -345,15 +352,15 @@ impl<B: Backend> Run<'_, B> {
     }
 
     fn finite(&self, what: &str, value: Option<f64>) -> Result<()> {
+        let epoch = (self.state.epoch + 1).min(self.options.epochs);
         if value.is_some_and(f64::is_finite) {
             return Ok(());
         }
         Err(Error::new(
             Kind::Diverged,
             format!(
-                "{}: {what} is not a finite number in epoch {}; lower --lr (checkpoints before it are kept in {})",
+                "{}: {what} is not a finite number in epoch {epoch}; lower --lr (checkpoints before it are kept in {})",
                 self.name,
-                self.state.epoch + 1,
                 self.out.display()
             ),
         ))
@@ -419,24 +426,23 @@ impl<B: Backend> Run<'_, B> {
     /// Puts the best checkpoint's tensors back. The notebook's protocol repeats the original's flaw: an adapter comes back
     /// without BatchNorm's statistics, and all weights are rounded to bf16.
     fn restore_best(&mut self) -> Result<()> {
-        let mut tensors = checkpoint::stored(self.model);
-        let mut best = checkpoint::read_tensors(self.out, self.state.best_step, self.options)?;
+        let mut best = self.read(self.state.best_step)?;
         if self.options.protocol == Protocol::Notebook {
             if matches!(&self.options.method, Method::Lora(lora) if !lora.train_head) {
                 best.retain(|name, _| !name.contains("running_") && name != BATCH_COUNTER);
             }
-            tensors.extend(best);
-            for tensor in tensors.values_mut() {
+            let mut all = checkpoint::stored(self.model);
+            all.extend(best);
+            for tensor in all.values_mut() {
                 if let HostData::F32(data) = &mut tensor.data {
                     for x in data {
                         *x = bf16::from_f32(*x).to_f32();
                     }
                 }
             }
-        } else {
-            tensors.extend(best);
+            best = all;
         }
-        load(self.model, &tensors);
+        load(self.model, &best);
         Ok(())
     }
 

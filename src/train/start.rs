@@ -14,7 +14,7 @@ use crate::lora::{self, Match};
 use crate::progress::Progress;
 use crate::random::{Philox, Purpose};
 use crate::segformer::{
-    BATCH_COUNTER, Id, Model, ModelOptions, Module, Role, SegformerConfig, TensorSpec, Trainable, modules,
+    BATCH_COUNTER, Id, Model, ModelOptions, Module, ModuleKind, Role, SegformerConfig, TensorSpec, Trainable, modules,
 };
 use crate::system::check_memory;
 use crate::{Error, Result};
@@ -176,9 +176,7 @@ impl Start {
             return Err(Error::usage("--targets: no module is left to carry an adapter; the head is trained whole"));
         }
         if lora.dropout > 0.0
-            && let Some(m) = matches.iter().find(|m| {
-                m.module.side() > 1 || m.module.name.ends_with("linear_fuse") || m.module.name.ends_with("classifier")
-            })
+            && let Some(m) = matches.iter().find(|m| !matches!(m.module.kind, ModuleKind::Linear))
         {
             return Err(Error::usage(format!(
                 "--lora-dropout: {} is a convolution, where dropout is not supported; use --lora-dropout 0 or other targets",
@@ -190,7 +188,7 @@ impl Start {
         }
         for m in &matches {
             let area = m.module.side() * m.module.side();
-            let convolution = !matches!(m.module.kind, crate::segformer::ModuleKind::Linear);
+            let convolution = !matches!(m.module.kind, ModuleKind::Linear);
             for (factor, outer, inner) in
                 [("lora_A", lora.rank, m.module.inputs * area), ("lora_B", m.module.outputs, lora.rank)]
             {
@@ -356,19 +354,26 @@ const WIDEST_HEAD: usize = 64;
 /// Images for which buffers are reserved on trial where more are asked for.
 const TRIAL: usize = 32;
 
-/// A model on the CPU that holds `tensors`, and the plan of its memory.
+/// Refuses pictures that are too small for a model.
+fn check_size(config: &SegformerConfig, size: usize) -> Result<()> {
+    config.check_size(size).map_err(|problem| Error::usage(format!("--model, --size: {problem}")))
+}
+
+/// A model on the CPU that holds `tensors`, and the plan of its memory. `remedy` names the options whose lower values need less.
 ///
 /// # Errors
-/// When the memory does not suffice.
+/// When the pictures are too small for the model, or the memory does not suffice.
 pub(super) fn on_cpu(
     config: &SegformerConfig,
     options: ModelOptions,
     trainable: &Trainable,
     tensors: &StateDict,
+    remedy: &str,
 ) -> Result<(Model<Cpu<f32>>, MemoryPlan)> {
+    check_size(config, options.size)?;
     let planned = |batch: usize| {
         let model = Model::new(Cpu::new(None)?, config, ModelOptions { batch, ..options }, trainable);
-        check_memory(model.planned_bytes(), options.batch, options.size)?;
+        check_memory(MemoryPlan::on_cpu(&model).bytes, options.batch, options.size, remedy)?;
         Ok(model)
     };
     // An absurd number of buffers cannot even be reserved; a few tell that.
@@ -385,7 +390,8 @@ pub(super) fn on_cpu(
 /// `lower` says how the user asks for smaller batches.
 ///
 /// # Errors
-/// When the memory does not suffice, with the batch that would fit; or when the device fails.
+/// When the pictures are too small for the model; when the memory does not suffice, with the batch that would fit; or when the
+/// device fails.
 pub(super) fn on_gpu(
     gpu: &GpuPlace,
     config: &SegformerConfig,
@@ -394,6 +400,7 @@ pub(super) fn on_gpu(
     tensors: &StateDict,
     lower: &dyn Fn(usize) -> String,
 ) -> Result<(Model<Gpu>, MemoryPlan)> {
+    check_size(config, options.size)?;
     let head = |(channels, heads): (&usize, &usize)| channels / heads;
     if let Some(head) = config.hidden_sizes.iter().zip(&config.num_attention_heads).map(head).find(|&h| h > WIDEST_HEAD)
     {

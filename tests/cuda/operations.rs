@@ -15,8 +15,8 @@ use segpeft_native::backend::cuda::{Cuda, Device, Pictures};
 use segpeft_native::backend::{
     AdamW, AttentionInputs, AttentionOutputs, AttentionShape, AttentionWeights, Backend, Base, BatchNormView,
     Classifier, ConvolutionNorm, Deltas, Dropout, FfnOutputs, FfnWeights, FirstGradient, FirstStage, Grid, Head as _,
-    HeadPass, InFront, Loss as _, Memory, MixFfnExpansion, MixFfnParts, MixFfnWeights, Moving, NextNorm, NormBack,
-    Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
+    HeadPass, InFront, Loss as _, Matrix as _, Memory, MixFfnExpansion, MixFfnParts, MixFfnWeights, Moving, NextNorm,
+    NormBack, Patches as _, Product, Sample, Scaled, SmallProduct, Transpose, Window,
 };
 use segpeft_native::dataset::Augment;
 use segpeft_native::random::{Philox, Purpose};
@@ -1115,6 +1115,8 @@ case!(
         (1, 3, 5, (3, 2, 1), (160, 256)),
         (2, 16, 13, (3, 2, 1), (160, 256)),
         (1, 5, 37, (3, 2, 1), (160, 256)),
+        // Several chunks of windows to each block that sums the weight's gradient, and none to the last.
+        (2, 27, 33, (3, 2, 1), (160, 256)),
         (2, 7, 6, (3, 2, 1), (40, 48)),
         // The sequence reductions.
         (1, 8, 8, (8, 8, 0), (32, 32)),
@@ -1288,7 +1290,8 @@ case!(
         b.head_activation(&z[0], view(), drop, rows[0], channels, &mut a);
         b.head_backward(&z[0], view(), drop, rows[0], channels, &mut da, &mut sums);
         let (other, mut total) = (lab.full(2 * channels, 13), lab.full(2 * channels, 14));
-        b.batch_sums(&[&sums, &other], &mut total);
+        b.zero(&mut total);
+        b.add_all(&mut [(vec![&sums, &other], &mut total)]);
         let mut dz = lab.act(n, 15);
         b.batch_norm_backward(&z[0], view(), &other, rows[0] + rows[1], rows[0], channels, &mut dz);
         vec![
@@ -1374,7 +1377,8 @@ fn batch_norm_takes_shifts_away() {
     let norm = BatchNormView { stats: &stats, gamma: &gamma, beta: &beta };
     let (mut dz, mut db) = (lab.act(n, 10), lab.full_of(&vec![0.0; channels]));
     backend.head_backward(&z, norm, None, rows, channels, &mut dz, &mut sums);
-    backend.batch_sums(&[&sums], &mut total);
+    backend.zero(&mut total);
+    backend.add_all(&mut [(vec![&sums], &mut total)]);
     backend.batch_norm_backward(&z, norm, &total, rows, rows, channels, &mut dz);
     backend.shift_gradient(&dz, rows, channels, &mut db);
     let largest = backend.download_act(&dz, n).iter().fold(0.0f32, |m, x| m.max(x.abs()));

@@ -36,6 +36,9 @@ fn copies_past_the_registers_are_not_there_before_they_are_waited_for() {
             assert!(run(kernel, 0, order).expect("a result").iter().all(|x| x.is_nan()), "{kernel}");
         }
     }
+    // Copied early or late.
+    let [forward, others @ ..] = ORDERS.map(|order| run("changed_source", 0, order).expect("a result"));
+    assert!(others.iter().all(|y| *y != forward), "the source of a copy changed unnoticed");
     assert!(run("misaligned_copy", 0, Order::Forward).expect_err("an address").contains("no multiple"));
 }
 

@@ -114,7 +114,7 @@ repeat() {
     for method in fft lora; do
         for turn in first second; do
             ./segpeft-native train --data "$pictures" --split "$split" --model random --method "$method" \
-                --out "$scratch/$method-$turn" --epochs 2 --batch-size 16 --grad-accum 1 --device cuda
+                --out "$scratch/$method-$turn" --epochs 2 --batch-size 8 --grad-accum 2 --device cuda
         done
         run=$scratch/$method
         for file in "$run-first"/final/*.safetensors; do

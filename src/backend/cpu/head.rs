@@ -347,15 +347,6 @@ impl<T: Real> Head for Cpu<T> {
         );
     }
 
-    fn batch_sums(&self, sums: &[&Buffer<T>], total: &mut Buffer<T>) {
-        total.fill(T::ZERO);
-        for sums in sums {
-            for (total, sum) in total.iter_mut().zip(sums.iter()) {
-                *total += *sum;
-            }
-        }
-    }
-
     fn batch_norm_backward(
         &self,
         z: &Buffer<T>,

@@ -48,7 +48,7 @@ impl<D: Device> Device for Arena<D> {
                 Kind::Device,
                 format!(
                     "{bytes} bytes are asked for beyond the plan ({used} of {} are used): a defect in segpeft-native, please \
-                     report it; a smaller --batch-size may avoid it",
+                     report it; smaller batches may avoid it",
                     self.size
                 ),
             )),

@@ -17,6 +17,7 @@ use super::device::while_recording;
 use super::ring::{Ring, Side};
 use super::{Argument, Device, Element, MatrixProduct, Work};
 use crate::error::Kind;
+use crate::progress::byte_size;
 use crate::{Error, Result};
 
 /// The kernels as build.rs compiled them; none in a build without nvcc.
@@ -529,9 +530,10 @@ fn allocate(line: &Arc<Line>, ordinal: usize, bytes: usize) -> Result<DeviceMemo
         Err(e) => {
             let free = cuda::mem_get_info().map_or(0, |(free, _)| free);
             Err(device_error(format!(
-                "GPU {ordinal}: no room for {:.0} MB more, {:.0} MB are free ({e}): use a smaller --batch-size",
-                bytes as f64 / 1e6,
-                free as f64 / 1e6
+                "GPU {ordinal}: no room for {} more, {} are free ({e}): other programs may have taken it; end them, and give \
+                 the same command again",
+                byte_size(bytes as u64),
+                byte_size(free as u64)
             )))
         }
     }

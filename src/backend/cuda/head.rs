@@ -408,14 +408,6 @@ impl<D: Device> Head for Cuda<D> {
         self.column_sums("head_backward", (rows, channels), arguments, &outputs);
     }
 
-    fn batch_sums(&self, sums: &[&Self::Full], total: &mut Self::Full) {
-        self.zero(total);
-        for sums in sums {
-            let n = total.len();
-            self.launch("add_part", n, &[sums.at(n), 0usize.into(), n.into(), total.both(n)]);
-        }
-    }
-
     fn batch_norm_backward(
         &self,
         z: &Self::Act,

@@ -4,6 +4,7 @@ use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bytemuck::Pod;
 use half::bf16;
 
 use super::graphs::{Announced, Graphs};
@@ -223,6 +224,15 @@ impl<D: Device> Cuda<D> {
         start
     }
 
+    /// The first `len` numbers of an array; so many times `lost` where the device has failed.
+    fn fetch<E: Pod>(&self, from: &Array<D, E>, len: usize, lost: E) -> Vec<E> {
+        let mut to = vec![lost; len];
+        let address = from.address(len);
+        // SAFETY: the array has so many numbers, as `address` asserts.
+        self.attempt(|device| unsafe { device.read(address, bytemuck::cast_slice_mut(&mut to)) });
+        to
+    }
+
     /// Launches `kernel` on a grid of blocks of `threads`.
     pub(super) fn launch_blocks(&self, kernel: &'static str, grid: [usize; 3], threads: usize, arguments: &[Argument]) {
         // SAFETY: each operation states its kernel's arguments in their order, and takes addresses of arrays through
@@ -351,37 +361,21 @@ impl<D: Device> Memory for Cuda<D> {
     }
 
     fn download(&self, from: &Self::Full) -> Vec<f32> {
-        let mut to = vec![f32::NAN; from.len()];
-        let address = from.address(to.len());
-        // SAFETY: the array has so many numbers, as `address` asserts.
-        self.attempt(|device| unsafe { device.read(address, bytemuck::cast_slice_mut(&mut to)) });
-        to
+        self.fetch(from, from.len(), f32::NAN)
     }
 
     fn download_act(&self, from: &Self::Act, len: usize) -> Vec<f32> {
-        let mut to = vec![bf16::NAN; len];
-        let address = from.address(len);
-        // SAFETY: the array has so many numbers, as `address` asserts.
-        self.attempt(|device| unsafe { device.read(address, bytemuck::cast_slice_mut(&mut to)) });
-        to.into_iter().map(bf16::to_f32).collect()
+        self.fetch(from, len, bf16::NAN).into_iter().map(bf16::to_f32).collect()
     }
 
     /// NaN where the device has failed.
     fn scalars(&self, from: &Self::Full, len: usize) -> Vec<f64> {
-        let mut to = vec![f32::NAN; len];
-        let address = from.address(len);
-        // SAFETY: the array has so many numbers, as `address` asserts.
-        self.attempt(|device| unsafe { device.read(address, bytemuck::cast_slice_mut(&mut to)) });
-        to.into_iter().map(f64::from).collect()
+        self.fetch(from, len, f32::NAN).into_iter().map(f64::from).collect()
     }
 
     /// Zeros where the device has failed.
     fn whole(&self, from: &Self::Counts, len: usize) -> Vec<u64> {
-        let mut to = vec![0; len];
-        let address = from.address(len);
-        // SAFETY: the array has so many numbers, as `address` asserts.
-        self.attempt(|device| unsafe { device.read(address, bytemuck::cast_slice_mut(&mut to)) });
-        to
+        self.fetch(from, len, 0)
     }
 
     fn zero(&self, x: &mut Self::Full) {
