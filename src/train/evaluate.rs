@@ -13,7 +13,7 @@ use crate::progress::{Progress, interrupted};
 use crate::segformer::{Model, ModelOptions, Trainable};
 use crate::{Error, Result};
 
-/// Images whose activations are held at once when a model only evaluates on the CPU, where there are so many and no more threads.
+/// Images whose activations are held at once when a model only evaluates on the CPU: so many, or as many as there are threads.
 const CPU_BATCH: usize = 8;
 
 /// Evaluates the images `indices` of `data`, each augmented by `augment`: loss as the mean of batch means of

@@ -234,7 +234,12 @@ impl<B: Backend> Run<'_, B> {
             let bar = self.progress.bar_noting(&label, images as u64, "images", note);
             let before = self.model.backend().remark();
             let row = self.train_epoch(&schedule, &bar)?;
-            let evaluation = self.evaluate(&self.inputs.split.val, epoch as u32, "eval_loss", &bar)?;
+            let evaluation = self.evaluate(
+                &self.inputs.split.val,
+                epoch as u32,
+                &format!("the validation loss in epoch {epoch}"),
+                &bar,
+            )?;
             drop(bar);
             if let (None, Some(remark)) = (before, self.model.backend().remark()) {
                 self.progress.detail(format!("{}: {remark}", self.name));
@@ -334,8 +339,8 @@ impl<B: Backend> Run<'_, B> {
             step: self.state.global_step,
             ..HistoryRow::default()
         };
-        self.finite("the training loss", row.loss)?;
-        self.finite("the gradient", row.grad_norm)?;
+        self.finite(&format!("the training loss in epoch {}", epoch + 1), row.loss)?;
+        self.finite(&format!("the gradient in epoch {}", epoch + 1), row.grad_norm)?;
         Ok(row)
     }
 
@@ -352,14 +357,13 @@ impl<B: Backend> Run<'_, B> {
     }
 
     fn finite(&self, what: &str, value: Option<f64>) -> Result<()> {
-        let epoch = (self.state.epoch + 1).min(self.options.epochs);
         if value.is_some_and(f64::is_finite) {
             return Ok(());
         }
         Err(Error::new(
             Kind::Diverged,
             format!(
-                "{}: {what} is not a finite number in epoch {epoch}; lower --lr (checkpoints before it are kept in {})",
+                "{}: {what} is not a finite number; lower --lr (checkpoints before it are kept in {})",
                 self.name,
                 self.out.display()
             ),
