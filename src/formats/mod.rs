@@ -31,6 +31,21 @@ pub struct HostTensor {
     pub data: HostData,
 }
 
+impl HostTensor {
+    /// Checks that this holds numbers of `shape`, as a model needs them.
+    ///
+    /// # Errors
+    /// What it holds instead, to be put behind the tensor's name.
+    pub fn check_shape(&self, shape: &[usize]) -> std::result::Result<(), String> {
+        let problem = match &self.data {
+            HostData::I64(_) => "holds integers".into(),
+            HostData::F32(_) if self.shape == shape => return Ok(()),
+            HostData::F32(_) => format!("has shape {:?}", self.shape),
+        };
+        Err(format!("{problem}, this model needs numbers of shape {shape:?}"))
+    }
+}
+
 /// The numbers of a [`HostTensor`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum HostData {

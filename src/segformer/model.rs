@@ -318,7 +318,7 @@ impl<B: Backend> Model<B> {
             .map(|_| backend.full(if plan.wanted[plan.decoder.fuse.0] { width * width } else { 0 }))
             .collect();
         let (total, norm, mut scale) = (backend.full(2 * width), backend.full(1), backend.full(1));
-        backend.upload(&[plan.scale as f32], &mut scale);
+        backend.upload(&[trainable.scale() as f32], &mut scale);
         let gradients = since(&backend);
 
         let tensors = Tensors::new(
@@ -366,9 +366,8 @@ impl<B: Backend> Model<B> {
             return false;
         }
         self.trainable = trainable.clone();
-        self.plan.scale = trainable.scale();
         self.backend.renew();
-        self.backend.upload(&[self.plan.scale as f32], &mut self.scale);
+        self.backend.upload(&[trainable.scale() as f32], &mut self.scale);
         for i in 0..self.plan.specs.len() {
             self.backend.zero(self.tensors.value_mut(Id(i)));
         }
@@ -473,11 +472,9 @@ impl<B: Backend> Model<B> {
         let numbered = step.micro_batches.iter().zip(step.random.step..);
         let batches: Vec<Batch<'_>> = numbered.map(|(&samples, step)| Batch { samples, step }).collect();
         let inputs = Inputs { batches: &batches, size, update: Some(step.update) };
-        let key = {
-            let lengths = batches.iter().map(|batch| batch.samples.len() as u64);
-            let update = update_key(&*backend, &step.update, step.decays, moments);
-            [Phase::Step as u64, step.random.seed].into_iter().chain(lengths).chain(update).collect::<Vec<_>>()
-        };
+        let mut key = vec![Phase::Step as u64, step.random.seed];
+        key.extend(batches.iter().map(|batch| batch.samples.len() as u64));
+        key.extend(update_key(&*backend, &step.update, step.decays, moments));
         let mut parts = |model: &mut Self, go_on: &mut dyn FnMut(usize) -> bool| {
             model.clear_gradients();
             for batch in &batches {
@@ -624,8 +621,8 @@ impl<B: Backend> Model<B> {
     pub fn update(&mut self, adamw: &AdamW, decays: &[bool], moments: &mut Moments<B>) {
         let Self { backend, plan, tensors, slots, fuse_blocks, norm, scale, .. } = self;
         let (backend, plan): (&B, _) = (backend, &*plan);
-        let key: Vec<u64> =
-            [Phase::Update as u64].into_iter().chain(update_key(backend, adamw, decays, moments)).collect();
+        let mut key = vec![Phase::Update as u64];
+        key.extend(update_key(backend, adamw, decays, moments));
         backend.repeat(&key, &Inputs { update: Some(*adamw), ..Inputs::default() }, || {
             let mut each = tensors.each();
             let both = moments.first.iter_mut().zip(&mut moments.second);

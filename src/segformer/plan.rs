@@ -88,8 +88,6 @@ pub struct Plan {
     pub adapters: Vec<AdapterPlan>,
     /// Rank of the adapters.
     pub rank: usize,
-    /// alpha / r.
-    pub scale: f64,
     /// Tensors the optimizer moves, in order.
     pub trained: Vec<Id>,
     /// Tensors whose gradient the backward pass sums.
@@ -247,8 +245,7 @@ impl Plan {
                 products[id.0] = true;
             }
         }
-        let scale = trainable.scale();
-        Self { stored, adapters, rank, scale, trained, wanted: b.wanted, products, stages, decoder, specs: b.specs }
+        Self { stored, adapters, rank, trained, wanted: b.wanted, products, stages, decoder, specs: b.specs }
     }
 
     /// The stages, and for each whether gradients must reach its output.

@@ -263,15 +263,13 @@ pub fn read_tensors<B: Backend>(model: &Model<B>, out: &Path, step: u64, method:
     let factors = plan.adapters.iter().flat_map(|a| [a.a, a.b]).map(|id| &plan.specs[id.0]);
     let mut tensors = StateDict::new();
     for spec in whole.chain(factors) {
-        match found.remove(&spec.name) {
-            Some(tensor @ HostTensor { data: HostData::F32(_), .. }) if tensor.shape == spec.shape => {
-                tensors.insert(spec.name.clone(), tensor);
-            }
-            _ => {
-                let problem = format!("{} is missing or of another shape; delete the checkpoint's folder", spec.name);
-                return Err(Error::input(&dir, problem));
-            }
-        }
+        let Some((name, tensor)) = found.remove_entry(&spec.name) else {
+            return Err(Error::input(&dir, format!("lacks {}; delete this checkpoint's folder", spec.name)));
+        };
+        tensor
+            .check_shape(&spec.shape)
+            .map_err(|problem| Error::input(&dir, format!("{name} {problem}; delete this checkpoint's folder")))?;
+        tensors.insert(name, tensor);
     }
     tensors.extend(found.remove_entry(BATCH_COUNTER));
     Ok(tensors)

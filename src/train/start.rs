@@ -260,16 +260,9 @@ fn select(specs: &[TensorSpec], from: &StateDict, path: &str, progress: &Progres
 
 /// Compares a tensor of the file or folder `from` with the shape the model needs.
 fn check_shape(from: &str, name: &str, tensor: &HostTensor, shape: &[usize]) -> Result<()> {
-    let problem = match &tensor.data {
-        HostData::I64(_) => "holds integers".into(),
-        HostData::F32(_) if tensor.shape == shape => return Ok(()),
-        HostData::F32(_) => format!("has shape {:?}", tensor.shape),
-    };
-    let needed = format!("this model needs numbers of shape {shape:?}");
-    Err(Error::input(
-        from,
-        format!("{name} {problem}, {needed}; use the config.json and the adapter that belong to it"),
-    ))
+    tensor.check_shape(shape).map_err(|problem| {
+        Error::input(from, format!("{name} {problem}; use the config.json and the adapter that belong to it"))
+    })
 }
 
 /// The fresh model that a run with `seed` begins with.

@@ -364,6 +364,7 @@ fn inputs_are_those_of_the_operation_or_a_defect() {
     let (one, two) = (vec![1; size * size * 3], vec![2; size * size * 3]);
     let [first, second] = [&one, &two].map(|pixels| [sample(pixels, &[])]);
     let (numbers, n) = (1000, size * size * 27);
+    let inputs = Inputs { batches: &[Batch { samples: &first, step: 4 }], size, update: None };
     let new = || {
         let cuda = Cuda::new(Host::new(Order::Forward));
         let (mut ones, mut x) = (cuda.full(numbers), cuda.act(numbers));
@@ -380,7 +381,6 @@ fn inputs_are_those_of_the_operation_or_a_defect() {
     }
     assert!(masks[0] == masks[2] && masks[0] != masks[1], "each step draws its own");
     for _ in 0..3 {
-        let inputs = Inputs { batches: &[Batch { samples: &first, step: 4 }], size, update: None };
         cuda.repeat(&[1], &inputs, || {
             cuda.pixel_patches(&first, size, window, &mut out);
             cuda.dropout(&x, drop_at(4), numbers, &mut y);
@@ -395,7 +395,6 @@ fn inputs_are_those_of_the_operation_or_a_defect() {
 
     for wrong in ["random numbers", "pictures"] {
         let (cuda, x, mut y, mut out) = new();
-        let inputs = Inputs { batches: &[Batch { samples: &first, step: 4 }], size, update: None };
         cuda.repeat(&[1], &inputs, || match wrong {
             "pictures" => cuda.pixel_patches(&second, size, window, &mut out),
             _ => cuda.dropout(&x, drop_at(5), numbers, &mut y),
